@@ -1,0 +1,1 @@
+"""What every process of baton agrees on: requests, errors, configuration, clock, log, metrics. No torch here."""

@@ -1,0 +1,164 @@
+"""What the checkpoint says (`ModelConfig`) and what the operator says (`EngineConfig`)."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The `config.json` of a DeepSeek-V4 checkpoint, field names as published (deepseek-v4 spec, section 1)."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    routed_scaling_factor: float
+    num_hash_layers: int
+    swiglu_limit: float
+    sliding_window: int
+    compress_ratios: tuple[int, ...]
+    """Per main layer (truncated to num_hidden_layers): 0 window only, 4 with indexer, 128 dense entries."""
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    rms_norm_eps: float
+    rope_theta: float
+    compress_rope_theta: float
+    rope_factor: float
+    rope_beta_fast: float
+    rope_beta_slow: float
+    rope_original_max_positions: int
+    max_position_embeddings: int
+    num_nextn_predict_layers: int
+    bos_token_id: int
+    eos_token_id: int
+
+    @property
+    def nope_head_dim(self) -> int:
+        return self.head_dim - self.qk_rope_head_dim
+
+    @staticmethod
+    def from_folder(folder: pathlib.Path) -> ModelConfig:
+        """Read `folder/config.json`. Raises CheckpointError naming the file and the key."""
+        path = folder / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file; a model folder holds config.json, tokenizer.json and *.safetensors")
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        return ModelConfig.from_dict(raw, str(path))
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any], source: str = "config") -> ModelConfig:
+        """`raw` as in config.json. `source` names it in errors."""
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{source}: expected an object, found {type(raw).__name__}")
+        if raw.get("model_type", "deepseek_v4") != "deepseek_v4":
+            raise CheckpointError(f"{source}: model_type is {raw['model_type']!r}; only 'deepseek_v4' is supported")
+
+        def number(holder: dict[str, Any], key: str, kind: type, where: str = "") -> Any:
+            if key not in holder:
+                raise CheckpointError(f"{source}: missing key {where + key!r}")
+            value = holder[key]
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+                raise CheckpointError(f"{source}: {where + key!r} must be {kind.__name__}, found {value!r}")
+            return kind(value)
+
+        layers = number(raw, "num_hidden_layers", int)
+        ratios = raw.get("compress_ratios")
+        if not isinstance(ratios, list) or len(ratios) < layers:
+            raise CheckpointError(f"{source}: 'compress_ratios' must list at least num_hidden_layers={layers} ratios")
+        bad = [ratio for ratio in ratios[:layers] if ratio not in (0, 4, 128)]
+        if bad:
+            raise CheckpointError(f"{source}: 'compress_ratios' holds {bad[0]!r}; allowed are 0, 4 and 128")
+        for key, allowed in (("scoring_func", "sqrtsoftplus"), ("hidden_act", "silu")):
+            if raw.get(key, allowed) != allowed:
+                raise CheckpointError(f"{source}: {key!r} is {raw[key]!r}; only {allowed!r} is supported")
+        scaling = raw.get("rope_scaling") or {}
+        if scaling.get("type", scaling.get("rope_type")) != "yarn":
+            raise CheckpointError(f"{source}: 'rope_scaling.type' must be 'yarn', found {scaling.get('type')!r}")
+        ints = (
+            "vocab_size hidden_size num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_groups o_lora_rank "
+            "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size num_hash_layers sliding_window "
+            "index_n_heads index_head_dim index_topk hc_mult hc_sinkhorn_iters max_position_embeddings bos_token_id eos_token_id"
+        ).split()
+        floats = (
+            "routed_scaling_factor swiglu_limit hc_eps rms_norm_eps rope_theta compress_rope_theta"
+        ).split()
+        values: dict[str, Any] = {key: number(raw, key, int) for key in ints}
+        values |= {key: number(raw, key, float) for key in floats}
+        config = ModelConfig(
+            **values,
+            num_hidden_layers=layers,
+            compress_ratios=tuple(ratios[:layers]),
+            rope_factor=number(scaling, "factor", float, "rope_scaling."),
+            rope_beta_fast=number(scaling, "beta_fast", float, "rope_scaling."),
+            rope_beta_slow=number(scaling, "beta_slow", float, "rope_scaling."),
+            rope_original_max_positions=number(scaling, "original_max_position_embeddings", int, "rope_scaling."),
+            num_nextn_predict_layers=int(raw.get("num_nextn_predict_layers", 0)),
+        )
+        if config.num_attention_heads % config.o_groups:
+            raise CheckpointError(f"{source}: num_attention_heads must be a multiple of o_groups")
+        if config.sliding_window != 128:
+            raise CheckpointError(f"{source}: 'sliding_window' is {config.sliding_window}; the slot format holds 128")
+        return config
+
+
+KV_FORMATS = ("fp8", "bf16", "fp32")
+INDEX_FORMATS = ("fp8", "fp4", "bf16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How the model is run; equal for prefill and decode ranks (each role adds its own sizes)."""
+
+    device: str = "auto"
+    """"cpu", "cuda", or "auto" (cuda where there is one)."""
+    load: str = "checkpoint"
+    """"checkpoint" reads the model folder; "dummy" draws weights of the right shapes and formats from a fixed seed."""
+    dtype: str = "bfloat16"
+    """Activations. "bfloat16": the official numerics (activation and KV quantisation included). "float32": no quantisation of
+    activations, for comparison with other implementations."""
+    kv_format: str = "fp8"
+    """Rows of window and compressed entries: "fp8", "bf16" or "fp32"."""
+    index_format: str = "fp8"
+    """Index keys: "fp8" (132 B), "fp4" (68 B), "bf16" or "fp32" (no quantisation)."""
+    max_model_len: int = 8192
+    """Longest sequence (prompt + output), in tokens."""
+    threads: int = 1
+    """CPU threads of one rank's compute."""
+    ops: dict[str, str] = field(default_factory=dict)
+    """Op name -> backend, to overrule the automatic choice; one that cannot run is an error with the reason."""
+
+    def __post_init__(self) -> None:
+        for key, value, allowed in (
+            ("device", self.device, ("auto", "cpu", "cuda")),
+            ("load", self.load, ("checkpoint", "dummy")),
+            ("dtype", self.dtype, ("bfloat16", "float32")),
+            ("kv_format", self.kv_format, KV_FORMATS),
+            ("index_format", self.index_format, INDEX_FORMATS),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"engine.{key} is {value!r}; allowed: {', '.join(allowed)}")
+        for key in ("max_model_len", "threads"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be at least 1")

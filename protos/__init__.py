@@ -1,0 +1,1 @@
+"""The wire: one .proto per border, generated code committed beside it (`python -m protos.generate`)."""

@@ -1,0 +1,76 @@
+from protos import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PrefillCommand(_message.Message):
+    __slots__ = ("hello", "run", "cancel", "ping")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    hello: _common_pb2.Hello
+    run: PrefillRun
+    cancel: str
+    ping: int
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., run: _Optional[_Union[PrefillRun, _Mapping]] = ..., cancel: _Optional[str] = ..., ping: _Optional[int] = ...) -> None: ...
+
+class PrefillRun(_message.Message):
+    __slots__ = ("request", "reservation")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    request: _common_pb2.Request
+    reservation: _common_pb2.Reservation
+    def __init__(self, request: _Optional[_Union[_common_pb2.Request, _Mapping]] = ..., reservation: _Optional[_Union[_common_pb2.Reservation, _Mapping]] = ...) -> None: ...
+
+class PrefillUpdate(_message.Message):
+    __slots__ = ("hello", "first_tokens", "prompt_logprobs", "handed_off", "failures", "load", "pong", "draining")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OFF_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    hello: _common_pb2.Hello
+    first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
+    handed_off: _containers.RepeatedCompositeFieldContainer[HandedOff]
+    failures: _containers.RepeatedCompositeFieldContainer[_common_pb2.Failure]
+    load: _common_pb2.Load
+    pong: int
+    draining: bool
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., handed_off: _Optional[_Iterable[_Union[HandedOff, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[_common_pb2.Failure, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., pong: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class FirstToken(_message.Message):
+    __slots__ = ("tokens", "stages")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    tokens: _common_pb2.Tokens
+    stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
+    def __init__(self, tokens: _Optional[_Union[_common_pb2.Tokens, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
+
+class PromptLogprobs(_message.Message):
+    __slots__ = ("request_id", "start", "logprobs")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    start: int
+    logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
+    def __init__(self, request_id: _Optional[str] = ..., start: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+
+class HandedOff(_message.Message):
+    __slots__ = ("request_id", "num_bytes", "stages")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    num_bytes: int
+    stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
+    def __init__(self, request_id: _Optional[str] = ..., num_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
