@@ -1,0 +1,39 @@
+"""gRPC servers and channels with the settings that every border of baton shares.
+
+Keepalives find a dead peer when nothing else is sent; sessions add their own pings (`PING_INTERVAL_S`), so that a stopped
+process is noticed too. Messages carry whole prompts, hence the size limit.
+"""
+
+from __future__ import annotations
+
+import grpc
+import grpc.aio
+
+PING_INTERVAL_S = 0.5
+"""How often each side of a session pings the other when it has nothing else to send."""
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""A prompt of 1,048,576 token ids takes about 3 MB."""
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+def new_server() -> grpc.aio.Server:
+    """An asyncio server; the port is not shared with other processes, so a taken one is an error."""
+    return grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", 0)))
+
+
+def new_channel(address: str) -> grpc.aio.Channel:
+    """A plaintext channel of its own (not pooled with others to the same address)."""
+    reconnect = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000))
+    return grpc.aio.insecure_channel(address, options=(*_OPTIONS, *reconnect, ("grpc.use_local_subchannel_pool", 1)))
