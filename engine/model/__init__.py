@@ -1,0 +1,1 @@
+"""DeepSeek-V4: weights, layers, forward pass."""

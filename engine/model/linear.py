@@ -1,0 +1,53 @@
+"""A projection whose weight was packed for the backend chosen at start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import ModelConfig
+from engine.model.quantized import QuantizedWeight, Weight, to_float64
+from engine.ops.registry import BoundOps
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What every part of the model is built from; passed down, never stored globally."""
+
+    model: ModelConfig
+    ops: BoundOps
+    weights: Mapping[str, Weight]
+    """By published name."""
+    dtype: torch.dtype
+    """Of activations: bfloat16, or float32 for comparison with other implementations."""
+
+    @property
+    def quantize(self) -> bool:
+        """Whether activations are quantised before FP8 and MXFP4 products."""
+        return self.dtype == torch.bfloat16
+
+    def tensor(self, name: str) -> torch.Tensor:
+        weight = self.weights[name]
+        assert isinstance(weight, torch.Tensor), f"{name} is quantised"
+        return weight
+
+
+class Linear:
+    """y = x W^T. An FP8 weight quantises its input too (in bfloat16 mode); `out_dtype` other than the input's is only for plain ones."""
+
+    def __init__(self, build: Build, name: str, out_dtype: torch.dtype | None = None) -> None:
+        weight = build.weights[name]
+        self._fp8 = isinstance(weight, QuantizedWeight) and weight.kind == "fp8" and build.quantize
+        if self._fp8:
+            self._op, self._weight = build.ops.fp8_linear, build.ops.pack["fp8_linear"](weight)
+        else:
+            plain = to_float64(weight) if isinstance(weight, QuantizedWeight) else weight
+            self._op, self._weight = build.ops.linear, build.ops.pack["linear"](plain)
+        self._out_dtype = out_dtype or build.dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., K] -> [..., N]."""
+        y: torch.Tensor = self._op(x, self._weight) if self._fp8 else self._op(x, self._weight, self._out_dtype)
+        return y

@@ -1,0 +1,30 @@
+"""Mixture of experts: routed experts chosen by score or by a table of token ids, and the shared expert (deepseek-v4 spec, section 2.5)."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.model.linear import Build, Linear
+
+
+class MoE:
+    def __init__(self, build: Build, prefix: str, is_hash: bool) -> None:
+        model = build.model
+        self._ops, self._topk = build.ops, model.num_experts_per_tok
+        self._scaling, self._limit = model.routed_scaling_factor, model.swiglu_limit
+        self._gate = Linear(build, f"{prefix}.gate.weight", torch.float32)
+        self._bias = None if is_hash else build.tensor(f"{prefix}.gate.bias").float()
+        self._table = build.tensor(f"{prefix}.gate.tid2eid").long() if is_hash else None
+        experts = [f"{prefix}.experts.{index}" for index in range(model.n_routed_experts)]
+        w1, w2, w3 = ([build.weights[f"{expert}.{name}.weight"] for expert in experts] for name in ("w1", "w2", "w3"))
+        self._experts = build.ops.pack["moe_experts"](w1, w2, w3, build.quantize)
+        self._w1, self._w2, self._w3 = (Linear(build, f"{prefix}.shared_experts.{name}.weight") for name in ("w1", "w2", "w3"))
+
+    def forward(self, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """x: [T, d] after ffn_norm; token_ids: int64 [T]. Returns [T, d] in x's dtype."""
+        fixed = None if self._table is None else self._table[token_ids]
+        ids, weights = self._ops.moe_gate(self._gate(x), self._bias, fixed, self._topk, self._scaling)
+        routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
+        hidden = self._ops.swiglu(self._w1(x).float(), self._w3(x).float(), self._limit, x.dtype)
+        total: torch.Tensor = (routed + self._w2(hidden).float()).to(x.dtype)
+        return total

@@ -1,0 +1,32 @@
+"""y = x W^T with activations quantised to FP8 per token and 128 channels (spec section 2, "FP8-linear")."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.model.quantized import FP8_BLOCK, FP8_MAX, QuantizedWeight, ceil_exponent_byte, exp2_of_byte
+from engine.ops.registry import Op
+
+AMAX_FLOOR = 1e-4
+
+
+def act_quant(x: torch.Tensor) -> torch.Tensor:
+    """The float64 values that x [..., K] takes after FP8 quantisation: groups of 128 channels, scale 2^ceil(log2(amax/448))."""
+    columns = x.shape[-1]
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % FP8_BLOCK)).unflatten(-1, (-1, FP8_BLOCK))
+    scale = exp2_of_byte(ceil_exponent_byte(padded.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR) / FP8_MAX))
+    codes = (padded / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (codes.double() * scale).flatten(-2)[..., :columns]
+
+
+def fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x: [..., K] bf16; weight: FP8 [N, K] as `pack` made it. Returns [..., N] in x's dtype."""
+    return (act_quant(x) @ weight.T).to(x.dtype)
+
+
+def pack(weight: QuantizedWeight) -> torch.Tensor:
+    """float64 [N, K]."""
+    return weight.dequantize(torch.float64)
+
+
+OP = Op("fp8_linear", fp8_linear, pack)

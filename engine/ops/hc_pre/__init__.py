@@ -1,0 +1,42 @@
+"""Manifold-constrained hyper-connections, before a sublayer: mix four streams into one, and norm it (spec 2.1.1, 2.1.2)."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.ops.registry import Op
+
+
+def hc_pre(
+    h: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h: [T, M, d] streams (M = hc_mult). fn: [(2 + M) M, M d] fp32; base: [(2 + M) M]; scale: [3]. norm_weight: [d].
+
+    Returns (x [T, d] in h's dtype: the mixed stream, rounded, then RMS-normed; post [T, M] fp32; comb [T, M, M] fp32).
+    Columns of fn: pre M, post M, comb M x M row-major. After the softmax over comb's last dim and + hc_eps come
+    `sinkhorn_iters` column normalisations with a row normalisation between each two.
+    """
+    tokens, mult, width = h.shape
+    flat = h.double().flatten(1)
+    mixed = (flat @ fn.double().T) * torch.rsqrt(flat.square().mean(1, keepdim=True) + norm_eps)
+    scale64, base64 = scale.double(), base.double()
+    pre = torch.sigmoid(mixed[:, :mult] * scale64[0] + base64[:mult]) + hc_eps
+    post = 2 * torch.sigmoid(mixed[:, mult : 2 * mult] * scale64[1] + base64[mult : 2 * mult])
+    comb = torch.softmax((mixed[:, 2 * mult :] * scale64[2] + base64[2 * mult :]).view(tokens, mult, mult), dim=2) + hc_eps
+    comb = comb / (comb.sum(1, keepdim=True) + hc_eps)
+    for _ in range(sinkhorn_iters - 1):
+        comb = comb / (comb.sum(2, keepdim=True) + hc_eps)
+        comb = comb / (comb.sum(1, keepdim=True) + hc_eps)
+    x = torch.einsum("tm,tmd->td", pre, h.double()).to(h.dtype).double()
+    x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + norm_eps) * norm_weight.double()
+    return x.to(h.dtype), post.float(), comb.float()
+
+
+OP = Op("hc_pre", hc_pre)

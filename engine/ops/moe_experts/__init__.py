@@ -1,0 +1,49 @@
+"""The routed experts: sum over a token's experts of weight * W2 (clamped SwiGLU of W1 x, W3 x) (spec 2.5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.model.quantized import Weight, to_float64
+from engine.ops.fp8_linear import act_quant
+from engine.ops.registry import Op
+from engine.ops.swiglu import swiglu
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """Weights of the experts held here, as the reference wants them: float64, dequantised."""
+
+    w13: torch.Tensor
+    """[E, 2 I, d]: gate rows, then up rows."""
+    w2: torch.Tensor
+    """[E, d, I]."""
+    quantize_activations: bool
+    """FP8 per token and 128 channels before each product (off in float32 mode)."""
+
+
+def moe_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float) -> torch.Tensor:
+    """x: [T, d]; ids: int64 [T, k]; weights: fp32 [T, k]. Returns fp32 [T, d], the sum over k.
+
+    Products are rounded to x's dtype; the weight is applied in fp32, before W2.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    quantize = act_quant if experts.quantize_activations else torch.Tensor.double
+    inputs = quantize(x)
+    for expert in torch.unique(ids).tolist():
+        tokens, place = torch.nonzero(ids == expert, as_tuple=True)
+        gate, up = (inputs[tokens] @ experts.w13[expert].T).to(x.dtype).float().chunk(2, dim=1)
+        hidden = swiglu(gate, up, limit, torch.float32) * weights[tokens, place, None]
+        out.index_add_(0, tokens, (quantize(hidden.to(x.dtype)) @ experts.w2[expert].T).to(x.dtype).double())
+    return out.float()
+
+
+def pack(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activations: bool) -> PackedExperts:
+    """One weight an expert in each list: w1 gate [I, d], w3 up [I, d], w2 down [d, I]."""
+    w13 = [torch.cat((to_float64(gate), to_float64(up))) for gate, up in zip(w1, w3, strict=True)]
+    return PackedExperts(torch.stack(w13), torch.stack([to_float64(down) for down in w2]), quantize_activations)
+
+
+OP = Op("moe_experts", moe_experts, pack)

@@ -1,0 +1,143 @@
+"""Ops: named functions with one definition (the reference) and any number of faster bodies, chosen once at start.
+
+An op is a folder `engine/ops/<name>/` whose `__init__.py` defines
+
+    OP = Op("<name>", reference, backends={"triton": Impl("engine.ops.<name>.triton", requires), ...})
+
+where `reference` is the definition: its signature, docstring, semantics and CPU path. A backend module offers a function
+`run` with the same signature. `requires(device)` answers None, or the reason why the backend cannot run there. The layout of
+weights belongs to the backend: an op with weights has a `pack` function (the backend module its own), called once at load.
+
+    ops = bind({"rms_norm": "triton"}, device)   # explicit choices; the rest: first usable backend, else the reference
+    ops.rms_norm(x, weight, eps)
+    weight = ops.pack["fp8_linear"](checkpoint_weight)
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from core.errors import ConfigError
+
+OP_NAMES = (
+    "compress_c128",
+    "compress_c4",
+    "fp8_linear",
+    "hc_head",
+    "hc_post",
+    "hc_pre",
+    "index_logits",
+    "index_topk",
+    "kv_norm_rope",
+    "linear",
+    "moe_experts",
+    "moe_gate",
+    "output_derotate",
+    "q_norm_rope",
+    "rms_norm",
+    "sparse_attn_decode",
+    "sparse_attn_prefill",
+    "swiglu",
+)
+"""Every folder beside this file, in alphabetical order (a test compares)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Impl:
+    module: str
+    """Imported only when chosen."""
+    requires: Callable[[torch.device], str | None]
+    """None if it can run on the device, else the reason why not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    name: str
+    reference: Callable[..., Any]
+    pack: Callable[..., Any] | None = None
+    """Checkpoint weight -> what `reference` takes; None for an op without packed weights."""
+    backends: Mapping[str, Impl] = field(default_factory=dict)
+    """In order of preference; all are preferred to the reference where they can run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    op: str
+    backend: str
+    reasons: tuple[str, ...]
+    """Why each preferred backend was passed over."""
+
+
+class BoundOps:
+    """The chosen function of every op as an attribute, and `choices` for the start-up table and metrics."""
+
+    def __init__(
+        self, functions: dict[str, Callable[..., Any]], pack: dict[str, Callable[..., Any]], choices: tuple[Choice, ...]
+    ) -> None:
+        self.choices = choices
+        self.pack = pack
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"no op named {name!r}")
+
+    def table(self) -> str:
+        """One line an op: its backend, and why not a preferred one."""
+        width = max(len(choice.op) for choice in self.choices)
+        lines = [f"{choice.op:<{width}}  {choice.backend:<10} {'; '.join(choice.reasons)}".rstrip() for choice in self.choices]
+        return "\n".join(lines)
+
+
+def get_op(name: str) -> Op:
+    op = importlib.import_module(f"engine.ops.{name}").OP
+    assert isinstance(op, Op) and op.name == name, f"engine.ops.{name}.OP is {op!r}"
+    return op
+
+
+def load_backend(op: Op, backend: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """The function of a backend (its signature must be the reference's) and its pack function."""
+    if backend == "reference":
+        return op.reference, op.pack
+    module = importlib.import_module(op.backends[backend].module)
+    run: Callable[..., Any] = module.run
+    wanted, found = (list(inspect.signature(function).parameters) for function in (op.reference, run))
+    assert wanted == found, f"{op.name}.{backend}: parameters {found}, the reference has {wanted}"
+    return run, module.pack if op.pack else None
+
+
+def bind(overrides: Mapping[str, str], device: torch.device) -> BoundOps:
+    """Choose a backend for every op. Raises ConfigError for an unknown op or backend, or an explicit one that cannot run."""
+    for name in overrides:
+        if name not in OP_NAMES:
+            raise ConfigError(f"engine.ops: unknown op {name!r}; known: {', '.join(OP_NAMES)}")
+    functions, packs, choices = {}, {}, []
+    for name in OP_NAMES:
+        op = get_op(name)
+        reasons: list[str] = []
+        wanted = overrides.get(name)
+        if wanted is not None and wanted != "reference":
+            if wanted not in op.backends:
+                allowed = ", ".join(("reference", *op.backends))
+                raise ConfigError(f"engine.ops.{name}: unknown backend {wanted!r}; allowed: {allowed}")
+            reason = op.backends[wanted].requires(device)
+            if reason is not None:
+                raise ConfigError(f"engine.ops.{name}: backend {wanted!r} cannot run here: {reason}")
+        chosen = wanted or "reference"
+        if wanted is None:
+            for backend, impl in op.backends.items():
+                reason = impl.requires(device)
+                if reason is None:
+                    chosen = backend
+                    break
+                reasons.append(f"{backend}: {reason}")
+        functions[name], pack = load_backend(op, chosen)
+        if pack is not None:
+            packs[name] = pack
+        choices.append(Choice(name, chosen, tuple(reasons)))
+    return BoundOps(functions, packs, tuple(choices))

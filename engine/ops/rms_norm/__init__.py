@@ -1,0 +1,20 @@
+"""RMSNorm over the last dim."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.ops.registry import Op
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight, rounded once.
+
+    x: [..., K] bf16 or fp32. weight: [K], any float dtype. Returns x's shape and dtype.
+    """
+    x64 = x.double()
+    normed = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.double()).to(x.dtype)
+
+
+OP = Op("rms_norm", rms_norm)
