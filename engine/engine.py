@@ -1,0 +1,168 @@
+"""Load a model, and run it alone: continuous batching of a list of requests in one process.
+
+The workers use the same parts (`LoadedModel`, planners, allocators, `ModelRunner`) with their own loops around them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from core.errors import ConfigError, InvalidRequest
+from core.kv_layout import KVLayout
+from core.log import get_logger
+from core.request import FinishReason, Request, TokenLogprobs
+from engine.cache.arena import Arena, ModelCaches
+from engine.cache.layout import build_layout
+from engine.config import EngineConfig, ModelConfig
+from engine.model.deepseek_v4 import DeepseekV4
+from engine.model.weights import checkpoint_identity, dummy_weights, load_weights
+from engine.ops.registry import BoundOps, bind
+from engine.runner import ChunkResult, ModelRunner
+from engine.scheduler.decode import DecodePlanner
+from engine.scheduler.pages import PageAllocator, SlotAllocator
+from engine.scheduler.prefill import PrefillPlanner
+from engine.sequence import Sequence
+
+log = get_logger("engine")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A checkpoint in memory, ready to run; owns no caches."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    network: DeepseekV4
+    layout: KVLayout
+    ops: BoundOps
+    device: torch.device
+
+    @staticmethod
+    def load(folder: pathlib.Path, engine: EngineConfig) -> LoadedModel:
+        """Raises CheckpointError or ConfigError before anything is allocated. Prints nothing; logs the chosen backends."""
+        model = ModelConfig.from_folder(folder)
+        device = resolve_device(engine.device)
+        torch.set_num_threads(engine.threads)
+        if engine.max_model_len > model.max_position_embeddings:
+            limit = model.max_position_embeddings
+            raise ConfigError(f"engine.max_model_len is {engine.max_model_len}; the model's max_position_embeddings is {limit}")
+        if engine.load == "dummy":
+            identity, weights = "dummy-0", dummy_weights(model)
+        else:
+            identity, weights = checkpoint_identity(folder), load_weights(folder, model)
+        layout = build_layout(model, engine, f"{folder.resolve().name}@{identity}")
+        ops = bind(engine.ops, device)
+        log.info("engine.loaded", model=layout.model, device=device, fingerprint=layout.fingerprint())
+        for line in ops.table().splitlines():
+            log.debug("engine.op", choice=line)
+        return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops), layout, ops, device)
+
+    def new_caches(self, num_pages: int, num_slots: int) -> ModelCaches:
+        """Raises ConfigError naming the knobs if the memory is not there."""
+        need = num_pages * self.layout.page_bytes + num_slots * self.layout.slot_bytes
+        try:
+            return ModelCaches(Arena(self.layout, num_pages, num_slots, self.device), self.model)
+        except (RuntimeError, MemoryError) as error:
+            raise ConfigError(
+                f"{num_pages} pages of {self.layout.page_bytes} bytes and {num_slots} slots of {self.layout.slot_bytes} bytes need "
+                f"{need / 2**30:.2f} GiB, which is not there: lower num_pages or num_slots"
+            ) from error
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """"auto" is cuda where there is one. Raises ConfigError if cuda is asked for and not there."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device is 'cuda', but torch finds no CUDA device here; use 'cpu' or 'auto'")
+    return torch.device(wanted)
+
+
+def check_fits(request: Request, model: ModelConfig, max_model_len: int) -> None:
+    """Raise InvalidRequest unless the ids are in the vocabulary and prompt + output fit."""
+    if not request.token_ids:
+        raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
+    bad = next((token for token in request.token_ids if not 0 <= token < model.vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"token id {bad} is out of range; the vocabulary has {model.vocab_size} ids", param="prompt")
+    if request.max_total_tokens > max_model_len:
+        raise InvalidRequest(
+            f"prompt of {request.prompt_len} tokens and max_tokens of {request.sampling.max_tokens} exceed the longest sequence, "
+            f"{max_model_len} tokens",
+            param="max_tokens",
+        )
+
+
+@dataclass(slots=True)
+class Generation:
+    """What became of one request."""
+
+    request_id: str
+    token_ids: list[int]
+    """Output only, the end token included."""
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason | None = None
+
+
+class Engine:
+    """One model, its caches and planners: prefill and decode in one place."""
+
+    def __init__(self, loaded: LoadedModel, *, num_pages: int, num_slots: int, max_running: int = 16, chunk_tokens: int = 256) -> None:
+        self.loaded = loaded
+        self._runner = ModelRunner(loaded, num_pages, num_slots)
+        self._pages, self._slots = PageAllocator(num_pages), SlotAllocator(num_slots)
+        self._prefill = PrefillPlanner(chunk_tokens=chunk_tokens, max_sequences=max_running)
+        self._decode = DecodePlanner(max_running=max_running)
+        self._max_running = min(max_running, num_slots)
+
+    def generate(self, requests: Iterable[Request], on_token: Callable[[str, int], None] | None = None) -> list[Generation]:
+        """Run all requests to their ends, in continuous batches; results in the order given. A request that can never fit raises
+        InvalidRequest before anything runs. `on_token(request_id, token)` sees each token as it is made."""
+        sequences = [Sequence.from_request(request) for request in requests]
+        results = {s.request_id: Generation(s.request_id, [], [], []) for s in sequences}
+        for sequence in sequences:
+            check_fits(sequence.request, self.loaded.model, self.loaded.engine.max_model_len)
+            if self.loaded.layout.num_pages(sequence.request.max_total_tokens) > self._pages.num_pages:
+                raise InvalidRequest(f"{sequence.request_id} needs more than the {self._pages.num_pages} pages there are")
+        waiting, running = list(sequences), list[Sequence]()
+        while waiting or running:
+            # A sequence gets the pages of its longest possible self, so nothing is ever preempted here.
+            while waiting and len(running) < self._max_running and self._admit(waiting[0]):
+                running.append(waiting.pop(0))
+            chunks = self._prefill.plan([s for s in running if s.num_remaining > 1 or s.num_computed == 0])
+            if not chunks:
+                chunks = self._decode.plan(running, self._pages).chunks
+            for result in self._runner.step(chunks):
+                self._record(result, results[result.sequence.request_id], on_token)
+                if result.sequence.finish_reason is not None:
+                    running.remove(result.sequence)
+                    self._pages.free(result.sequence.request_id)
+                    self._slots.free(result.sequence.request_id)
+        self._pages.check_integrity()
+        return [results[sequence.request_id] for sequence in sequences]
+
+    def _admit(self, sequence: Sequence) -> bool:
+        pages = self._pages.allocate(sequence.request_id, self.loaded.layout.num_pages(sequence.request.max_total_tokens))
+        if pages is None:
+            return False
+        slots = self._slots.allocate(sequence.request_id, 1)
+        assert slots is not None, "running is bounded by the number of slots"
+        sequence.page_ids, sequence.slot_id = pages, slots[0]
+        self._runner.clear_slot(sequence.slot_id)
+        return True
+
+    def _record(self, result: ChunkResult, into: Generation, on_token: Callable[[str, int], None] | None) -> None:
+        into.prompt_logprobs += result.prompt_logprobs
+        if result.token is None:
+            return
+        into.token_ids.append(result.token)
+        if result.logprobs is not None:
+            into.logprobs.append(result.logprobs)
+        into.finish_reason = result.sequence.finish_reason
+        if on_token is not None:
+            on_token(into.request_id, result.token)
