@@ -60,18 +60,20 @@ class SenderMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[SenderHello, _Mapping]] = ..., renew: _Optional[_Iterable[int]] = ..., last_write_out: _Optional[_Iterable[int]] = ..., ping: _Optional[int] = ...) -> None: ...
 
 class ReceiverMessage(_message.Message):
-    __slots__ = ("hello", "refused", "released", "revoked", "pong")
+    __slots__ = ("hello", "refused", "released", "revoked", "pong", "live")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
     hello: ReceiverHello
     refused: _common_pb2.Error
     released: _containers.RepeatedScalarFieldContainer[int]
     revoked: _containers.RepeatedScalarFieldContainer[int]
     pong: int
-    def __init__(self, hello: _Optional[_Union[ReceiverHello, _Mapping]] = ..., refused: _Optional[_Union[_common_pb2.Error, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ..., revoked: _Optional[_Iterable[int]] = ..., pong: _Optional[int] = ...) -> None: ...
+    live: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hello: _Optional[_Union[ReceiverHello, _Mapping]] = ..., refused: _Optional[_Union[_common_pb2.Error, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ..., revoked: _Optional[_Iterable[int]] = ..., pong: _Optional[int] = ..., live: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("epoch", "decode_incarnation", "sender_incarnation", "request_id", "num_tokens", "num_pages", "first_token", "checksums")

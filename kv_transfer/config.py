@@ -1,0 +1,62 @@
+"""The `transfer` section of the cluster file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from core.errors import ConfigError
+
+TRANSPORTS = ("nixl", "memory")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferConfig:
+    transport: str = "nixl"
+    """"nixl" (UCX: NVLink, RDMA, shared memory, TCP); "memory" is for tests within one process."""
+    ucx_tls: str = ""
+    """UCX_TLS: transports that UCX may use, e.g. "tcp" or "rc,cuda_ipc,cuda_copy"; empty lets UCX choose."""
+    ucx_net_devices: str = ""
+    """UCX_NET_DEVICES, e.g. "mlx5_0:1"; empty lets UCX choose."""
+    tcp_user_timeout_s: float = 3.0
+    """UCX_TCP_USER_TIMEOUT: a TCP peer that acknowledges nothing for so long is an error."""
+    num_threads: int = 0
+    """Threads of the NIXL agent's UCX backend; 4 pay for GPU to GPU, 0 for a CPU machine."""
+    max_bytes_in_flight: int = 512 * 2**20
+    """Bytes posted and not yet out, over all hand-offs of a prefill rank."""
+    deadline_s: float = 60.0
+    """From the last page computed to the commit; then the hand-off has failed."""
+    lease_s: float = 15.0
+    """A reservation whose sender is silent for so long is aborted."""
+    liveness_timeout_s: float = 5.0
+    """A peer whose transfer session is silent for so long is lost."""
+    quarantine_s: float = 10.0
+    """Pages that a lost sender may still write to are kept from use for so long after its connection was torn down; must exceed
+    liveness_timeout_s (the cut-off sender stops itself by then) plus tcp_user_timeout_s (its last write has ended by then)."""
+    checksum: bool = False
+    """Checked mode: the commit carries a checksum of each page and the slot, and the receiver compares."""
+    poll_interval_ms: float = 0.5
+    """How often both sides poll the transport while anything is outstanding."""
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transfer.transport is {self.transport!r}; allowed: {', '.join(TRANSPORTS)}")
+        for key in ("tcp_user_timeout_s", "max_bytes_in_flight", "deadline_s", "lease_s", "liveness_timeout_s", "poll_interval_ms"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"transfer.{key} is {getattr(self, key)}; it must be above 0")
+        if self.num_threads < 0:
+            raise ConfigError(f"transfer.num_threads is {self.num_threads}; it must be at least 0")
+        if self.quarantine_s <= self.liveness_timeout_s + self.tcp_user_timeout_s:
+            raise ConfigError(
+                f"transfer.quarantine_s is {self.quarantine_s}; it must exceed liveness_timeout_s + tcp_user_timeout_s = "
+                f"{self.liveness_timeout_s + self.tcp_user_timeout_s:g}"
+            )
+
+    def apply_to_environment(self) -> None:
+        """UCX reads its settings from the environment when the agent is created."""
+        settings = {"UCX_TCP_USER_TIMEOUT": f"{self.tcp_user_timeout_s:g}s", "UCX_LOG_LEVEL": "error"}
+        if self.ucx_tls:
+            settings["UCX_TLS"] = self.ucx_tls
+        if self.ucx_net_devices:
+            settings["UCX_NET_DEVICES"] = self.ucx_net_devices
+        os.environ.update(settings)

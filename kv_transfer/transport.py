@@ -1,0 +1,63 @@
+"""What the transfer needs of a transport, and nothing more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Region:
+    """A contiguous run of equal pieces (pages or slots) in the memory of one process."""
+
+    address: int
+    num_pieces: int
+    piece_bytes: int
+    device_id: int = 0
+    memory: str = "DRAM"
+    """"DRAM" or "VRAM"."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_pieces * self.piece_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Pieces to copy to a peer: (local id, remote id) of pages and, with the last write, the slot."""
+
+    pages: tuple[tuple[int, int], ...]
+    slot: tuple[int, int] | None = None
+    notification: bytes = b""
+    """Delivered to the peer after all pieces of this write have landed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Polled:
+    finished: tuple[tuple[int, bool], ...]
+    """(write id, succeeded) of writes that are out: their local pieces may change, and nothing of them will land later."""
+    notifications: tuple[bytes, ...]
+
+
+class Transport(Protocol):
+    """Used by one thread. A failed peer raises TransferFailed, and only its writes fail."""
+
+    def register(self, pages: Region, slots: Region) -> bytes:
+        """Make own memory known to the transport; once. Returns the agent bytes that a peer needs to `connect`."""
+        ...
+
+    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> None:
+        """Prepare writes into a peer's regions."""
+        ...
+
+    def disconnect(self, peer: str) -> None:
+        """Tear the connection down; its unfinished writes are reported as failed. Unknown peers are ignored."""
+        ...
+
+    def write(self, peer: str, write: Write) -> int:
+        """Start a write; returns its id. Never waits for the wire, but may copy inline."""
+        ...
+
+    def poll(self) -> Polled: ...
+
+    def close(self) -> None: ...
