@@ -80,9 +80,7 @@ def encode_logprobs(logprobs: Iterable[TokenLogprobs]) -> list[common_pb2.TokenL
 
 
 def decode_logprobs(wire: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
-    return tuple(
-        TokenLogprobs(logprob=w.logprob, top_ids=tuple(w.top_ids), top_logprobs=tuple(w.top_logprobs)) for w in wire
-    )
+    return tuple(TokenLogprobs(logprob=w.logprob, top_ids=tuple(w.top_ids), top_logprobs=tuple(w.top_logprobs)) for w in wire)
 
 
 def encode_tokens(tokens: Tokens) -> common_pb2.Tokens:

@@ -131,7 +131,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        """"prefill/0.1": replica 0, rank 1. Reused by a restarted rank; (name, incarnation) is unique."""
+        """ "prefill/0.1": replica 0, rank 1. Reused by a restarted rank; (name, incarnation) is unique."""
         return f"{self.role}/{self.replica}.{self.rank}"
 
 

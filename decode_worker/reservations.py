@@ -86,7 +86,8 @@ class Reservations:
         most = -(-request.max_total_tokens // PAGE_TOKENS)
         if most > self.pages.num_total:
             raise InvalidRequest(
-                f"prompt and max_tokens need {most} pages of {PAGE_TOKENS} tokens; this rank has {self.pages.num_total}", param="max_tokens"
+                f"prompt and max_tokens need {most} pages of {PAGE_TOKENS} tokens; this rank has {self.pages.num_total}",
+                param="max_tokens",
             )
         if request.request_id in self._held:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")

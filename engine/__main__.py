@@ -73,7 +73,9 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--model", type=pathlib.Path, required=True, help="folder with config.json and *.safetensors")
-    shared.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="float32: no quantisation of activations and caches")
+    shared.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="float32: no quantisation of activations and caches"
+    )
     shared.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     shared.add_argument("--load", choices=["checkpoint", "dummy"], default="checkpoint")
     shared.add_argument("--threads", type=int, default=1, help="CPU threads")

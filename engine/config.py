@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from dataclasses import dataclass, field
@@ -96,16 +97,7 @@ class ModelConfig:
         scaling = raw.get("rope_scaling") or {}
         if scaling.get("type", scaling.get("rope_type")) != "yarn":
             raise CheckpointError(f"{source}: 'rope_scaling.type' must be 'yarn', found {scaling.get('type')!r}")
-        ints = (
-            "vocab_size hidden_size num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_groups o_lora_rank "
-            "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size num_hash_layers sliding_window "
-            "index_n_heads index_head_dim index_topk hc_mult hc_sinkhorn_iters max_position_embeddings bos_token_id eos_token_id"
-        ).split()
-        floats = (
-            "routed_scaling_factor swiglu_limit hc_eps rms_norm_eps rope_theta compress_rope_theta"
-        ).split()
-        values: dict[str, Any] = {key: number(raw, key, int) for key in ints}
-        values |= {key: number(raw, key, float) for key in floats}
+        values: dict[str, Any] = {key: number(raw, key, kind) for key, kind in _SCALARS.items()}
         config = ModelConfig(
             **values,
             num_hidden_layers=layers,
@@ -122,6 +114,15 @@ class ModelConfig:
             raise CheckpointError(f"{source}: 'sliding_window' is {config.sliding_window}; the slot format holds 128")
         return config
 
+
+_SCALARS: dict[str, type] = {
+    field.name: {"int": int, "float": float}[str(field.type)]
+    for field in dataclasses.fields(ModelConfig)
+    if field.type in ("int", "float")
+    and (field.name == "rope_theta" or not field.name.startswith("rope_"))
+    and field.name not in ("num_hidden_layers", "num_nextn_predict_layers")
+}
+"""Keys of config.json that are read as they are."""
 
 KV_FORMATS = ("fp8", "bf16", "fp32")
 INDEX_FORMATS = ("fp8", "fp4", "bf16", "fp32")

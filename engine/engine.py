@@ -74,7 +74,7 @@ class LoadedModel:
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """"auto" is cuda where there is one. Raises ConfigError if cuda is asked for and not there."""
+    """ "auto" is cuda where there is one. Raises ConfigError if cuda is asked for and not there."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -95,6 +95,4 @@ def logprobs_of(logits: torch.Tensor, targets: list[int], num_top: int) -> tuple
     chosen = logs.gather(1, torch.tensor(targets)[:, None])[:, 0].tolist()
     values, ids = torch.sort(logs, dim=1, descending=True, stable=True)
     tops = (values[:, :num_top].tolist(), ids[:, :num_top].tolist())
-    return tuple(
-        TokenLogprobs(logprob=chosen[i], top_ids=tuple(tops[1][i]), top_logprobs=tuple(tops[0][i])) for i in range(len(targets))
-    )
+    return tuple(TokenLogprobs(logprob=chosen[i], top_ids=tuple(tops[1][i]), top_logprobs=tuple(tops[0][i])) for i in range(len(targets)))

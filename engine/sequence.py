@@ -1,8 +1,8 @@
 """Sequence: the state of one request inside a worker. The only mutable thing between scheduling and memory.
 
-    token_ids   [ prompt ............... | output ....... ]
-                  0 ....... computed ......... len
-    tokens [0, num_computed) have their KV state in `page_ids` and `slot_id`.
+token_ids   [ prompt ............... | output ....... ]
+              0 ....... computed ......... len
+tokens [0, num_computed) have their KV state in `page_ids` and `slot_id`.
 """
 
 from __future__ import annotations

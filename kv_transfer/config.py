@@ -41,7 +41,14 @@ class TransferConfig:
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transfer.transport is {self.transport!r}; allowed: {', '.join(TRANSPORTS)}")
-        for key in ("tcp_user_timeout_s", "max_bytes_in_flight", "deadline_s", "lease_s", "liveness_timeout_s", "poll_interval_ms"):
+        for key in (
+            "tcp_user_timeout_s",
+            "max_bytes_in_flight",
+            "deadline_s",
+            "lease_s",
+            "liveness_timeout_s",
+            "poll_interval_ms",
+        ):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"transfer.{key} is {getattr(self, key)}; it must be above 0")
         if self.num_threads < 0:

@@ -126,7 +126,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):  # type: ignore[misc]
 
     def _commit(self, note: bytes) -> list[Action]:
         wire = transfer_pb2.Commit.FromString(note)
-        sender = next((key for key in self._outboxes if key.endswith(f"#{wire.sender_incarnation}")), "")
+        sender = next((key for key in list(self._outboxes) if key.endswith(f"#{wire.sender_incarnation}")), "")
         arrived = Arrived(
             epoch=wire.epoch,
             receiver_incarnation=wire.decode_incarnation,
@@ -162,7 +162,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):  # type: ignore[misc]
 
     # -- the sessions ----------------------------------------------------------------------------------------------------------
 
-    async def Session(  # noqa: N802 (gRPC's name)
+    async def Session(
         self, requests: AsyncIterator[transfer_pb2.SenderMessage], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[transfer_pb2.ReceiverMessage]:
         first = await anext(requests, None)
@@ -177,7 +177,11 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):  # type: ignore[misc]
         hello = common_pb2.Hello(wire_version=WIRE_VERSION, name=self._member.name, incarnation=self._member.incarnation)
         yield transfer_pb2.ReceiverMessage(
             hello=transfer_pb2.ReceiverHello(
-                hello=hello, kv_layout=self._layout.to_json(), agent=self._agent, pages=_wire(self._pages), slots=_wire(self._slots)
+                hello=hello,
+                kv_layout=self._layout.to_json(),
+                agent=self._agent,
+                pages=_wire(self._pages),
+                slots=_wire(self._slots),
             )
         )
 

@@ -299,7 +299,11 @@ class KVSender:
 
 def _region(wire: transfer_pb2.Region) -> Region:
     return Region(
-        address=wire.address, num_pieces=wire.num_pieces, piece_bytes=wire.piece_bytes, device_id=wire.device_id, memory=wire.memory
+        address=wire.address,
+        num_pieces=wire.num_pieces,
+        piece_bytes=wire.piece_bytes,
+        device_id=wire.device_id,
+        memory=wire.memory,
     )
 
 

@@ -89,7 +89,9 @@ class ModelCaches:
             return RowPool(
                 form,
                 memory[:, field.offset : split].unflatten(1, (field.rows, form.data_bytes)),
-                memory[:, split:end].unflatten(1, (field.rows, form.scale_bytes)) if form.scale_bytes else memory[:, :0].unsqueeze(1).expand(-1, field.rows, -1),
+                memory[:, split:end].unflatten(1, (field.rows, form.scale_bytes))
+                if form.scale_bytes
+                else memory[:, :0].unsqueeze(1).expand(-1, field.rows, -1),
             )
 
         def floats(field: Field | None, shape: tuple[int, ...]) -> torch.Tensor | None:

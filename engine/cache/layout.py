@@ -1,7 +1,7 @@
 """Where each layer's rows lie inside a page and a slot (architecture section 3; drawn in bytes.md).
 
-    page   [ c4_kv of every ratio-4 layer | c128_kv of every ratio-128 layer | index keys of every ratio-4 layer | pad ]
-    slot   [ window ring of every layer | ratio-4 rings | ratio-4 index rings | ratio-128 states | pad ]
+page   [ c4_kv of every ratio-4 layer | c128_kv of every ratio-128 layer | index keys of every ratio-4 layer | pad ]
+slot   [ window ring of every layer | ratio-4 rings | ratio-4 index rings | ratio-128 states | pad ]
 """
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ def kv_rows(kv_format: str, head_dim: int, rope_dim: int) -> RowFormat:
     """The row of window and compressed entries for `engine.kv_format`. Raises ConfigError if the shape does not fit."""
     if kv_format == "fp8":
         if (head_dim, rope_dim) != (KV_NOPE + KV_ROPE, KV_ROPE):
-            raise ConfigError(f"engine.kv_format fp8 needs head_dim 512 and rope dim 64, the model has {head_dim} and {rope_dim}; use bf16 or fp32")
+            raise ConfigError(
+                f"engine.kv_format fp8 needs head_dim 512 and rope dim 64, the model has {head_dim} and {rope_dim}; use bf16 or fp32"
+            )
         return Fp8KvRows()
     return PlainRows(head_dim, torch.bfloat16 if kv_format == "bf16" else torch.float32)
 
@@ -133,6 +135,8 @@ def index_rows(index_format: str, index_head_dim: int) -> RowFormat:
     """The row of index keys for `engine.index_format`. Raises ConfigError if the shape does not fit."""
     if index_format in ("fp8", "fp4"):
         if index_head_dim != INDEX_DIM:
-            raise ConfigError(f"engine.index_format {index_format} needs index_head_dim 128, the model has {index_head_dim}; use bf16 or fp32")
+            raise ConfigError(
+                f"engine.index_format {index_format} needs index_head_dim 128, the model has {index_head_dim}; use bf16 or fp32"
+            )
         return Fp8IndexRows() if index_format == "fp8" else Fp4IndexRows()
     return PlainRows(index_head_dim, torch.bfloat16 if index_format == "bf16" else torch.float32)

@@ -73,7 +73,12 @@ class Attention:
         return entry
 
     def _store(
-        self, cache: LayerCache, closed: torch.Tensor, index_closed: torch.Tensor | None, numbers: torch.Tensor, pages: torch.Tensor
+        self,
+        cache: LayerCache,
+        closed: torch.Tensor,
+        index_closed: torch.Tensor | None,
+        numbers: torch.Tensor,
+        pages: torch.Tensor,
     ) -> None:
         """Write closed entries (and index keys) of the given numbers; pages: int64 [n] page id of each."""
         if not len(numbers):

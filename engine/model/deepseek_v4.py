@@ -1,8 +1,8 @@
 """DeepSeek-V4, top to bottom (deepseek-v4 spec, section 2.0).
 
-    e = Embed[ids]; h = 4 streams of e
-    for each layer:   attention sublayer, then MoE sublayer, each between hc_pre (mix the streams, norm) and hc_post (spread)
-    hc_head -> RMSNorm -> logits
+e = Embed[ids]; h = 4 streams of e
+for each layer:   attention sublayer, then MoE sublayer, each between hc_pre (mix the streams, norm) and hc_post (spread)
+hc_head -> RMSNorm -> logits
 """
 
 from __future__ import annotations

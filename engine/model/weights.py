@@ -292,7 +292,7 @@ def published_format(name: str) -> str:
         return "mxfp4"
     if name.endswith(".tid2eid"):
         return "int64"
-    if name in ("embed.weight", "head.weight") or "norm" in name or "compressor." in name and name.endswith(".weight"):
+    if name in ("embed.weight", "head.weight") or "norm" in name or ("compressor." in name and name.endswith(".weight")):
         return "bf16"
     if name.endswith(("gate.weight", "weights_proj.weight")):
         return "bf16"

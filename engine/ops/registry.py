@@ -77,9 +77,7 @@ class Choice:
 class BoundOps:
     """The chosen function of every op as an attribute, and `choices` for the start-up table and metrics."""
 
-    def __init__(
-        self, functions: dict[str, Callable[..., Any]], pack: dict[str, Callable[..., Any]], choices: tuple[Choice, ...]
-    ) -> None:
+    def __init__(self, functions: dict[str, Callable[..., Any]], pack: dict[str, Callable[..., Any]], choices: tuple[Choice, ...]) -> None:
         self.choices = choices
         self.pack = pack
         self.__dict__.update(functions)

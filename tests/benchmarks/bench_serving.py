@@ -112,9 +112,7 @@ async def tokens_of(response: httpx.Response) -> AsyncIterator[int]:
                 yield len(choice["logprobs"]["tokens"])
 
 
-async def run_load(
-    load: Workload, count: int, seed: int, *, concurrency: int = 0, rate: float = 0.0
-) -> tuple[list[Outcome], float]:
+async def run_load(load: Workload, count: int, seed: int, *, concurrency: int = 0, rate: float = 0.0) -> tuple[list[Outcome], float]:
     """Run `count` requests, closed loop (concurrency > 0) or open loop (rate > 0). Returns outcomes and the run's seconds."""
     headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency or 256)
@@ -197,9 +195,7 @@ def stage_table(rows: list[dict[str, float]], names: list[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def plot(
-    path: pathlib.Path, rows: list[dict[str, float | str]], runs: list[list[Outcome]], stages: list[dict[str, float]]
-) -> None:
+def plot(path: pathlib.Path, rows: list[dict[str, float | str]], runs: list[list[Outcome]], stages: list[dict[str, float]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

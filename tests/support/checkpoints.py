@@ -87,7 +87,9 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     return {name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in weights.items()}
 
 
-def write_random(folder: pathlib.Path, config: dict[str, Any], seed: int = 0, *, quantized: bool, max_shard_bytes: int = 2**62) -> pathlib.Path:
+def write_random(
+    folder: pathlib.Path, config: dict[str, Any], seed: int = 0, *, quantized: bool, max_shard_bytes: int = 2**62
+) -> pathlib.Path:
     """A checkpoint of random weights: published formats, or (`quantized=False`) float32 throughout. Returns the folder."""
 
     def formats(name: str) -> str:

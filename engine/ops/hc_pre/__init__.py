@@ -23,7 +23,7 @@ def hc_pre(
     Columns of fn: pre M, post M, comb M x M row-major. After the softmax over comb's last dim and + hc_eps come
     `sinkhorn_iters` column normalisations with a row normalisation between each two.
     """
-    tokens, mult, width = h.shape
+    tokens, mult, _ = h.shape
     flat = h.double().flatten(1)
     mixed = (flat @ fn.double().T) * torch.rsqrt(flat.square().mean(1, keepdim=True) + norm_eps)
     scale64, base64 = scale.double(), base.double()

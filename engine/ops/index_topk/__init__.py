@@ -11,7 +11,7 @@ def index_topk(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch
     """logits: fp32 [T, S]; num_visible: int64 [T], entries [0, num_visible) may be taken. Returns int64 [T, k]: the set of the k
     highest (all visible ones if there are fewer), order unspecified, -1 in unused places. Of equal scores the lower index is taken.
     """
-    tokens, entries = logits.shape
+    entries = logits.shape[1]
     index = torch.arange(entries, device=logits.device)
     masked = logits.masked_fill(index >= num_visible[:, None], -torch.inf)
     best = torch.sort(masked, dim=1, descending=True, stable=True).indices[:, :k]

@@ -8,7 +8,9 @@ from engine.model.rope import rotate
 from engine.ops.registry import Op
 
 
-def kv_norm_rope(kv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, out_dtype: torch.dtype) -> torch.Tensor:
+def kv_norm_rope(
+    kv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, out_dtype: torch.dtype
+) -> torch.Tensor:
     """kv: [T, D], any float dtype; weight: [D]; cos, sin: fp32 [T, rope / 2]. Returns [T, D] in out_dtype, rounded once.
 
     Quantisation follows when the row is stored (engine/cache/rows.py)."""

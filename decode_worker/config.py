@@ -1,0 +1,39 @@
+"""The `decode` section of the cluster file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeConfig:
+    replicas: int = 1
+    """Replicas of the role; changed live by `baton scale decode=N`."""
+    ranks_per_replica: int = 1
+    """Ranks in one replica's group."""
+    num_pages: int = 256
+    """Pages of 256 tokens on each rank."""
+    num_slots: int = 24
+    """Sequences on each rank at once: running and arriving."""
+    max_running: int = 16
+    """Sequences in one step."""
+    expected_output: float = 1.0
+    """Share of max_tokens that a sequence is expected to produce, (0, 1]. Below 1 pages are overcommitted, and the youngest
+    sequences are given up and run again when they run out."""
+    liveness_timeout_s: float = 5.0
+    """A router whose session is silent for so long is lost, and its requests are cancelled."""
+
+    def __post_init__(self) -> None:
+        for key in ("ranks_per_replica", "num_pages", "num_slots", "max_running"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"decode.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.replicas < 0:
+            raise ConfigError(f"decode.replicas is {self.replicas}; it must be at least 0")
+        if self.ranks_per_replica != 1:
+            raise ConfigError(f"decode.ranks_per_replica is {self.ranks_per_replica}; groups of more than one rank are not supported yet")
+        if not 0 < self.expected_output <= 1:
+            raise ConfigError(f"decode.expected_output is {self.expected_output}; it must be in (0, 1]")
+        if self.liveness_timeout_s <= 0:
+            raise ConfigError(f"decode.liveness_timeout_s is {self.liveness_timeout_s}; it must be above 0")

@@ -1,0 +1,278 @@
+"""The decode rank's engine thread: grant reservations, take in what has arrived, step, publish tokens.
+
+Everything that happens to a request happens in this thread: commands and transfer events come in through one inbox.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from core.clock import Clock
+from core.codec import encode_failure, encode_reservation, encode_stages, encode_tokens
+from core.errors import BatonError, DeadlineExceeded, Draining, InternalError, InvalidRequest, Preempted, TransferFailed
+from core.log import get_logger
+from core.request import Load, Member, Request, Reservation, Tokens
+from core.session import Outbox
+from decode_worker.config import DecodeConfig
+from decode_worker.metrics import DecodeMetrics
+from decode_worker.reservations import Reservations
+from engine.runner import ChunkResult, Runner
+from engine.scheduler.decode import DecodePlanner
+from engine.sequence import Sequence
+from kv_transfer.receiver import Committed, Quiesced, Renewed, SenderLost
+from kv_transfer.receiving import Event, KVReceiver
+from protos import decode_pb2
+
+log = get_logger("decode")
+
+MAX_FAILED_STEPS = 3
+"""Steps in a row that may raise before the rank gives itself up, to be restarted."""
+
+IDLE_S = 0.25
+
+
+@dataclass(slots=True)
+class Job:
+    """A request that this rank has accepted, in any state of its reservation."""
+
+    request: Request
+    outbox: Outbox
+    arrived: float
+    sequence: Sequence | None = None
+    """Set when its pages are here."""
+    ready: float = 0.0
+    started: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+class DecodeLoop:
+    """Owner of the rank's jobs and reservations. Public methods may be called from any thread."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: DecodeConfig,
+        lease_s: float,
+        metrics: DecodeMetrics,
+        member: Member,
+        clock: Clock,
+        on_death: Callable[[str], None],
+    ) -> None:
+        """`on_death(reason)` is called when the loop cannot go on."""
+        self._runner, self._metrics, self._member, self._clock, self._on_death = runner, metrics, member, clock, on_death
+        self._lease_s = lease_s
+        self._reservations = Reservations(
+            num_pages=config.num_pages, num_slots=config.num_slots, lease_s=lease_s, expected_output=config.expected_output
+        )
+        self._planner = DecodePlanner(max_running=config.max_running)
+        self._jobs: dict[str, Job] = {}
+        self._running: list[Sequence] = []
+        """In the order in which they became ready."""
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
+        self._failed_steps, self._steps, self._tokens = 0, 0, 0
+        self.is_draining = False
+        self.load = Load()
+        """Replaced after every step; read by the sessions."""
+
+    def start(self, receiver: KVReceiver) -> None:
+        self._receiver = receiver
+        self._refresh_load()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the thread has ended; jobs are dropped."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._jobs and not self._reservations.num_quarantined
+
+    def reserve(self, request: Request, outbox: Outbox) -> None:
+        self._inbox.put(lambda: self._reserve(request, outbox))
+
+    def cancel(self, request_id: str, outbox: Outbox) -> None:
+        self._inbox.put(lambda: self._cancel(request_id, outbox))
+
+    def session_closed(self, outbox: Outbox) -> None:
+        """Cancel everything that came over a session."""
+
+        def closed() -> None:
+            for request_id in [name for name, job in self._jobs.items() if job.outbox is outbox]:
+                self._end(request_id, "cancelled")
+
+        self._inbox.put(closed)
+
+    def transfer_event(self, event: Event) -> None:
+        self._inbox.put(lambda: self._transfer_event(event))
+
+    # -- the thread ------------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders(block=not self._running):
+                self._expire()
+                if self._running:
+                    self._step()
+                else:
+                    self._reservations.check_integrity()
+                self._refresh_load()
+        except Exception as error:  # the loop's own state can no longer be trusted
+            log.exception("decode.died", error=repr(error))
+            self._on_death(repr(error))
+
+    def _take_orders(self, *, block: bool) -> bool:
+        """Run what came in; False when told to stop."""
+        try:
+            order = self._inbox.get(timeout=IDLE_S) if block else self._inbox.get_nowait()
+            while order is not None:
+                order()
+                order = self._inbox.get_nowait()
+            return False
+        except queue.Empty:
+            return True
+
+    def _reserve(self, request: Request, outbox: Outbox) -> None:
+        now = self._clock.now()
+        try:
+            if self.is_draining:
+                raise Draining("this decode rank is draining")
+            if not request.token_ids or max(request.token_ids) >= self._runner.vocab_size:
+                raise InvalidRequest(f"token ids must be in [0, {self._runner.vocab_size}), and at least one", param="prompt")
+            if request.max_total_tokens > self._runner.max_model_len:
+                raise InvalidRequest(f"prompt and max_tokens exceed {self._runner.max_model_len} tokens", param="max_tokens")
+            held = self._reservations.reserve(request, now)
+        except BatonError as error:
+            outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request.request_id, error)]))
+            return
+        self._jobs[request.request_id] = Job(request, outbox, now)
+        self._receiver.expect(held.epoch, request.request_id, held.page_ids, held.slot_id, len(request.token_ids))
+        grant = Reservation(decode=self._member, epoch=held.epoch, page_ids=held.page_ids, slot_id=held.slot_id, lease_s=self._lease_s)
+        reserved = decode_pb2.Reserved(request_id=request.request_id, reservation=encode_reservation(grant))
+        outbox.post(decode_pb2.DecodeUpdate(reserved=[reserved]))
+
+    def _transfer_event(self, event: Event) -> None:
+        if isinstance(event, Renewed):
+            self._reservations.renewed(event.epoch, self._clock.now())
+        elif isinstance(event, Quiesced):
+            self._reservations.quiesced(event.epoch)
+        elif isinstance(event, SenderLost):
+            held = self._reservations.of_epoch(event.epoch)
+            if held is not None:
+                self._fail(held.request.request_id, TransferFailed("the prefill rank was lost or gave up before the commit"))
+        elif isinstance(event, Committed):
+            held = self._reservations.committed(event.epoch, event.first_token)
+            if held is None:
+                self._receiver.revoke(event.epoch)
+                return
+            job = self._jobs[held.request.request_id]
+            sequence = Sequence.from_request(held.request)
+            sequence.num_computed = len(sequence.token_ids)
+            sequence.token_ids.append(held.first_token)
+            sequence.page_ids, sequence.slot_id = list(held.page_ids), held.slot_id
+            job.sequence, job.ready = sequence, self._clock.now()
+            job.stages["reserved"] = job.ready - job.arrived
+            self._running.append(sequence)
+
+    def _step(self) -> None:
+        plan = self._planner.plan(self._running, self._reservations.pages)
+        for sequence in plan.preempted:
+            self._fail(sequence.request_id, Preempted("decode ran out of pages; the request is run again"))
+        if not plan.chunks:
+            return
+        began = self._clock.now()
+        try:
+            results = self._runner.step(plan.chunks)
+            self._failed_steps = 0
+        except Exception as error:  # a bug or a broken device: confined to the requests of this step
+            log.exception("decode.step_failed", num_requests=len(plan.chunks))
+            self._failed_steps += 1
+            for chunk in plan.chunks:
+                self._fail(chunk.sequence.request_id, InternalError(f"the decode step failed: {error!r}"))
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise
+            return
+        self._steps += 1
+        self._tokens += len(results)
+        self._metrics.steps.inc()
+        self._metrics.tokens.inc(len(results))
+        self._metrics.step_seconds.observe(self._clock.now() - began)
+        updates: dict[Outbox, decode_pb2.DecodeUpdate] = {}
+        for result in results:
+            self._advance(result, began, updates)
+        for outbox, update in updates.items():
+            outbox.post(update)
+
+    def _advance(self, result: ChunkResult, began: float, updates: dict[Outbox, decode_pb2.DecodeUpdate]) -> None:
+        sequence = result.sequence
+        job = self._jobs[sequence.request_id]
+        if not job.started:
+            held = self._reservations.get(sequence.request_id)
+            assert held is not None and result.token is not None
+            job.started = began
+            job.stages["ready_wait"] = began - job.ready
+            self._reservations.started(sequence.request_id)
+            self._receiver.release(held.epoch)
+        update = updates.setdefault(job.outbox, decode_pb2.DecodeUpdate())
+        tokens = Tokens(
+            request_id=sequence.request_id,
+            token_ids=(sequence.token_ids[-1],),
+            logprobs=(result.logprobs,) if result.logprobs else (),
+            finish_reason=sequence.finish_reason,
+        )
+        update.tokens.append(encode_tokens(tokens))
+        if sequence.finish_reason is not None:
+            job.stages["decode"] = self._clock.now() - job.started
+            for stage, seconds in job.stages.items():
+                self._metrics.stage_seconds.labels(stage).observe(seconds)
+            update.finished.append(decode_pb2.Finished(request_id=sequence.request_id, stages=encode_stages(job.stages)))
+            self._end(sequence.request_id, "finished")
+
+    def _fail(self, request_id: str, error: BatonError) -> None:
+        job = self._jobs.get(request_id)
+        if job is not None:
+            log.warning("decode.failed", request_id=request_id, error=str(error))
+            job.outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request_id, error)]))
+            self._end(request_id, "failed")
+
+    def _cancel(self, request_id: str, outbox: Outbox) -> None:
+        job = self._jobs.get(request_id)
+        if job is not None and job.outbox is outbox:
+            self._end(request_id, "cancelled")
+
+    def _end(self, request_id: str, outcome: str) -> None:
+        """The one way out, from any state: pages back at once, or after quarantine."""
+        job = self._jobs.pop(request_id)
+        self._metrics.requests.labels(outcome).inc()
+        if job.sequence is not None:
+            self._running = [sequence for sequence in self._running if sequence is not job.sequence]
+        held = self._reservations.end(request_id)
+        assert held is not None, f"{request_id} had a job and no reservation"
+        if not job.started:
+            self._receiver.revoke(held.epoch)
+
+    def _expire(self) -> None:
+        for expired in self._reservations.expired(self._clock.now()):
+            self._fail(expired.held.request.request_id, DeadlineExceeded(f"reservation given up: {expired.reason}"))
+
+    def _refresh_load(self) -> None:
+        reservations = self._reservations
+        self.load = Load(
+            num_running=len(self._running),
+            num_waiting=len(self._jobs) - len(self._running),
+            waiting_tokens=reservations.waiting_tokens,
+            pages_free=reservations.pages.num_free,
+            pages_total=reservations.pages.num_total,
+            slots_free=reservations.slots.num_free,
+            slots_total=reservations.slots.num_total,
+            steps_total=self._steps,
+            tokens_total=self._tokens,
+        )
+        self._metrics.running.set(len(self._running))
+        self._metrics.quarantined.set(reservations.num_quarantined)
+        self._metrics.pages_free.set(self.load.pages_free)
+        self._metrics.slots_free.set(self.load.slots_free)

@@ -1,0 +1,26 @@
+"""Prometheus metrics of a decode rank."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from core.metrics import DURATION_BUCKETS, ITL_BUCKETS
+
+
+class DecodeMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.steps = Counter("baton_decode_steps", "Steps run", registry=registry)
+        self.tokens = Counter("baton_decode_tokens", "Tokens generated", registry=registry)
+        self.step_seconds = Histogram("baton_decode_step_seconds", "Duration of a step", buckets=ITL_BUCKETS, registry=registry)
+        self.stage_seconds = Histogram(
+            "baton_decode_stage_seconds",
+            "Time of a request in reserved, ready_wait and decode",
+            ["stage"],
+            buckets=DURATION_BUCKETS,
+            registry=registry,
+        )
+        self.requests = Counter("baton_decode_requests", "Requests by outcome", ["outcome"], registry=registry)
+        self.running = Gauge("baton_decode_running_requests", "Sequences in the batch", registry=registry)
+        self.quarantined = Gauge("baton_decode_quarantined_reservations", "Aborted ones that may still be written to", registry=registry)
+        self.pages_free = Gauge("baton_decode_pages_free", "Free pages", registry=registry)
+        self.slots_free = Gauge("baton_decode_slots_free", "Free slots", registry=registry)

@@ -1,0 +1,65 @@
+"""The decode rank's gRPC service: one session a router."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from core.codec import decode_request, encode_load, encode_member
+from core.errors import Unavailable
+from core.kv_layout import WIRE_VERSION
+from core.log import get_logger
+from core.request import Member
+from core.session import Outbox, serve_session
+from decode_worker.loop import DecodeLoop
+from protos import common_pb2, decode_pb2, decode_pb2_grpc
+
+log = get_logger("decode")
+
+
+class DecodeService(decode_pb2_grpc.DecodeServicer):  # type: ignore[misc]
+    def __init__(self, loop: DecodeLoop, member: Member, liveness_timeout_s: float) -> None:
+        self._loop, self._member, self._timeout_s = loop, member, liveness_timeout_s
+
+    async def Session(
+        self, requests: AsyncIterator[decode_pb2.DecodeCommand], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.DecodeUpdate]:
+        first = await anext(requests, None)
+        if first is None or first.hello.wire_version != WIRE_VERSION:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"a session begins with hello of wire version {WIRE_VERSION}")
+        assert first is not None
+        router = first.hello.name
+        outbox = Outbox(decode_pb2.DecodeUpdate, asyncio.get_running_loop())
+        log.info("session.opened", router=router)
+        hello = common_pb2.Hello(
+            wire_version=WIRE_VERSION,
+            name=self._member.name,
+            incarnation=self._member.incarnation,
+            member=encode_member(self._member),
+        )
+        outbox.post(decode_pb2.DecodeUpdate(hello=hello))
+
+        def handle(command: decode_pb2.DecodeCommand) -> None:
+            kind = command.WhichOneof("command")
+            if kind == "reserve":
+                self._loop.reserve(decode_request(command.reserve), outbox)
+            elif kind == "cancel":
+                self._loop.cancel(command.cancel, outbox)
+            elif kind == "ping":
+                outbox.post(decode_pb2.DecodeUpdate(pong=command.ping))
+
+        def finish(update: decode_pb2.DecodeUpdate) -> None:
+            update.load.CopyFrom(encode_load(self._loop.load))
+            update.draining = self._loop.is_draining
+
+        try:
+            async for update in serve_session(requests, outbox, handle, finish, self._timeout_s):
+                yield update
+        except Unavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        finally:
+            log.info("session.closed", router=router)
+            self._loop.session_closed(outbox)

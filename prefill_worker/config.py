@@ -1,0 +1,36 @@
+"""The `prefill` section of the cluster file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillConfig:
+    replicas: int = 1
+    """Replicas of the role; changed live by `baton scale prefill=N`."""
+    ranks_per_replica: int = 1
+    """Ranks in one replica's group."""
+    num_pages: int = 128
+    """Pages of 256 tokens on each rank: prompts being computed or being handed off."""
+    num_slots: int = 8
+    """Sequences on each rank at once."""
+    chunk_tokens: int = 256
+    """Prompt tokens computed in one step."""
+    max_waiting: int = 256
+    """Requests waiting on a rank for pages or a slot; more are refused as Overloaded."""
+    liveness_timeout_s: float = 5.0
+    """A router whose session is silent for so long is lost, and its requests are cancelled."""
+
+    def __post_init__(self) -> None:
+        for key in ("ranks_per_replica", "num_pages", "num_slots", "chunk_tokens", "max_waiting"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"prefill.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.replicas < 0:
+            raise ConfigError(f"prefill.replicas is {self.replicas}; it must be at least 0")
+        if self.ranks_per_replica != 1:
+            raise ConfigError(f"prefill.ranks_per_replica is {self.ranks_per_replica}; groups of more than one rank are not supported yet")
+        if self.liveness_timeout_s <= 0:
+            raise ConfigError(f"prefill.liveness_timeout_s is {self.liveness_timeout_s}; it must be above 0")

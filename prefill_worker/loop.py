@@ -1,0 +1,312 @@
+"""The prefill rank's engine thread: take requests, compute prompts chunk by chunk, push pages as they finish.
+
+    WAITING (no pages yet) -> COMPUTING -> SENDING (first token is out) -> gone when decode has taken over
+
+Everything that happens to a job happens in this thread: commands and transfer events come in through one inbox.
+"""
+
+from __future__ import annotations
+
+import enum
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from core.clock import Clock
+from core.codec import encode_failure, encode_logprobs, encode_stages, encode_tokens
+from core.errors import BatonError, DeadlineExceeded, Draining, InternalError, InvalidRequest, Overloaded
+from core.kv_layout import PAGE_TOKENS
+from core.log import get_logger
+from core.request import Load, Request, Reservation, Tokens
+from core.session import Outbox
+from engine.runner import ChunkResult, Runner
+from engine.scheduler.pages import PageAllocator, SlotAllocator
+from engine.scheduler.prefill import PrefillPlanner
+from engine.sequence import Sequence
+from kv_transfer.sender import Closed, CommitOrder, HandedOff
+from kv_transfer.sending import KVSender
+from prefill_worker.config import PrefillConfig
+from prefill_worker.metrics import PrefillMetrics
+from protos import prefill_pb2
+
+log = get_logger("prefill")
+
+MAX_FAILED_STEPS = 3
+"""Steps in a row that may raise before the rank gives itself up, to be restarted."""
+
+IDLE_S = 0.5
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    COMPUTING = "computing"
+    SENDING = "sending"
+    CLOSING = "closing"
+    """Failed or cancelled; its pages are still being written from."""
+
+
+@dataclass(slots=True)
+class Job:
+    sequence: Sequence
+    reservation: Reservation
+    outbox: Outbox
+    arrived: float
+    state: State = State.WAITING
+    started: float = 0.0
+    num_pushed: int = 0
+    """Pages given to the sender."""
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request_id
+
+
+class PrefillLoop:
+    """Owner of the rank's jobs, pages and slots. Public methods may be called from any thread."""
+
+    def __init__(
+        self, runner: Runner, config: PrefillConfig, metrics: PrefillMetrics, clock: Clock, on_death: Callable[[str], None]
+    ) -> None:
+        """`on_death(reason)` is called when the loop cannot go on."""
+        self._runner, self._config, self._metrics, self._clock, self._on_death = runner, config, metrics, clock, on_death
+        self._pages, self._slots = PageAllocator(config.num_pages), SlotAllocator(config.num_slots)
+        self._planner = PrefillPlanner(chunk_tokens=config.chunk_tokens, max_sequences=config.num_slots)
+        self._jobs: dict[str, Job] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="prefill-loop", daemon=True)
+        self._failed_steps = 0
+        self._transfer_bytes, self._transfer_seconds, self._steps, self._tokens = 0, 0.0, 0, 0
+        self.is_draining = False
+        self.load = Load()
+        """Replaced after every step; read by the sessions."""
+
+    def start(self, sender: KVSender) -> None:
+        self._sender = sender
+        self._refresh_load()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the thread has ended; jobs are dropped."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._jobs
+
+    def run(self, request: Request, reservation: Reservation, outbox: Outbox) -> None:
+        self._inbox.put(lambda: self._accept(request, reservation, outbox))
+
+    def cancel(self, request_id: str, outbox: Outbox) -> None:
+        self._inbox.put(lambda: self._cancel(request_id, outbox))
+
+    def session_closed(self, outbox: Outbox) -> None:
+        """Cancel everything that came over a session."""
+        self._inbox.put(lambda: [self._drop(job, None) for job in list(self._jobs.values()) if job.outbox is outbox] and None)
+
+    def transfer_event(self, event: HandedOff | Closed) -> None:
+        self._inbox.put(lambda: self._handed_off(event) if isinstance(event, HandedOff) else self._closed(event))
+
+    # -- the thread ------------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders(block=not self._has_work()):
+                self._expire()
+                self._admit()
+                chunks = self._planner.plan([j.sequence for j in self._jobs.values() if j.state is State.COMPUTING])
+                if chunks:
+                    began = self._clock.now()
+                    try:
+                        results = self._runner.step(chunks)
+                        self._failed_steps = 0
+                    except Exception as error:  # a bug or a broken device: confined to the requests of this step
+                        self._step_failed([chunk.sequence.request_id for chunk in chunks], error)
+                        continue
+                    self._metrics.step_seconds.observe(self._clock.now() - began)
+                    self._steps += 1
+                    self._tokens += sum(chunk.length for chunk in chunks)
+                    self._metrics.steps.inc()
+                    self._metrics.tokens.inc(sum(chunk.length for chunk in chunks))
+                    for result in results:
+                        self._advance(self._jobs[result.sequence.request_id], result)
+                elif not self._jobs:
+                    self._pages.check_integrity()
+                    self._slots.check_integrity()
+                self._refresh_load()
+        except Exception as error:  # the loop's own state can no longer be trusted
+            log.exception("prefill.died", error=repr(error))
+            self._on_death(repr(error))
+
+    def _has_work(self) -> bool:
+        return any(job.state is State.COMPUTING for job in self._jobs.values())
+
+    def _take_orders(self, *, block: bool) -> bool:
+        """Run what came in; False when told to stop."""
+        try:
+            order = self._inbox.get(timeout=IDLE_S) if block else self._inbox.get_nowait()
+            while order is not None:
+                order()
+                order = self._inbox.get_nowait()
+            return False
+        except queue.Empty:
+            return True
+
+    def _accept(self, request: Request, reservation: Reservation, outbox: Outbox) -> None:
+        try:
+            self._check(request, reservation)
+        except BatonError as error:
+            outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(request.request_id, error)]))
+            return
+        job = Job(Sequence.from_request(request), reservation, outbox, self._clock.now())
+        self._jobs[request.request_id] = job
+        self._sender.open(request.request_id, reservation)  # the handshake goes on while the prompt is computed
+        log.info("prefill.accepted", request_id=request.request_id, num_tokens=len(request.token_ids))
+
+    def _check(self, request: Request, reservation: Reservation) -> None:
+        if self.is_draining:
+            raise Draining("this prefill rank is draining")
+        if request.request_id in self._jobs:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        if not request.token_ids or max(request.token_ids) >= self._runner.vocab_size:
+            raise InvalidRequest(f"token ids must be in [0, {self._runner.vocab_size}), and at least one", param="prompt")
+        num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
+        if num_pages > self._pages.num_total or len(request.token_ids) > self._runner.max_model_len:
+            raise InvalidRequest(f"prompt of {len(request.token_ids)} tokens does not fit this prefill rank", param="prompt")
+        if len(reservation.page_ids) != num_pages:
+            raise InternalError(f"{len(reservation.page_ids)} pages are reserved, the prompt has {num_pages}")
+        waiting = sum(job.state is State.WAITING for job in self._jobs.values())
+        if waiting >= self._config.max_waiting:
+            raise Overloaded(f"{waiting} requests are waiting on this prefill rank", retry_after_s=1.0)
+
+    def _admit(self) -> None:
+        """Give pages and a slot to the oldest waiting jobs, in order."""
+        for job in self._jobs.values():
+            if job.state is not State.WAITING:
+                continue
+            count = -(-len(job.sequence.token_ids) // PAGE_TOKENS)
+            if not self._slots.num_free or count > self._pages.num_free:
+                return
+            pages, slots = self._pages.allocate(job.request_id, count), self._slots.allocate(job.request_id, 1)
+            assert pages is not None and slots is not None
+            job.sequence.page_ids, job.sequence.slot_id = pages, slots[0]
+            self._runner.clear_slot(slots[0])
+            job.state, job.started = State.COMPUTING, self._clock.now()
+            job.stages["queue"] = job.started - job.arrived
+
+    def _advance(self, job: Job, result: ChunkResult) -> None:
+        sequence, request = job.sequence, job.sequence.request
+        if result.prompt_logprobs:
+            found = prefill_pb2.PromptLogprobs(
+                request_id=job.request_id, start=result.prompt_logprobs_start, logprobs=encode_logprobs(result.prompt_logprobs)
+            )
+            job.outbox.post(prefill_pb2.PrefillUpdate(prompt_logprobs=[found]))
+        whole = sequence.num_computed // PAGE_TOKENS
+        if result.token is None:
+            self._push(job, whole)
+            return
+        job.stages["prefill"] = self._clock.now() - job.started
+        tokens = Tokens(
+            request_id=job.request_id,
+            token_ids=(result.token,),
+            logprobs=(result.logprobs,) if result.logprobs else (),
+            finish_reason=sequence.finish_reason,
+        )
+        first = prefill_pb2.FirstToken(tokens=encode_tokens(tokens), stages=encode_stages(job.stages))
+        job.outbox.post(prefill_pb2.PrefillUpdate(first_tokens=[first]))
+        for stage in ("queue", "prefill"):
+            self._metrics.stage_seconds.labels(stage).observe(job.stages[stage])
+        if sequence.finish_reason is not None:
+            self._metrics.requests.labels("finished").inc()
+            self._close(job)
+            return
+        job.state = State.SENDING
+        self._push(job, len(sequence.page_ids))
+        order = CommitOrder(local_slot_id=sequence.slot_id, num_tokens=len(request.token_ids), first_token=result.token)
+        self._sender.commit(job.request_id, order)
+
+    def _push(self, job: Job, end: int) -> None:
+        if end > job.num_pushed:
+            self._sender.push_pages(job.request_id, job.num_pushed, job.sequence.page_ids[job.num_pushed : end])
+            job.num_pushed = end
+
+    def _handed_off(self, event: HandedOff) -> None:
+        job = self._jobs.get(event.request_id)
+        if job is None:
+            return
+        self._transfer_bytes += event.num_bytes
+        self._transfer_seconds += event.seconds
+        self._metrics.transfer_bytes.inc(event.num_bytes)
+        self._metrics.transfer_seconds.inc(event.seconds)
+        self._metrics.stage_seconds.labels("transfer").observe(event.seconds)
+        self._metrics.requests.labels("handed_off").inc()
+        log.info("prefill.handed_off", request_id=event.request_id, num_bytes=event.num_bytes, seconds=event.seconds)
+        done = prefill_pb2.HandedOff(
+            request_id=event.request_id, num_bytes=event.num_bytes, stages=encode_stages({"transfer": event.seconds})
+        )
+        job.outbox.post(prefill_pb2.PrefillUpdate(handed_off=[done]))
+
+    def _closed(self, event: Closed) -> None:
+        job = self._jobs.pop(event.request_id, None)
+        if job is None:
+            return
+        if event.error is not None and job.state is not State.CLOSING:
+            self._metrics.requests.labels("failed").inc()
+            log.warning("prefill.failed", request_id=event.request_id, error=str(event.error))
+            job.outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(event.request_id, event.error)]))
+        self._pages.free(event.request_id)
+        self._slots.free(event.request_id)
+
+    def _cancel(self, request_id: str, outbox: Outbox) -> None:
+        job = self._jobs.get(request_id)
+        if job is not None and job.outbox is outbox:
+            self._metrics.requests.labels("cancelled").inc()
+            self._drop(job, None)
+
+    def _drop(self, job: Job, error: BatonError | None) -> None:
+        """Give a job up; the router is told unless it asked for it. Pages stay until the sender has let go of them."""
+        if job.state is State.CLOSING:
+            return
+        if error is not None:
+            job.outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(job.request_id, error)]))
+        self._close(job)
+
+    def _close(self, job: Job) -> None:
+        job.state = State.CLOSING
+        self._sender.abort(job.request_id)
+
+    def _expire(self) -> None:
+        now = self._clock.now()
+        for job in list(self._jobs.values()):
+            limit = job.sequence.request.deadline_s
+            if job.state in (State.WAITING, State.COMPUTING) and now - job.arrived > limit:
+                self._drop(job, DeadlineExceeded(f"prefill took over {limit:g} s"))
+
+    def _step_failed(self, request_ids: list[str], error: Exception) -> None:
+        log.exception("prefill.step_failed", request_ids=",".join(request_ids))
+        self._failed_steps += 1
+        for request_id in request_ids:
+            self._drop(self._jobs[request_id], InternalError(f"the prefill step failed: {error!r}"))
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise InternalError(f"{self._failed_steps} steps in a row failed, the last with {error!r}")
+
+    def _refresh_load(self) -> None:
+        active = [job for job in self._jobs.values() if job.state in (State.WAITING, State.COMPUTING)]
+        self.load = Load(
+            num_running=sum(job.state is not State.WAITING for job in self._jobs.values()),
+            num_waiting=sum(job.state is State.WAITING for job in active),
+            waiting_tokens=sum(job.sequence.num_remaining for job in active),
+            pages_free=self._pages.num_free,
+            pages_total=self._pages.num_total,
+            slots_free=self._slots.num_free,
+            slots_total=self._slots.num_total,
+            transfer_bytes_total=self._transfer_bytes,
+            transfer_seconds_total=self._transfer_seconds,
+            steps_total=self._steps,
+            tokens_total=self._tokens,
+        )
+        self._metrics.waiting.set(self.load.num_waiting)
+        self._metrics.pages_free.set(self.load.pages_free)
+        self._metrics.slots_free.set(self.load.slots_free)

@@ -1,0 +1,27 @@
+"""Prometheus metrics of a prefill rank."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from core.metrics import DURATION_BUCKETS, TTFT_BUCKETS
+
+
+class PrefillMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.steps = Counter("baton_prefill_steps", "Steps run", registry=registry)
+        self.tokens = Counter("baton_prefill_tokens", "Prompt tokens computed", registry=registry)
+        self.step_seconds = Histogram("baton_prefill_step_seconds", "Duration of a step", buckets=TTFT_BUCKETS, registry=registry)
+        self.stage_seconds = Histogram(
+            "baton_prefill_stage_seconds",
+            "Time of a request in queue, prefill and transfer",
+            ["stage"],
+            buckets=DURATION_BUCKETS,
+            registry=registry,
+        )
+        self.requests = Counter("baton_prefill_requests", "Requests by outcome", ["outcome"], registry=registry)
+        self.transfer_bytes = Counter("baton_prefill_transfer_bytes", "Bytes handed off to decode ranks", registry=registry)
+        self.transfer_seconds = Counter("baton_prefill_transfer_seconds", "Seconds from last page to commit", registry=registry)
+        self.waiting = Gauge("baton_prefill_waiting_requests", "Requests waiting for pages or a slot", registry=registry)
+        self.pages_free = Gauge("baton_prefill_pages_free", "Free pages", registry=registry)
+        self.slots_free = Gauge("baton_prefill_slots_free", "Free slots", registry=registry)

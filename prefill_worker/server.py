@@ -1,0 +1,65 @@
+"""The prefill rank's gRPC service: one session a router."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from core.codec import decode_request, decode_reservation, encode_load, encode_member
+from core.errors import Unavailable
+from core.kv_layout import WIRE_VERSION
+from core.log import get_logger
+from core.request import Member
+from core.session import Outbox, serve_session
+from prefill_worker.loop import PrefillLoop
+from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
+
+log = get_logger("prefill")
+
+
+class PrefillService(prefill_pb2_grpc.PrefillServicer):  # type: ignore[misc]
+    def __init__(self, loop: PrefillLoop, member: Member, liveness_timeout_s: float) -> None:
+        self._loop, self._member, self._timeout_s = loop, member, liveness_timeout_s
+
+    async def Session(
+        self, requests: AsyncIterator[prefill_pb2.PrefillCommand], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[prefill_pb2.PrefillUpdate]:
+        first = await anext(requests, None)
+        if first is None or first.hello.wire_version != WIRE_VERSION:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"a session begins with hello of wire version {WIRE_VERSION}")
+        assert first is not None
+        router = first.hello.name
+        outbox = Outbox(prefill_pb2.PrefillUpdate, asyncio.get_running_loop())
+        log.info("session.opened", router=router)
+        hello = common_pb2.Hello(
+            wire_version=WIRE_VERSION,
+            name=self._member.name,
+            incarnation=self._member.incarnation,
+            member=encode_member(self._member),
+        )
+        outbox.post(prefill_pb2.PrefillUpdate(hello=hello))
+
+        def handle(command: prefill_pb2.PrefillCommand) -> None:
+            kind = command.WhichOneof("command")
+            if kind == "run":
+                self._loop.run(decode_request(command.run.request), decode_reservation(command.run.reservation), outbox)
+            elif kind == "cancel":
+                self._loop.cancel(command.cancel, outbox)
+            elif kind == "ping":
+                outbox.post(prefill_pb2.PrefillUpdate(pong=command.ping))
+
+        def finish(update: prefill_pb2.PrefillUpdate) -> None:
+            update.load.CopyFrom(encode_load(self._loop.load))
+            update.draining = self._loop.is_draining
+
+        try:
+            async for update in serve_session(requests, outbox, handle, finish, self._timeout_s):
+                yield update
+        except Unavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        finally:
+            log.info("session.closed", router=router)
+            self._loop.session_closed(outbox)

@@ -1,0 +1,110 @@
+"""A prefill rank, composed: engine, memory known to the transport, loop, gRPC server, metrics endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+from collections.abc import Callable
+
+import torch
+from prometheus_client import start_http_server
+
+from core.clock import SystemClock, new_incarnation
+from core.errors import ConfigError
+from core.log import get_logger
+from core.metrics import new_registry
+from core.request import Load, Member
+from core.rpc import new_server
+from engine.config import EngineConfig
+from engine.engine import LoadedModel
+from engine.memory import memory_run
+from engine.runner import ModelRunner, Runner
+from kv_transfer.config import TransferConfig
+from kv_transfer.sending import KVSender
+from kv_transfer.transport import Region
+from prefill_worker.config import PrefillConfig
+from prefill_worker.loop import PrefillLoop
+from prefill_worker.metrics import PrefillMetrics
+from prefill_worker.server import PrefillService
+from protos import prefill_pb2_grpc
+
+log = get_logger("prefill")
+
+
+class PrefillWorker:
+    """One life of one rank: start once, stop once."""
+
+    def __init__(
+        self,
+        *,
+        model_path: pathlib.Path,
+        engine: EngineConfig,
+        config: PrefillConfig,
+        transfer: TransferConfig,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        replica: int = 0,
+        rank: int = 0,
+        on_death: Callable[[str], None] = lambda reason: None,
+        new_runner: Callable[[], Runner] | None = None,
+    ) -> None:
+        """`on_death(reason)`: the rank cannot go on and wants to be restarted. `new_runner` replaces the model, for tests."""
+        self._engine, self._config, self._transfer = engine, config, transfer
+        self._host, self._port, self._replica, self._rank = host, port, replica, rank
+        self._on_death = on_death
+        self._new_runner = new_runner or (lambda: ModelRunner(LoadedModel.load(model_path, engine), config.num_pages, config.num_slots))
+
+    async def start(self) -> Member:
+        """Load, register memory, listen; ready when it returns. Raises ConfigError and its kin."""
+        runner = await asyncio.to_thread(self._new_runner)
+        clock, registry = SystemClock(), new_registry()
+        self._server = new_server()
+        port = self._server.add_insecure_port(f"{self._host}:{self._port}")
+        if port == 0:
+            raise ConfigError(f"cannot listen on {self._host}:{self._port}")
+        self._metrics_server, self._metrics_thread = start_http_server(0, self._host, registry)
+        self.member = Member(
+            role="prefill",
+            replica=self._replica,
+            rank=self._rank,
+            address=f"{self._host}:{port}",
+            incarnation=new_incarnation(),
+            fingerprint=runner.layout.fingerprint(),
+            max_model_len=runner.max_model_len,
+            metrics_address=f"{self._host}:{self._metrics_server.server_port}",
+        )
+        self._loop = PrefillLoop(runner, self._config, PrefillMetrics(registry), clock, self._on_death)
+        pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
+        self._sender = KVSender(self._transfer, runner.layout, pages, slots, self.member, clock, self._loop.transfer_event)
+        await self._sender.start()
+        self._loop.start(self._sender)
+        service = PrefillService(self._loop, self.member, self._config.liveness_timeout_s)
+        prefill_pb2_grpc.add_PrefillServicer_to_server(service, self._server)
+        await self._server.start()
+        log.info("prefill.ready", member=self.member.name, address=self.member.address, incarnation=self.member.incarnation)
+        return self.member
+
+    def load(self) -> Load:
+        return self._loop.load
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Take no new work; True when none is left, False at the deadline."""
+        self._loop.is_draining = True
+        end = asyncio.get_running_loop().time() + deadline_s
+        while not self._loop.is_idle and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.05)
+        return self._loop.is_idle
+
+    async def stop(self) -> None:
+        """End everything; whatever was running is lost to its routers, which run it again elsewhere."""
+        await self._server.stop(grace=0.2)
+        await asyncio.to_thread(self._loop.stop)
+        await self._sender.close()
+        self._metrics_server.shutdown()
+        self._metrics_server.server_close()
+        self._metrics_thread.join()
+
+
+def _region(memory: torch.Tensor) -> Region:
+    run = memory_run(memory)
+    return Region(address=run.address, num_pieces=run.num_pieces, piece_bytes=run.piece_bytes, device_id=run.device_id, memory=run.memory)
