@@ -1,0 +1,273 @@
+"""The HTTP surface. Each route: read the body, parse it into a request of its dialect, run it, answer or stream."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from core.errors import BatonError, Cancelled, InternalError, InvalidRequest, ModelNotFound, TooLarge, Unauthorized
+from core.log import get_logger
+from router import completions
+from router.chat import CHAT, MESSAGES, RESPONSES, Chat, ChatFormat, Dialect, sse
+from router.errors import body_of, response_of
+from router.members import Members
+from router.service import Service
+
+log = get_logger("http")
+
+T = TypeVar("T")
+
+EXAMPLE = {"model": "deepseek-v4-demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+
+
+class ApiKeys:
+    """ASGI middleware: /v1 only with one of the keys, compared in constant time against all of them."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app, self._keys = app, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1") and self._keys and not self._is_known(scope):
+            error = Unauthorized("no valid API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
+            await response_of(error, anthropic=_is_anthropic(scope["path"]))(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_known(self, scope: Scope) -> bool:
+        headers = dict(scope["headers"])
+        offered = headers.get(b"x-api-key", b"") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        matches = [hmac.compare_digest(offered, key) for key in self._keys]
+        return any(matches)
+
+
+def _is_anthropic(path: str) -> bool:
+    return path.startswith("/v1/messages")
+
+
+def create_app(service: Service, form: ChatFormat, members: Members, registry: CollectorRegistry, api_keys: tuple[str, ...]) -> FastAPI:
+    """The ASGI application of one router process."""
+    app = FastAPI(title="baton", version="0.1", docs_url="/docs", redoc_url=None)
+    app.add_middleware(ApiKeys, keys=api_keys)
+
+    @app.exception_handler(BatonError)
+    async def failed(request: Request, error: BatonError) -> Response:
+        _count(request, error.http_status)
+        return response_of(error, anthropic=_is_anthropic(request.url.path))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        shown: BatonError = ModelNotFound(f"no route {request.method} {request.url.path}") if error.status_code == 404 else _Refused(error)
+        return response_of(shown, anthropic=_is_anthropic(request.url.path))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        log.exception("http.broken", path=request.url.path)
+        _count(request, 500)
+        return response_of(InternalError(f"internal error: {type(error).__name__}"), anthropic=_is_anthropic(request.url.path))
+
+    def _count(request: Request, status: int) -> None:
+        route = request.scope.get("route")
+        service.metrics.requests.labels(getattr(route, "path", "unknown"), str(status)).inc()
+
+    async def read_body(request: Request) -> dict[str, Any]:
+        """The JSON object of a request. Raises TooLarge or InvalidRequest."""
+        limit = service.config.max_body_bytes
+        parts, size = [], 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise TooLarge(f"the body is larger than {limit} bytes")
+                parts.append(part)
+        except ClientDisconnect as error:
+            raise Cancelled("the client left before its request was whole") from error
+        try:
+            body = orjson.loads(b"".join(parts))
+        except orjson.JSONDecodeError as error:
+            raise InvalidRequest(f"the body is not JSON: {error}") from error
+        if not isinstance(body, dict):
+            raise InvalidRequest(f"the body must be a JSON object, found {type(body).__name__}")
+        return body
+
+    def stream(request: Request, events: AsyncIterator[bytes]) -> Response:
+        anthropic = _is_anthropic(request.url.path)
+
+        async def guarded() -> AsyncIterator[bytes]:
+            """An error after the first byte can only be an event."""
+            try:
+                async with aclosing(events) as source:  # type: ignore[type-var]
+                    async for event in source:
+                        yield event
+            except BatonError as error:
+                yield sse(orjson.dumps(body_of(error, anthropic=anthropic)), "error" if anthropic else None)
+            except Exception as error:  # outermost: this stream ends, the process goes on
+                log.exception("http.stream_broken", path=request.url.path)
+                yield sse(orjson.dumps(body_of(InternalError(f"internal error: {type(error).__name__}"), anthropic=anthropic)))
+
+        return StreamingResponse(guarded(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+    async def started(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Wait for the first event, so that an early error still has its HTTP status; then the whole stream."""
+        first = await anext(events, None)
+
+        async def whole() -> AsyncIterator[bytes]:
+            async with aclosing(events) as source:  # type: ignore[type-var]
+                if first is not None:
+                    yield first
+                async for event in source:
+                    yield event
+
+        return whole()
+
+    async def chat_route(request: Request, dialect: Dialect) -> Response:
+        body = await read_body(request)
+        parsed = form.parse(body, dialect)
+        chat = Chat(service, form, dialect, parsed)
+        if parsed.stream:
+            _count(request, 200)
+            return stream(request, await until_gone(request, started(chat.events())))
+        answer = await until_gone(request, chat.response())
+        _count(request, 200)
+        return Response(orjson.dumps(answer), media_type="application/json")
+
+    extra = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}, "example": EXAMPLE}}, "required": True}}
+
+    @app.post("/v1/chat/completions", openapi_extra=extra)
+    async def chat_completions(request: Request) -> Response:
+        """OpenAI Chat Completions."""
+        return await chat_route(request, CHAT)
+
+    @app.post("/v1/responses", openapi_extra=extra)
+    async def responses(request: Request) -> Response:
+        """OpenAI Responses (stateless: `previous_response_id` is refused)."""
+        return await chat_route(request, RESPONSES)
+
+    @app.post("/v1/messages", openapi_extra=extra)
+    async def messages(request: Request) -> Response:
+        """Anthropic Messages."""
+        return await chat_route(request, MESSAGES)
+
+    @app.post("/v1/messages/count_tokens", openapi_extra=extra)
+    async def count_tokens(request: Request) -> Response:
+        """Tokens of an Anthropic request's prompt."""
+        body = await read_body(request)
+        parsed = form.parse({**body, "max_tokens": 1}, MESSAGES)
+        return JSONResponse({"input_tokens": len(parsed.prompt)})
+
+    @app.post("/v1/completions", openapi_extra=extra)
+    async def text_completions(request: Request) -> Response:
+        """OpenAI Completions: text or token ids."""
+        body = await read_body(request)
+        if body.get("model") not in (service.model, None):
+            raise ModelNotFound(f"the model {str(body['model'])[:100]!r} does not exist; this server has {service.model!r}", param="model")
+        for key in body.keys() - completions.KNOWN:
+            service.metrics.ignored_fields.labels(key[:40] if key.isidentifier() else "other").inc()
+        parsed = completions.parse(body, service)
+        completion = completions.Completion(service, parsed)
+        if not parsed.stream:
+            answer = await until_gone(request, _whole_completion(completion))
+            _count(request, 200)
+            return Response(orjson.dumps(answer), media_type="application/json")
+
+        async def events() -> AsyncIterator[bytes]:
+            async with aclosing(completion.choices()) as items:  # type: ignore[type-var]
+                async for item in items:
+                    yield sse(orjson.dumps(completion.envelope([item])))
+            if parsed.include_usage:
+                yield sse(orjson.dumps({**completion.envelope([]), "usage": completion.usage()}))
+            yield sse(b"[DONE]")
+
+        _count(request, 200)
+        return stream(request, await until_gone(request, started(events())))
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model(service)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != service.model:
+            raise ModelNotFound(f"the model {name[:100]!r} does not exist; this server has {service.model!r}", param="model")
+        return JSONResponse(_model(service))
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while this process is alive."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 when a prefill and a decode rank are ready, else 503 with what is missing."""
+        missing = [role for role in ("prefill", "decode") if not members.ready(role)]
+        counts = {role: len(members.ready(role)) for role in ("prefill", "decode")}
+        return JSONResponse({"ready": not missing, "ranks": counts}, 503 if missing else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+class _Refused(BatonError):
+    """A refusal by the HTTP layer itself, with its own status."""
+
+    def __init__(self, error: HTTPException) -> None:
+        super().__init__(str(error.detail))
+        self.http_status = error.status_code  # type: ignore[misc]
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "baton",
+        "max_model_len": service.max_model_len,
+    }
+
+
+async def _whole_completion(completion: completions.Completion) -> dict[str, Any]:
+    merged: dict[int, dict[str, Any]] = {}
+    async with aclosing(completion.choices()) as items:  # type: ignore[type-var]
+        async for item in items:
+            whole = merged.setdefault(item["index"], {"index": item["index"], "text": "", "logprobs": None, "finish_reason": None})
+            whole["text"] += item["text"]
+            whole["finish_reason"] = item["finish_reason"] or whole["finish_reason"]
+            if item["logprobs"]:
+                found = whole["logprobs"] or {key: [] for key in item["logprobs"]}
+                whole["logprobs"] = {key: found[key] + values for key, values in item["logprobs"].items()}
+    return {**completion.envelope([merged[index] for index in sorted(merged)]), "usage": completion.usage()}
+
+
+async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, but cancel it when the client disconnects meanwhile. Raises Cancelled then."""
+    task = asyncio.ensure_future(work)
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watcher = asyncio.create_task(gone())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("the client left")
+        return task.result()
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,290 @@
+"""The three chat dialects: Chat Completions, Responses and Anthropic Messages.
+
+deepseek-recipe converts a request, renders it in V4's prompt format and parses the output stream (reasoning, tool calls) back into
+the dialect's events. What it does not know (top_k, penalties, n, ...) is read here; what the client set explicitly (temperature,
+top_p) holds in thinking mode too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import deepseek_recipe as recipe
+import orjson
+
+from core.errors import InvalidRequest, ModelNotFound
+from core.request import FinishReason, SamplingParams
+from router.sampling import boolean, number, sampling_params
+from router.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    name: str
+    request: Any
+    response: Any
+    id_prefix: str
+    max_tokens_keys: tuple[str, ...]
+    known: frozenset[str]
+    """Fields read here beside those that deepseek-recipe reads."""
+
+
+OURS = frozenset(
+    (
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "ignore_eos",
+        "stop_token_ids",
+        "n",
+        "max_completion_tokens",
+        "chat_template_kwargs",
+    )
+)
+CHAT = Dialect(
+    "chat", recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-", ("max_completion_tokens", "max_tokens"), OURS
+)
+RESPONSES = Dialect("responses", recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", ("max_output_tokens",), OURS)
+MESSAGES = Dialect("messages", recipe.MessagesRequest, recipe.MessagesResponse, "msg_", ("max_tokens",), OURS)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    converted: recipe.ConversationRequest
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    n: int
+    stream: bool
+    include_usage: bool
+    echo: recipe.ResponsesEcho | None = None
+    namespace_tools: Any = None
+
+
+class ChatFormat:
+    """Rendering and parsing for one model; shared by all requests."""
+
+    def __init__(self, service: Service, default_thinking: bool) -> None:
+        self._service = service
+        self._default_thinking = default_thinking
+        self.tokenizer = recipe.Tokenizer.from_file(str(service.codec.path))
+        self._encoding = recipe.DeepseekV4Encoding().with_tokenizer(self.tokenizer)
+
+    def parse(self, body: Mapping[str, Any], dialect: Dialect) -> ChatRequest:
+        """Raises InvalidRequest (or a kin) with the library's own words where it refuses."""
+        service = self._service
+        if not isinstance(body.get("model"), str):
+            raise InvalidRequest("model must be a string", param="model")
+        if body["model"] != service.model:
+            raise ModelNotFound(f"the model {body['model'][:100]!r} does not exist; this server has {service.model!r}", param="model")
+        given = [body[key] for key in dialect.max_tokens_keys if body.get(key) is not None]
+        checked = {"max_tokens": given[0] if given else None}
+        max_tokens = number(checked, "max_tokens", 1, 2**31, None, integer=True)
+        n = number(body, "n", 1, service.config.max_n, 1, integer=True)
+        rest = {key: value for key, value in body.items() if key not in ("n", *dialect.max_tokens_keys)}
+        if dialect is MESSAGES:
+            rest["max_tokens"] = max_tokens or 1
+        options = recipe.ConversionOptions(default_thinking_mode=self._wants_thinking(body))
+        options = options.with_model_versions_by_name({service.model: recipe.ModelVersion.DeepseekV4Pro})
+        try:
+            request = dialect.request(orjson.dumps(rest))
+            echo = request.echo() if dialect is RESPONSES else None
+            names = request.namespace_tool_map(options) if dialect is RESPONSES else None
+            converted = request.convert(options)
+            self._refuse_unenforceable(converted)
+            prompt = tuple(self._encoding.encode(converted.conversation))
+        except recipe.ConversionError as error:
+            raise InvalidRequest(_message_of(error.body)) from error
+        except (ValueError, TypeError, RuntimeError, orjson.JSONEncodeError) as error:
+            raise InvalidRequest(str(error)) from error
+        allowed = service.check_length(len(prompt), max_tokens)
+        inference = converted.inference_options
+        sampling = sampling_params(
+            {**body, "seed": body.get("seed")},
+            max_tokens=allowed,
+            num_logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
+            num_prompt_logprobs=None,
+            vocab_size=service.codec.vocab_size,
+        )
+        stream_options = body.get("stream_options") or {}
+        if not isinstance(stream_options, dict):
+            raise InvalidRequest("stream_options must be an object", param="stream_options")
+        return ChatRequest(converted, prompt, sampling, n, converted.stream, boolean(stream_options, "include_usage", False), echo, names)
+
+    def _wants_thinking(self, body: Mapping[str, Any]) -> bool:
+        """`chat_template_kwargs: {thinking: bool}` is how open-model servers are told; the dialects' own fields win over the default."""
+        extra = body.get("chat_template_kwargs")
+        if extra is None:
+            return self._default_thinking
+        if not isinstance(extra, dict):
+            raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
+        return boolean(extra, "thinking", boolean(extra, "enable_thinking", self._default_thinking))
+
+    def _refuse_unenforceable(self, converted: recipe.ConversationRequest) -> None:
+        conversation = converted.conversation
+        if any(message.image_sources for message in conversation.messages):
+            raise InvalidRequest("images are not supported by this model", param="messages")
+        if conversation.response_format in ("json_schema", "regex"):
+            raise InvalidRequest(
+                f"response_format {conversation.response_format} cannot be enforced by this server; allowed: text, json_object",
+                param="response_format",
+            )
+
+
+class Chat:
+    """Runs a parsed chat request: `events` for streaming, `response` for a whole answer."""
+
+    def __init__(self, service: Service, form: ChatFormat, dialect: Dialect, request: ChatRequest) -> None:
+        self._service, self._form, self._dialect, self._request = service, form, dialect, request
+        self.id = dialect.id_prefix + uuid.uuid4().hex
+        self._created = int(time.time())
+        self._usage: list[dict[str, Any]] = []
+
+    def _processor(self) -> recipe.StreamProcessor:
+        generator = self._dialect.request.chunk_generator(self._request.converted, self.id, self._service.model)
+        if self._dialect is RESPONSES:
+            generator = generator.with_echo(self._request.echo).with_namespace_tool_map(self._request.namespace_tools or {})
+        return recipe.StreamProcessor(generator, self._request.converted.parsing_options, self._form.tokenizer)
+
+    async def _chunks(self, index: int) -> AsyncIterator[Any]:
+        """The library's chunks of one choice."""
+        processor = self._processor()
+        sampling = dataclasses.replace(self._request.sampling, seed=(self._request.sampling.seed + index) % 2**64)
+        usage = recipe.PromptUsage(prompt_tokens=len(self._request.prompt))
+        for chunk in processor.push(recipe.InferenceChunk.ready(prompt_usage=usage)):
+            yield chunk
+        async with aclosing(self._service.sequence(f"{self.id}-{index}", self._request.prompt, sampling)) as outputs:
+            async for output in outputs:
+                ids, logprobs = list(output.token_ids), None
+                if output.finish_reason is FinishReason.STOP and ids and ids[-1] not in sampling.stop_token_ids:
+                    ids = ids[:-1]  # the end token is no text
+                if self._request.converted.inference_options.logprobs:
+                    found = output.logprobs[: len(ids)]
+                    logprobs = [(l.logprob, list(zip(l.top_ids, l.top_logprobs, strict=True))) for l in found]
+                if ids:
+                    for chunk in processor.push(recipe.InferenceChunk.tokens(ids, logprobs)):
+                        yield chunk
+                if processor.finished:
+                    return  # a stop sequence
+                if output.finish_reason is not None:
+                    is_stop = output.finish_reason is FinishReason.STOP
+                    reason = recipe.InferenceFinishReason.Stop if is_stop else recipe.InferenceFinishReason.Length
+                    for chunk in processor.push(recipe.InferenceChunk.finish(reason)):
+                        yield chunk
+        for chunk in processor.finish():
+            yield chunk
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events, ready to send."""
+        request, response = self._request, self._dialect.response
+        async with self._service.admitted(self._dialect.name, request.n, len(request.prompt) * request.n):
+            queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue(maxsize=256)
+
+            async def run(index: int) -> None:
+                try:
+                    async with aclosing(self._chunks(index)) as chunks:
+                        async for chunk in chunks:
+                            await queue.put((index, chunk))
+                    await queue.put((index, None))
+                except Exception as error:  # handed to the reader, who raises it
+                    await queue.put((index, error))
+
+            tasks = [asyncio.create_task(run(index)) for index in range(request.n)]
+            try:
+                left = request.n
+                while left:
+                    index, chunk = await queue.get()
+                    if isinstance(chunk, BaseException):
+                        raise chunk
+                    if chunk is None:
+                        left -= 1
+                        continue
+                    text = self._event_text(index, chunk)
+                    if text is not None:
+                        yield sse(text, response.sse_event_name(chunk))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        if self._dialect is CHAT and request.include_usage:
+            yield sse(orjson.dumps({**self._last_envelope(), "choices": [], "usage": self._total_usage()}))
+        done = response.sse_done_data()
+        if done is not None:
+            yield sse(done.encode())
+
+    def _event_text(self, index: int, chunk: Any) -> bytes | None:
+        """The chunk as JSON; for Chat Completions with its choice index, and usage set aside for the end."""
+        if self._dialect is not CHAT:
+            text: str = chunk.to_json()
+            return text.encode()
+        event = orjson.loads(chunk.to_json())
+        usage = event.pop("usage", None)
+        if usage:
+            self._usage.append(usage)
+        if not event["choices"]:
+            return None
+        for choice in event["choices"]:
+            choice["index"] = index
+        return orjson.dumps(event)
+
+    def _last_envelope(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "chat.completion.chunk", "created": self._created, "model": self._service.model}
+
+    def _total_usage(self) -> dict[str, Any]:
+        """Usage over all choices; the prompt counts once a choice, as it is computed once a choice."""
+        total: dict[str, Any] = {}
+        for usage in self._usage:
+            for key, value in usage.items():
+                total[key] = total.get(key, 0) + value if isinstance(value, int) else value
+        return total
+
+    async def response(self) -> dict[str, Any]:
+        """The whole answer."""
+        request = self._request
+
+        async def one(index: int) -> dict[str, Any]:
+            whole = self._dialect.response(self.id, self._service.model, self._created, len(request.prompt), 0)
+            async with aclosing(self._chunks(index)) as chunks:
+                async for chunk in chunks:
+                    whole.accumulate(chunk)
+            answer: dict[str, Any] = orjson.loads(whole.to_json())
+            return answer
+
+        async with self._service.admitted(self._dialect.name, request.n, len(request.prompt) * request.n):
+            tasks = [asyncio.create_task(one(index)) for index in range(request.n)]
+            try:
+                answers = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        if request.n == 1:
+            return answers[0]
+        merged = answers[0]
+        merged["choices"] = [{**answer["choices"][0], "index": index} for index, answer in enumerate(answers)]
+        self._usage = [answer["usage"] for answer in answers]
+        merged["usage"] = self._total_usage()
+        return merged
+
+
+def sse(data: bytes, event: str | None = None) -> bytes:
+    """One server-sent event."""
+    return (b"event: " + event.encode() + b"\n" if event else b"") + b"data: " + data + b"\n\n"
+
+
+def _message_of(body: str) -> str:
+    """The sentence inside an error body of any dialect."""
+    try:
+        error = orjson.loads(body)["error"]
+        return str(error["message"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return body

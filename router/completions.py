@@ -1,0 +1,261 @@
+"""/v1/completions: text or token ids in, text out, with everything the OpenAI dialect has for it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.errors import InvalidRequest
+from core.request import FinishReason, SamplingParams, TokenLogprobs
+from router.relay import Output
+from router.sampling import MAX_LOGPROBS, boolean, number, sampling_params, text_list
+from router.service import Service
+from router.tokens import Detokenizer, StopMatcher
+
+KNOWN = frozenset(
+    (
+        "model",
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "n",
+        "stream",
+        "stream_options",
+        "logprobs",
+        "echo",
+        "stop",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "seed",
+        "ignore_eos",
+        "stop_token_ids",
+        "user",
+        "best_of",
+        "suffix",
+    )
+)
+MAX_PROMPTS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: SamplingParams
+    n: int
+    stops: tuple[str, ...]
+    echo: bool
+    stream: bool
+    include_usage: bool
+    logprobs: int | None
+    echo_only: bool
+    """max_tokens 0 with echo: the prompt is scored and nothing is generated."""
+
+
+def parse(body: Mapping[str, Any], service: Service) -> CompletionRequest:
+    """Raises InvalidRequest naming field and limit."""
+    for key in ("suffix", "best_of"):
+        if body.get(key) not in (None, 1 if key == "best_of" else None):
+            raise InvalidRequest(f"{key} is not supported", param=key)
+    prompts = _prompts(body.get("prompt"), service)
+    max_tokens = number(body, "max_tokens", 0, 2**31, 16, integer=True)
+    echo = boolean(body, "echo", False)
+    if max_tokens == 0 and not echo:
+        raise InvalidRequest("max_tokens is 0; it must be at least 1 unless echo is true", param="max_tokens")
+    longest = max(len(prompt) for prompt in prompts)
+    service.check_length(longest, max(max_tokens, 1))
+    logprobs = number(body, "logprobs", 0, MAX_LOGPROBS, None, integer=True)
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise InvalidRequest("stream_options must be an object", param="stream_options")
+    return CompletionRequest(
+        prompts=prompts,
+        sampling=sampling_params(
+            body,
+            max_tokens=max(max_tokens, 1),
+            num_logprobs=logprobs,
+            num_prompt_logprobs=logprobs if echo else None,
+            vocab_size=service.codec.vocab_size,
+        ),
+        n=number(body, "n", 1, service.config.max_n, 1, integer=True),
+        stops=text_list(body, "stop"),
+        echo=echo,
+        stream=boolean(body, "stream", False),
+        include_usage=boolean(options, "include_usage", False),
+        logprobs=logprobs,
+        echo_only=max_tokens == 0,
+    )
+
+
+def _prompts(value: Any, service: Service) -> tuple[tuple[int, ...], ...]:
+    """One prompt or several, each text or token ids."""
+    many = value if isinstance(value, list) and value and isinstance(value[0], (str, list)) else [value]
+    if len(many) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt has {len(many)} items; at most {MAX_PROMPTS} are allowed", param="prompt")
+    vocab = service.codec.vocab_size
+    prompts = []
+    for item in many:
+        if isinstance(item, str):
+            try:
+                ids = service.codec.encode(item)
+            except UnicodeEncodeError as error:
+                raise InvalidRequest("prompt holds a lone surrogate: it is not valid text", param="prompt") from error
+        elif isinstance(item, list):
+            bad = next((token for token in item if type(token) is not int or not 0 <= token < vocab), None)
+            if bad is not None:
+                raise InvalidRequest(f"prompt: {str(bad)[:40]!r} is not a token id in [0, {vocab})", param="prompt")
+            ids = item
+        else:
+            raise InvalidRequest("prompt must be a string, a list of strings, a list of token ids or a list of such lists", param="prompt")
+        if not ids:
+            raise InvalidRequest("prompt is empty; it needs at least one token", param="prompt")
+        prompts.append(tuple(ids))
+    return tuple(prompts)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One sequence on its way to text."""
+
+    index: int
+    text: str = ""
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+    offset: int = 0
+    num_tokens: int = 0
+    finish_reason: str | None = None
+
+    def take(self) -> dict[str, Any]:
+        """The choice as an event or response item; what was taken is cleared."""
+        logprobs = None
+        if self.tokens:
+            logprobs = {
+                "tokens": self.tokens,
+                "token_logprobs": self.token_logprobs,
+                "top_logprobs": self.top_logprobs,
+                "text_offset": self.text_offset,
+            }
+        item = {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        self.text, self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset = "", [], [], [], []
+        return item
+
+
+class Completion:
+    """Runs a parsed request; `choices` yields each choice whenever it has something new."""
+
+    def __init__(self, service: Service, request: CompletionRequest) -> None:
+        self._service, self._request = service, request
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.num_output_tokens = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self._request.prompts)
+
+    def envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self._service.model, "choices": choices}
+
+    def usage(self) -> dict[str, Any]:
+        prompt, output = self.num_prompt_tokens, self.num_output_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+    async def choices(self) -> AsyncIterator[dict[str, Any]]:
+        """Items of `choices`, interleaved over all sequences. Raises the first error of any; closing it cancels the rest."""
+        request = self._request
+        queue: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue(maxsize=256)
+        jobs = [(p * request.n + k, prompt, k) for p, prompt in enumerate(request.prompts) for k in range(request.n)]
+
+        async def run(index: int, prompt: tuple[int, ...], k: int) -> None:
+            sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + k) % 2**64)
+            try:
+                async with aclosing(self._one(_Choice(index), prompt, sampling)) as items:
+                    async for item in items:
+                        await queue.put(item)
+                await queue.put(None)
+            except Exception as error:  # handed to the reader, who raises it
+                await queue.put(error)
+
+        tokens = self.num_prompt_tokens * request.n
+        async with self._service.admitted("completions", len(jobs), tokens):
+            tasks = [asyncio.create_task(run(*job)) for job in jobs]
+            try:
+                left = len(tasks)
+                while left:
+                    item = await queue.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    if item is None:
+                        left -= 1
+                    else:
+                        yield item
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, choice: _Choice, prompt: tuple[int, ...], sampling: SamplingParams) -> AsyncIterator[dict[str, Any]]:
+        request, codec = self._request, self._service.codec
+        text, matcher = Detokenizer(codec), StopMatcher(request.stops)
+        if request.echo:
+            choice.text = codec.decode(prompt)
+            if request.logprobs is None:
+                yield choice.take()
+            else:
+                self._add_logprobs(choice, prompt[:1], (None,))
+        async with aclosing(self._service.sequence(f"{self.id}-{choice.index}", prompt, sampling)) as outputs:
+            async for output in outputs:
+                if output.prompt_logprobs:
+                    start = output.prompt_start
+                    self._add_logprobs(choice, prompt[start : start + len(output.prompt_logprobs)], output.prompt_logprobs)
+                    continue
+                if request.echo_only:
+                    choice.finish_reason = "length"
+                    break
+                self._add(choice, output, text, matcher)
+                if matcher.matched is not None:
+                    choice.finish_reason = "stop"
+                if choice.text or choice.tokens or choice.finish_reason:
+                    yield choice.take()
+                if choice.finish_reason:
+                    return
+        yield choice.take()
+
+    def _add(self, choice: _Choice, output: Output, text: Detokenizer, matcher: StopMatcher) -> None:
+        for place, token in enumerate(output.token_ids):
+            is_end = output.finish_reason is FinishReason.STOP and place == len(output.token_ids) - 1
+            choice.num_tokens += 1
+            self.num_output_tokens += 1
+            fresh = "" if is_end else matcher.add(text.add(token))
+            if self._request.logprobs is not None and output.logprobs:
+                self._add_logprobs(choice, (token,), (output.logprobs[place],))
+            choice.text += fresh
+            choice.offset += len(fresh)
+            if matcher.matched is not None:
+                return
+        if output.finish_reason is not None:
+            choice.finish_reason = output.finish_reason.value
+            rest = matcher.add(text.finish()) + matcher.finish()
+            choice.text += rest
+            choice.finish_reason = "stop" if matcher.matched is not None else choice.finish_reason
+
+    def _add_logprobs(self, choice: _Choice, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...]) -> None:
+        spelling = self._service.codec.spelling
+        for token, found in zip(tokens, logprobs, strict=True):
+            choice.tokens.append(spelling(token))
+            choice.text_offset.append(choice.offset)
+            choice.token_logprobs.append(None if found is None else found.logprob)
+            tops = None if found is None else dict(zip(map(spelling, found.top_ids), found.top_logprobs, strict=True))
+            choice.top_logprobs.append(tops)

@@ -1,0 +1,56 @@
+"""Prometheus metrics of a router process, and gauges of the ranks as it sees them.
+
+With several router processes each answers `/metrics` for itself; the label `router` tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from core.metrics import DURATION_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS
+from core.request import Load
+from router.members import Members
+
+
+class RouterMetrics:
+    def __init__(self, registry: CollectorRegistry, router_name: str) -> None:
+        Gauge("baton_router_info", "1 for this router process", ["router"], registry=registry).labels(router_name).set(1)
+        self.requests = Counter("baton_router_requests", "HTTP requests by route and status", ["route", "status"], registry=registry)
+        self.ttft = Histogram("baton_router_ttft_seconds", "Time to first token", buckets=TTFT_BUCKETS, registry=registry)
+        self.itl = Histogram("baton_router_itl_seconds", "Time between tokens of a stream", buckets=ITL_BUCKETS, registry=registry)
+        self.request_seconds = Histogram("baton_router_request_seconds", "Whole requests", buckets=DURATION_BUCKETS, registry=registry)
+        self.stages = Histogram(
+            "baton_router_stage_seconds",
+            "Time of a request by stage: queue, reserve, prefill, transfer, ready_wait, decode",
+            ["stage"],
+            buckets=TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("baton_router_prompt_tokens", "Prompt tokens of finished requests", registry=registry)
+        self.output_tokens = Counter("baton_router_output_tokens", "Tokens sent to clients", registry=registry)
+        self.migrations = Counter("baton_router_migrations", "Runs repeated on other ranks", registry=registry)
+        self.in_progress = Gauge("baton_router_requests_in_progress", "Requests admitted and not ended", registry=registry)
+        self.ignored_fields = Counter("baton_router_ignored_fields", "Unknown body fields", ["field"], registry=registry)
+
+
+class RankCollector(Collector):
+    """Each rank's last report as gauges with the labels role and rank."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+
+    def collect(self) -> Iterator[Metric]:
+        sessions = [session for role in ("prefill", "decode") for session in self._members.sessions(role)]
+        up = GaugeMetricFamily("baton_rank_up", "1 if this router has a session with the rank", labels=["role", "rank"])
+        for session in sessions:
+            up.add_metric([session.member.role, session.member.name], float(session.is_ready))
+        yield up
+        for name in Load.__slots__:
+            family = GaugeMetricFamily(f"baton_rank_{name.removesuffix('_total')}", f"Rank's {name}", labels=["role", "rank"])
+            for session in sessions:
+                family.add_metric([session.member.role, session.member.name], float(getattr(session.load, name)))
+            yield family

@@ -1,0 +1,223 @@
+"""THE HEART: one request from reservation to last token, over as many ranks as it takes.
+
+    place -> reserve (decode) -> run (prefill) -> first token -> tokens of decode -> finished
+      ^                                                                  |
+      '------ a retryable failure: again as prompt + tokens so far ------'
+
+Retries live here and nowhere else. Sampling depends on (seed, position) only, so a client sees a pause, never other text. Whatever
+ends an attempt early, both ranks are told to cancel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from core.clock import Clock
+from core.errors import BatonError, DeadlineExceeded, Overloaded, Unavailable
+from core.log import get_logger
+from core.request import FinishReason, Request, Reservation, TokenLogprobs
+from router.config import RouterConfig
+from router.members import Members
+from router.placement import Candidate, place
+from router.session import Decoded, Event, Failed, Finished, FirstToken, HandedOff, PromptScored, RankSession, Reserved
+
+log = get_logger("relay")
+
+RETRY_S = 0.05
+"""Pause before the next attempt, doubled up to a second."""
+
+FULL_POLL_S = 0.02
+"""How often the first in line asks the decode ranks for room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A piece of a request's result."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of prompt tokens from `prompt_start` on."""
+    prompt_start: int = 0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Journey:
+    """What happened to one request, for its log line and the metrics."""
+
+    request_id: str
+    num_prompt_tokens: int
+    began: float
+    attempts: int = 0
+    ranks: list[str] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    num_output_tokens: int = 0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
+
+class Relay:
+    def __init__(self, members: Members, config: RouterConfig, clock: Clock) -> None:
+        self._members, self._config, self._clock = members, config, clock
+        self._full = asyncio.Lock()
+        """Held by the request that waits for room on the decode ranks; the others wait behind it, in order."""
+        self.num_migrations = 0
+
+    async def generate(self, request: Request, journey: Journey) -> AsyncIterator[Output]:
+        """Yield the outputs of a request until one carries a finish_reason. Raises the error that ended it, if it cannot be mended.
+        Closing the generator cancels the request everywhere."""
+        produced: list[int] = []
+        scored = 0
+        avoid: list[tuple[str, int]] = []
+        pause = RETRY_S
+        deadline = journey.began + self._config.request_timeout_s
+        while True:
+            journey.attempts += 1
+            attempt = dataclasses.replace(
+                request,
+                request_id=f"{request.request_id}.{journey.attempts}",
+                token_ids=request.token_ids + tuple(produced),
+                deadline_s=max(deadline - self._clock.now(), 0.001),
+            )
+            try:
+                async for output in self._attempt(attempt, journey, avoid, deadline):
+                    if output.prompt_logprobs:
+                        new = output.prompt_logprobs[max(0, scored + 1 - output.prompt_start) :]
+                        start = max(output.prompt_start, scored + 1)
+                        scored = max(scored, output.prompt_start + len(output.prompt_logprobs) - 1)
+                        output = Output(prompt_logprobs=new, prompt_start=start)
+                    produced += output.token_ids
+                    journey.num_output_tokens = len(produced)
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+            except BatonError as error:
+                if not error.retryable or journey.attempts >= self._config.max_attempts or self._clock.now() > deadline:
+                    raise
+                self.num_migrations += 1
+                log.warning("relay.retried", request_id=attempt.request_id, num_tokens=len(produced), error=f"{error.code}: {error}")
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 1.0)
+
+    async def _attempt(self, request: Request, journey: Journey, avoid: list[tuple[str, int]], deadline: float) -> AsyncIterator[Output]:
+        """One run on one pair of ranks."""
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        began = self._clock.now()
+        prefill, decode, reservation = await self._reserve(request, events, avoid, deadline)
+        journey.add("reserve", self._clock.now() - began)
+        journey.ranks += [prefill.member.name, decode.member.name]
+        try:
+            prefill.listen(request.request_id, len(request.token_ids), events.put_nowait)
+            prefill.run(request, reservation)
+            held: list[Output] = []  # decode's tokens may overtake the first one: they come over another stream
+            has_first = handed_off = False
+            while True:
+                event = await self._next(events, deadline)
+                if isinstance(event, PromptScored):
+                    yield Output(prompt_logprobs=event.logprobs, prompt_start=event.start)
+                elif isinstance(event, FirstToken):
+                    self._add_stages(journey, event.stages)
+                    has_first = True
+                    held.insert(0, _output(event))
+                elif isinstance(event, Decoded):
+                    handed_off = True
+                    held.append(_output(event))
+                elif isinstance(event, (HandedOff, Finished)):
+                    handed_off = True
+                    self._add_stages(journey, event.stages)
+                elif isinstance(event, Failed):
+                    if event.role == "prefill" and handed_off:
+                        continue  # its part is done
+                    failed = prefill if event.role == "prefill" else decode
+                    avoid.append((failed.member.name, failed.member.incarnation))
+                    raise event.error
+                if has_first:
+                    for output in held:
+                        yield output
+                        if output.finish_reason is not None:
+                            return
+                    held.clear()
+        finally:
+            for session in (prefill, decode):
+                session.forget(request.request_id)
+                session.cancel(request.request_id)
+
+    async def _reserve(
+        self, request: Request, events: asyncio.Queue[Event], avoid: list[tuple[str, int]], deadline: float
+    ) -> tuple[RankSession, RankSession, Reservation]:
+        """Pages on a decode rank, and a prefill rank to fill them. When all decode ranks are full, waits in line for room."""
+        full: set[tuple[str, int]] = set()
+        is_first_in_line = False
+        async with contextlib.AsyncExitStack() as line:
+            while True:
+                prefill, decode = await self._place(request, [*avoid, *full], deadline)
+                key = (decode.member.name, decode.member.incarnation)
+                if key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
+                    if not is_first_in_line:
+                        await line.enter_async_context(self._full)
+                        is_first_in_line = True
+                    await asyncio.sleep(FULL_POLL_S)
+                    full.clear()
+                    if self._clock.now() > deadline:
+                        raise DeadlineExceeded(f"no decode rank had room within {self._config.request_timeout_s:g} s")
+                    continue
+                decode.listen(request.request_id, len(request.token_ids), events.put_nowait)
+                try:
+                    decode.reserve(request)
+                    event = await asyncio.wait_for(events.get(), self._config.reserve_timeout_s)
+                    if isinstance(event, Reserved):
+                        return prefill, decode, event.reservation
+                    assert isinstance(event, Failed), f"{event}"
+                    raise event.error
+                except Overloaded:
+                    decode.forget(request.request_id)
+                    full.add(key)
+                except BaseException as error:
+                    decode.forget(request.request_id)
+                    decode.cancel(request.request_id)
+                    avoid.append(key)
+                    if isinstance(error, TimeoutError):
+                        raise Unavailable(f"{decode.member.name} did not answer a reservation") from error
+                    raise
+
+    async def _place(self, request: Request, avoid: list[tuple[str, int]], deadline: float) -> tuple[RankSession, RankSession]:
+        """Waits a configured time for ranks to be there. Raises Unavailable or Mismatch."""
+        give_up = min(self._clock.now() + self._config.wait_for_members_s, deadline)
+        while True:
+            sessions = {role: self._members.ready(role) for role in ("prefill", "decode")}
+            try:
+                chosen = place(request, *(list(map(_candidate, found)) for found in sessions.values()), avoid)
+                break
+            except Unavailable:
+                if self._clock.now() >= give_up:
+                    raise
+                await asyncio.sleep(RETRY_S)
+        prefill, decode = (next(s for s in found if s.member is member) for found, member in zip(sessions.values(), chosen, strict=True))
+        return prefill, decode
+
+    async def _next(self, events: asyncio.Queue[Event], deadline: float) -> Event:
+        try:
+            return await asyncio.wait_for(events.get(), max(deadline - self._clock.now(), 0.0))
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the request took over {self._config.request_timeout_s:g} s") from error
+
+    def _add_stages(self, journey: Journey, stages: dict[str, float]) -> None:
+        for stage, seconds in stages.items():
+            journey.add(stage, seconds)
+
+
+def _output(event: FirstToken | Decoded) -> Output:
+    tokens = event.tokens
+    return Output(token_ids=tokens.token_ids, logprobs=tokens.logprobs, finish_reason=tokens.finish_reason)
+
+
+def _candidate(session: RankSession) -> Candidate:
+    return Candidate(session.member, session.load, len(session.in_flight), sum(session.in_flight.values()))

@@ -1,0 +1,93 @@
+"""One router process: HTTP in front, sessions with the ranks behind. Lives inside a running event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import socket
+
+import uvicorn
+
+from core.clock import SystemClock
+from core.errors import ConfigError
+from core.log import get_logger
+from core.metrics import new_registry
+from core.request import Member
+from router.app import create_app
+from router.chat import ChatFormat
+from router.config import RouterConfig
+from router.members import Members, watch_controller
+from router.metrics import RankCollector, RouterMetrics
+from router.relay import Relay
+from router.service import Service
+from router.tokens import TextCodec
+
+log = get_logger("router")
+
+
+class Router:
+    def __init__(
+        self, *, config: RouterConfig, served_name: str, model_path: pathlib.Path, max_model_len: int, members: list[Member] | None = None
+    ) -> None:
+        """`members`: a fixed list in place of the controller's. Raises ConfigError for a bad tokenizer or key file."""
+        self._config, self._served_name, self._max_model_len, self._fixed = config, served_name, max_model_len, members
+        self._codec = TextCodec(model_path)
+        self._api_keys = config.read_api_keys()
+
+    async def start(self) -> None:
+        """Returns when the port answers."""
+        config, clock, registry = self._config, SystemClock(), new_registry()
+        self.members = Members(config.liveness_timeout_s)
+        metrics = RouterMetrics(registry, self.members.router_name)
+        registry.register(RankCollector(self.members))
+        relay = Relay(self.members, config, clock)
+        service = Service(config, self._served_name, self._max_model_len, self._codec, relay, metrics, clock)
+        app = create_app(service, ChatFormat(service, config.default_thinking), self.members, registry, self._api_keys)
+        self._socket = _listen(config.host, config.port)
+        self.port = self._socket.getsockname()[1]
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=round(config.drain_timeout_s),
+                timeout_keep_alive=30,
+                h11_max_incomplete_event_size=65536,
+            )
+        )
+        self._watch: asyncio.Task[None] | None = None
+        if self._fixed is not None:
+            self.members.update(self._fixed)
+        else:
+            self._watch = asyncio.create_task(watch_controller(config.control_address, self.members))
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started:
+            if self._serving.done():
+                raise ConfigError(f"the HTTP server did not start: {self._serving.exception()}")
+            await asyncio.sleep(0.01)
+        log.info("router.ready", address=f"{config.host}:{self.port}", name=self.members.router_name)
+
+    async def stop(self) -> None:
+        """Take no new connections, let streams end within drain_timeout_s, then cut them."""
+        self._server.should_exit = True
+        await self._serving
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self.members.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket that other router processes may share. Raises ConfigError if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise ConfigError(f"router: cannot listen on {host}:{port}: {error.strerror}") from error
+    found.listen(2048)
+    return found

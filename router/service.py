@@ -1,0 +1,117 @@
+"""What every route needs: run sequences through the relay with admission, metrics and the request log around them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+from core.clock import Clock
+from core.errors import BatonError, InvalidRequest, TooLarge
+from core.log import get_logger
+from core.request import Request, SamplingParams
+from router.admission import Admission
+from router.config import RouterConfig
+from router.metrics import RouterMetrics
+from router.relay import Journey, Output, Relay
+from router.tokens import TextCodec
+
+log = get_logger("request")
+
+
+class Service:
+    def __init__(
+        self, config: RouterConfig, model: str, max_model_len: int, codec: TextCodec, relay: Relay, metrics: RouterMetrics, clock: Clock
+    ) -> None:
+        self.config, self.model, self.max_model_len, self.codec, self.metrics = config, model, max_model_len, codec, metrics
+        self._relay, self._clock = relay, clock
+        self._admission = Admission(max_requests=config.max_requests, max_waiting_tokens=config.max_waiting_tokens, clock=clock)
+
+    def check_length(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """Tokens that may be generated: max_tokens, or what is left of the longest sequence. Raises InvalidRequest or TooLarge."""
+        room = self.max_model_len - num_prompt_tokens
+        if room < 1:
+            raise TooLarge(f"the prompt has {num_prompt_tokens} tokens; sequences have at most {self.max_model_len}", param="prompt")
+        if max_tokens is not None and max_tokens > room:
+            raise InvalidRequest(
+                f"max_tokens is {max_tokens}, the prompt has {num_prompt_tokens} tokens: together more than the {self.max_model_len} that "
+                "a sequence may have",
+                param="max_tokens",
+            )
+        return max_tokens or room
+
+    @asynccontextmanager
+    async def admitted(self, route: str, num_sequences: int, num_tokens: int) -> AsyncIterator[None]:
+        """Count a request in for as long as the block runs. Raises Overloaded."""
+        self._admission.enter(num_sequences, num_tokens)
+        self.metrics.in_progress.set(self._admission.num_requests)
+        try:
+            yield
+        finally:
+            self._admission.leave(num_sequences)
+            self.metrics.in_progress.set(self._admission.num_requests)
+
+    async def sequence(self, public_id: str, token_ids: tuple[int, ...], sampling: SamplingParams) -> AsyncIterator[Output]:
+        """Outputs of one sequence until its finish_reason. Raises the error that ended it; closing it cancels everywhere."""
+        began = self._clock.now()
+        journey = Journey(public_id, len(token_ids), began)
+        request = Request(
+            request_id=f"{public_id}.{uuid.uuid4().hex[:8]}",
+            token_ids=token_ids,
+            prompt_len=len(token_ids),
+            sampling=sampling,
+            deadline_s=self.config.request_timeout_s,
+        )
+        status, is_waiting = "cancelled", True
+        try:
+            async with aclosing(self._relay.generate(request, journey)) as outputs:
+                async for output in outputs:
+                    if output.token_ids and is_waiting:
+                        is_waiting = False
+                        self._admission.first_token(len(token_ids))
+                    self._note_tokens(journey, len(output.token_ids))
+                    yield output
+            status = "ok"
+        except BatonError as error:
+            status = error.code
+            raise
+        except asyncio.CancelledError:
+            raise
+        finally:
+            if is_waiting:
+                self._admission.first_token(len(token_ids))
+            self._note_end(journey, status)
+
+    def _note_tokens(self, journey: Journey, count: int) -> None:
+        now = self._clock.now()
+        if count and journey.first_token_at is None:
+            journey.first_token_at = now
+            self.metrics.ttft.observe(now - journey.began)
+        elif count and journey.last_token_at is not None:
+            self.metrics.itl.observe((now - journey.last_token_at) / count)
+        if count:
+            journey.last_token_at = now
+            self.metrics.output_tokens.inc(count)
+
+    def _note_end(self, journey: Journey, status: str) -> None:
+        seconds = self._clock.now() - journey.began
+        self.metrics.request_seconds.observe(seconds)
+        self.metrics.prompt_tokens.inc(journey.num_prompt_tokens)
+        self.metrics.migrations.inc(max(journey.attempts - 1, 0))
+        for stage, spent in journey.stages.items():
+            self.metrics.stages.labels(stage).observe(spent)
+        first = journey.first_token_at
+        log.info(
+            "request.done",
+            id=journey.request_id,
+            model=self.model,
+            status=status,
+            prompt_tokens=journey.num_prompt_tokens,
+            output_tokens=journey.num_output_tokens,
+            ttft_s=first - journey.began if first is not None else "none",
+            seconds=seconds,
+            attempts=journey.attempts,
+            ranks=",".join(journey.ranks),
+            **{f"{stage}_s": spent for stage, spent in journey.stages.items()},
+        )

@@ -1,0 +1,97 @@
+"""Token ids and text: the tokenizer, incremental decoding, stop strings."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from core.errors import CheckpointError
+
+
+class TextCodec:
+    """The model's tokenizer. Decoding keeps special tokens out of the text."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.path = folder / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises plain Exception for missing and malformed files alike
+            raise CheckpointError(f"{self.path}: cannot be loaded as a tokenizer: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """The text as it is, nothing added; spellings of special tokens become those tokens."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def spelling(self, token_id: int) -> str:
+        """One token on its own, special ones included; broken UTF-8 shows as the replacement character."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+
+class Detokenizer:
+    """Text of a growing list of tokens. Never emits half a character: bytes wait until they are whole."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        """The text that the token completes."""
+        self._pending.append(token_id)
+        text: str | None = self._stream.step(self._codec.tokenizer, token_id)
+        if not text:
+            return ""
+        self._pending.clear()
+        return text
+
+    def finish(self) -> str:
+        """What was held back; broken characters show as replacement characters."""
+        rest = self._codec.decode(self._pending)
+        self._pending.clear()
+        return rest
+
+
+class StopMatcher:
+    """Cuts a stream of text before the first stop string. Holds back only what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched: str | None = None
+
+    def add(self, text: str) -> str:
+        """The text that is certain now. After a match: nothing more."""
+        if self.matched is not None:
+            return ""
+        self._held += text
+        places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            place, self.matched = min(places, key=lambda found: (found[0], -len(found[1])))
+            sure, self._held = self._held[:place], ""
+            return sure
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        sure, self._held = self._held[:cut], self._held[cut:]
+        return sure
+
+    def finish(self) -> str:
+        """The stream has ended: what was held back is text after all."""
+        rest, self._held = self._held, ""
+        return "" if self.matched is not None else rest
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
