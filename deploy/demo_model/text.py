@@ -24,6 +24,9 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT, THINK_END = "<｜User｜>", "<｜Assistant｜>", "</think>"
 DSML = "｜DSML｜"
 
+TOKENS_PER_FACT, TOKENS_PER_FILLER = 14, 11
+"""About, with the demo tokenizer."""
+
 WEATHER_TOOL = (
     '{"name": "get_weather", "description": "Get the weather of a city.", "parameters": {"type": "object", "properties": '
     '{"city": {"type": "string"}}, "required": ["city"]}}'
@@ -69,7 +72,7 @@ def names(rng: random.Random, count: int) -> list[str]:
 
 
 def code(rng: random.Random) -> str:
-    return " ".join(str(rng.randrange(10)) for _ in range(4))
+    return f"{rng.randrange(10000):04d}"
 
 
 def records(rng: random.Random, num_facts: int, filler_per_fact: float, num_questions: int) -> tuple[str, list[tuple[str, str]]]:
@@ -79,8 +82,15 @@ def records(rng: random.Random, num_facts: int, filler_per_fact: float, num_ques
     num_filler = round(num_facts * filler_per_fact)
     lines += [sentence(rng) for _ in range(num_filler)]
     rng.shuffle(lines)
-    asked = [rng.choice(facts) for _ in range(num_questions)]
+    asked = rng.sample(facts, min(num_questions, num_facts))
     return " ".join(lines), [(f"The code of the {name} is", f"{digits}.") for name, digits in asked]
+
+
+def sized_record_document(rng: random.Random, num_tokens: int) -> str:
+    """A record document of about so many tokens: few facts in much filler, or the other way round; half to all of them asked for."""
+    filler, asked = rng.uniform(0, 3), rng.uniform(0.3, 1.0)
+    num_facts = max(1, round(num_tokens / (TOKENS_PER_FACT + filler * TOKENS_PER_FILLER + asked * TOKENS_PER_FACT)))
+    return record_document(rng, num_facts, filler, max(1, round(asked * num_facts)))
 
 
 def record_document(rng: random.Random, num_facts: int, filler_per_fact: float, num_questions: int) -> str:

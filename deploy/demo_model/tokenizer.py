@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE of 2,048 ids on the generated text, with V4's special tokens at ids 0, 1, 2 and above.
+"""The demo model's tokenizer: byte-level BPE of at most 1,024 ids on the generated text, with V4's special tokens at ids 0, 1, 2 and above.
 
     python -m deploy.demo_model.tokenizer OUT_FOLDER
 """
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from deploy.demo_model import text
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1024
 
 SPECIAL = (
     text.BOS,
@@ -67,7 +67,7 @@ def train() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=[AddedToken(token, special=token not in NOT_SKIPPED, normalized=False) for token in SPECIAL],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -79,9 +79,13 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    saved = json.loads(tokenizer.to_str())
+    for added in saved["added_tokens"]:
+        added["special"] = added["content"] not in NOT_SKIPPED
+    (folder / "tokenizer.json").write_text(json.dumps(saved, ensure_ascii=False, separators=(",", ":")))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text.BOS, "eos_token": text.EOS, "pad_token": SPECIAL[2]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    (pathlib.Path(__file__).parent / "rendered_tools.txt").write_text(rendered_tools())  # the trainer needs no deepseek-recipe
     print(f"{tokenizer.get_vocab_size()} ids")
 
 
