@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from core.request import FinishReason, Request
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
+    """Compared by identity: two sequences of one request are two sequences."""
+
     request: Request
     token_ids: list[int]
     """Prompt and output so far; grows by one per decode step."""
