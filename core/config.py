@@ -101,6 +101,21 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return changes
 
 
+def to_yaml(config: Any) -> str:
+    """The YAML text that `parse_config` reads back as an equal dataclass."""
+    text = yaml.safe_dump(_plain(config), sort_keys=False, width=1000)
+    assert isinstance(text, str)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
 def _required(kind: type) -> str:
     names = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
     return f"the keys {', '.join(names)}" if names else f"keys among {', '.join(f.name for f in dataclasses.fields(kind))}"

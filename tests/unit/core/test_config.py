@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from core.config import MAX_FILE_BYTES, differences, load_config, parse_config
+from core.config import MAX_FILE_BYTES, differences, load_config, parse_config, to_yaml
 from core.errors import CheckpointError, ConfigError
 
 
@@ -178,6 +178,15 @@ def test_a_byte_order_mark_is_no_error(tmp_path: pathlib.Path) -> None:
 def test_differences_name_the_keys() -> None:
     assert differences(read(GOOD), read(GOOD)) == []
     assert differences(read(GOOD), read(GOOD, "prefill.replicas=4", "name=n")) == ["name: 'demo' -> 'n'", "prefill.replicas: 2 -> 4"]
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "1e3", "~", "", "a: b", "two\nlines", "\u2028", "1:30", " x ", "'", '"', "#", "é", "\x85", "\t", "|", "!x"]
+)
+def test_what_is_written_reads_back(text: str) -> None:
+    model, pool = Model(path=text), Pool(weight=1e-9, labels={text or "k": text})
+    config = File(name=text, model=model, prefill=pool, sizes=(1, 2), is_fast=True)
+    assert read(to_yaml(config)) == config
 
 
 _SPICE = ["\t", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!x ", "\0", "\x85", '"', "'", "|", ">", "%", "@", "#", "\n", "---\n", "?",
