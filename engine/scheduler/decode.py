@@ -14,42 +14,41 @@ from engine.sequence import Sequence
 class DecodePlan:
     chunks: list[Chunk]
     preempted: list[Sequence]
-    """Youngest first. Their pages are still theirs: the caller frees them and has the requests run again."""
+    """Youngest first. Their pages are taken back already; the caller frees their slots and has the requests run again."""
 
 
 class DecodePlanner:
-    """Runs every running sequence, oldest first, up to `max_running`; takes a page for each that crosses into a new one."""
+    """Runs every running sequence, oldest first, up to `max_running`; takes a page for each that crosses into a new one.
+
+    When no page is free the youngest sequence of all gives way, at worst the one in need itself. The oldest is never preempted while
+    another one holds pages, so there is always progress.
+    """
 
     def __init__(self, *, max_running: int) -> None:
         assert max_running >= 1, f"{max_running=}"
         self._max_running = max_running
 
     def plan(self, running: list[Sequence], pages: PageAllocator) -> DecodePlan:
-        """running: oldest first, each with exactly one token to compute. Allocates pages to their sequences."""
+        """running: oldest first, each with exactly one token to compute. Moves pages in the allocator and in the sequences."""
         chunks: list[Chunk] = []
         preempted: list[Sequence] = []
-        candidates = running[: self._max_running]
-        budget = pages.num_free
-        for place, sequence in enumerate(candidates):
-            if sequence in preempted:
-                continue
-            need = sequence.num_computed // PAGE_TOKENS + 1 - len(sequence.page_ids)
-            while need > budget:
-                victims = [s for s in reversed(candidates[place + 1 :]) if s not in preempted]
-                if not victims:
-                    break
-                preempted.append(victims[0])
-                budget += len(victims[0].page_ids)
-            if need > budget:
-                preempted.append(sequence)
-                continue
-            if need > pages.num_free:
-                continue  # its turn comes when the victims' pages are back
-            if need > 0:
-                ids = pages.allocate(sequence.request_id, need)
-                assert ids is not None
-                sequence.page_ids += ids
-                budget -= need
+        alive = list(running)
+        while len(chunks) < min(len(alive), self._max_running):
+            sequence = alive[len(chunks)]
+            assert sequence.num_remaining == 1, f"{sequence.request_id}: {sequence.num_remaining} tokens to compute"
+            missing = max(0, sequence.num_computed // PAGE_TOKENS + 1 - len(sequence.page_ids))
+            while missing > pages.num_free and alive[-1] is not sequence:
+                preempted.append(_preempt(alive.pop(), pages))
+            ids = pages.allocate(sequence.request_id, missing)
+            if ids is None:
+                preempted.append(_preempt(alive.pop(), pages))
+                break
+            sequence.page_ids += ids
             chunks.append(Chunk(sequence, 1, "last"))
-        kept = [chunk for chunk in chunks if chunk.sequence not in preempted]
-        return DecodePlan(kept, preempted)
+        return DecodePlan(chunks, preempted)
+
+
+def _preempt(sequence: Sequence, pages: PageAllocator) -> Sequence:
+    pages.free(sequence.request_id)
+    sequence.page_ids = []
+    return sequence

@@ -10,38 +10,40 @@ from engine.sequence import Sequence
 class PrefillPlanner:
     """Packs chunks of several prompts into a step of at most `chunk_tokens` tokens.
 
-    First come, first served, but a long prompt does not keep short ones waiting: every sequence first gets an equal share of the
-    step, and what is left goes to the oldest. Chunks end at page borders where that costs nothing, so that pages can leave early.
+        step of 256    [ oldest: at least 128 | least left to compute | second least | ... | what is left: oldest again ]
+
+    Half of a step belongs to the oldest prompt, so each one's turn comes; the other half to those that it finishes soonest, so a
+    short prompt waits for no long one. Among equals this is first come, first served.
     """
 
     def __init__(self, *, chunk_tokens: int, max_sequences: int) -> None:
+        """`max_sequences`: prompts in one step at most."""
         assert chunk_tokens >= 1 and max_sequences >= 1, f"{chunk_tokens=} {max_sequences=}"
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
 
     def plan(self, sequences: list[Sequence]) -> list[Chunk]:
-        """sequences: those with tokens to compute, oldest first. Empty in, empty out."""
-        chosen = [s for s in sequences if s.num_remaining > 0][: min(self._max_sequences, self._chunk_tokens)]
+        """sequences: oldest first; those with nothing to compute are passed over. Chunks come in the same order."""
+        chosen = [s for s in sequences if s.num_remaining > 0]
         if not chosen:
             return []
-        share = self._chunk_tokens // len(chosen)
-        lengths = [min(sequence.num_remaining, share) for sequence in chosen]
-        left = self._chunk_tokens - sum(lengths)
-        for place, sequence in enumerate(chosen):
-            more = min(left, sequence.num_remaining - lengths[place])
-            lengths[place] += more
-            left -= more
-        return [self._chunk(sequence, length) for sequence, length in zip(chosen, lengths, strict=True)]
+        oldest = chosen[0]
+        others = sorted(chosen[1:], key=lambda s: s.num_remaining)[: self._max_sequences - 1]
+        half = -(-self._chunk_tokens // 2) if others else self._chunk_tokens
+        lengths = {id(oldest): min(oldest.num_remaining, half)}
+        left = self._chunk_tokens - lengths[id(oldest)]
+        for sequence in others:
+            lengths[id(sequence)] = min(sequence.num_remaining, left)
+            left -= lengths[id(sequence)]
+        lengths[id(oldest)] += min(left, oldest.num_remaining - lengths[id(oldest)])
+        return [self._chunk(s, lengths[id(s)]) for s in chosen if lengths.get(id(s))]
 
     def _chunk(self, sequence: Sequence, length: int) -> Chunk:
-        if length == sequence.num_remaining:
-            return Chunk(sequence, length, "all" if _wants_all_logits(sequence) else "last")
-        end = sequence.num_computed + length
-        aligned = end - end % PAGE_TOKENS
-        if aligned - sequence.num_computed >= PAGE_TOKENS // 2:
-            length = aligned - sequence.num_computed
-        return Chunk(sequence, length, "all" if _wants_all_logits(sequence) else "none")
-
-
-def _wants_all_logits(sequence: Sequence) -> bool:
-    return sequence.request.sampling.num_prompt_logprobs is not None
+        """Cut at the page border before its end if that gives up little: the page can then leave a step earlier."""
+        is_last = length == sequence.num_remaining
+        past_border = (sequence.num_computed + length) % PAGE_TOKENS
+        if not is_last and past_border < length and past_border <= self._chunk_tokens // 8:
+            length -= past_border
+        if sequence.request.sampling.num_prompt_logprobs is not None:
+            return Chunk(sequence, length, "all")
+        return Chunk(sequence, length, "last" if is_last else "none")
