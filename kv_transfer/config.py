@@ -61,7 +61,7 @@ class TransferConfig:
 
     def apply_to_environment(self) -> None:
         """UCX reads its settings from the environment when the agent is created."""
-        settings = {"UCX_TCP_USER_TIMEOUT": f"{self.tcp_user_timeout_s:g}s", "UCX_LOG_LEVEL": "error"}
+        settings = {"UCX_TCP_USER_TIMEOUT": f"{self.tcp_user_timeout_s:g}s", "UCX_LOG_LEVEL": "error", "NIXL_LOG_LEVEL": "WARN"}
         if self.ucx_tls:
             settings["UCX_TLS"] = self.ucx_tls
         if self.ucx_net_devices:

@@ -212,14 +212,18 @@ class Completion:
         if request.echo:
             choice.text = codec.decode(prompt)
             if request.logprobs is None:
+                choice.offset = len(choice.text)
                 yield choice.take()
             else:
                 self._add_logprobs(choice, prompt[:1], (None,))
+                choice.offset += len(codec.spelling(prompt[0]))
         async with aclosing(self._service.sequence(f"{self.id}-{choice.index}", prompt, sampling)) as outputs:
             async for output in outputs:
                 if output.prompt_logprobs:
                     start = output.prompt_start
-                    self._add_logprobs(choice, prompt[start : start + len(output.prompt_logprobs)], output.prompt_logprobs)
+                    for token, found in zip(prompt[start:], output.prompt_logprobs, strict=False):
+                        self._add_logprobs(choice, (token,), (found,))
+                        choice.offset += len(codec.spelling(token))
                     continue
                 if request.echo_only:
                     choice.finish_reason = "length"

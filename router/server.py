@@ -41,7 +41,7 @@ class Router:
         metrics = RouterMetrics(registry, self.members.router_name)
         registry.register(RankCollector(self.members))
         relay = Relay(self.members, config, clock)
-        service = Service(config, self._served_name, self._max_model_len, self._codec, relay, metrics, clock)
+        service = self._service = Service(config, self._served_name, self._max_model_len, self._codec, relay, metrics, clock)
         app = create_app(service, ChatFormat(service, config.default_thinking), self.members, registry, self._api_keys)
         self._socket = _listen(config.host, config.port)
         self.port = self._socket.getsockname()[1]
@@ -67,6 +67,11 @@ class Router:
                 raise ConfigError(f"the HTTP server did not start: {self._serving.exception()}")
             await asyncio.sleep(0.01)
         log.info("router.ready", address=f"{config.host}:{self.port}", name=self.members.router_name)
+
+    @property
+    def num_requests(self) -> int:
+        """Admitted and not ended."""
+        return self._service.num_requests
 
     async def stop(self) -> None:
         """Take no new connections, let streams end within drain_timeout_s, then cut them."""

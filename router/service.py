@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -27,6 +26,11 @@ class Service:
         self.config, self.model, self.max_model_len, self.codec, self.metrics = config, model, max_model_len, codec, metrics
         self._relay, self._clock = relay, clock
         self._admission = Admission(max_requests=config.max_requests, max_waiting_tokens=config.max_waiting_tokens, clock=clock)
+
+    @property
+    def num_requests(self) -> int:
+        """Admitted and not ended."""
+        return self._admission.num_requests
 
     def check_length(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """Tokens that may be generated: max_tokens, or what is left of the longest sequence. Raises InvalidRequest or TooLarge."""
@@ -71,12 +75,14 @@ class Service:
                         is_waiting = False
                         self._admission.first_token(len(token_ids))
                     self._note_tokens(journey, len(output.token_ids))
+                    if output.finish_reason is not None:
+                        status = "ok"
                     yield output
-            status = "ok"
         except BatonError as error:
             status = error.code
             raise
-        except asyncio.CancelledError:
+        except GeneratorExit:  # the reader has what it wants: a stop string, or its client left
+            status = "ok" if status == "ok" else "stopped"
             raise
         finally:
             if is_waiting:
