@@ -9,7 +9,8 @@ from core.kv_layout import KVLayout
 from core.request import FinishReason, TokenLogprobs
 from engine.batch import Chunk, build_batch
 from engine.cache.arena import Arena
-from engine.sampler import logprobs_of, sample
+from engine.logprobs import logprobs_of
+from engine.sampler import sample
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:

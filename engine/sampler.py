@@ -1,37 +1,42 @@
 """Logits to tokens.
 
-The draw for the token at absolute position p of a sequence depends only on its logits, its parameters, its history and
-u = uniform(seed, p), never on the batch or on earlier draws: so a sequence goes on with the same tokens on another worker.
+The draw for the token at absolute position p of a sequence depends only on its logits, its parameters, its history and on
+(seed, p), never on the batch or on earlier draws: so a sequence goes on with the same tokens on another worker.
 
-Order: logit bias, penalties, temperature, top-k, top-p, min-p, then the first token (most likely first, lowest id on ties) at
-which the cumulative probability exceeds u.
+Order: logit bias, penalties, temperature, top-k, top-p within what top-k left, min-p; then, among the tokens left, the one with the
+largest logit / temperature + Gumbel noise. With noise -log(-log u), u uniform and independent per token, that is an exact draw from
+the softmax (Gumbel-max); it needs no sum, and a small change of the logits changes the token with as small a probability. The noise
+of token v comes from `philox.uniforms`(seed, p)[v]. Ties go to the lowest id everywhere.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 
-from core.request import SamplingParams, TokenLogprobs
+from core.errors import InternalError
+from core.request import SamplingParams
+from engine.philox import uniforms
 from engine.sequence import Sequence
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits: Philox 4x64-10 with key (seed, 0) and counter (position, 0, 0, 0)."""
-    raw = np.random.Philox(key=[seed & (2**64 - 1), 0], counter=[position, 0, 0, 0]).random_raw()
-    return float(int(raw) >> 11) * 2.0**-53
-
-
 def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """logits: fp32 [S, V], for the token after each sequence's last. Returns one token id a sequence."""
+    """logits: fp32 [S, V], for the token after each sequence's last; not changed. Returns one token id a sequence. Raises
+    InternalError naming the requests whose largest logit is not a finite number."""
     if not sequences:
         return []
-    greedy = logits.max(dim=1, keepdim=True).values == logits
-    first = greedy.int().argmax(dim=1).tolist()  # argmax of 0/1 values: torch returns the first maximum
-    return [
-        first[i] if _is_plain_greedy(sequence.request.sampling) else _sample_one(logits[i], sequence)
-        for i, sequence in enumerate(sequences)
-    ]
+    tokens: list[int] = logits.argmax(dim=1).tolist()  # the first maximum, or the first NaN
+    tops = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    if not bool(tops.isfinite().all()):
+        names = [s.request_id for s, top in zip(sequences, tops.tolist(), strict=True) if not math.isfinite(top)]
+        raise InternalError(f"the logits of {', '.join(names)} are not finite")
+    rest = [row for row, sequence in enumerate(sequences) if not _is_plain_greedy(sequence.request.sampling)]
+    if rest:
+        chosen = _choose(logits[rest].double(), [sequences[row] for row in rest])
+        for row, token in zip(rest, chosen, strict=True):
+            tokens[row] = token
+    return tokens
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:
@@ -42,57 +47,61 @@ def _has_penalties(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
-def _sample_one(logits_V: torch.Tensor, sequence: Sequence) -> int:
+def _choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """logits: float64 [R, V], overwritten."""
+    for row, sequence in enumerate(sequences):
+        _add_bias(logits[row], sequence.request.sampling)
+        _penalise(logits[row], sequence)
+    drawn = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.is_greedy]
+    if drawn:
+        params = [sequences[row].request.sampling for row in drawn]
+        tempered = temper(logits[drawn], params)
+        keep_only_likely(tempered, params)
+        positions = [len(sequences[row].token_ids) for row in drawn]
+        u = uniforms([p.seed for p in params], positions, logits.shape[1], logits.device)
+        logits[drawn] = tempered - torch.log(-torch.log(u))
+    chosen: list[int] = logits.argmax(dim=1).tolist()
+    return chosen
+
+
+def _add_bias(logits_V: torch.Tensor, params: SamplingParams) -> None:
+    if params.logit_bias:
+        ids, values = zip(*params.logit_bias, strict=True)
+        logits_V.index_add_(0, torch.tensor(ids, device=logits_V.device), logits_V.new_tensor(values))
+
+
+def _penalise(logits_V: torch.Tensor, sequence: Sequence) -> None:
     params = sequence.request.sampling
-    logits = logits_V.double().cpu()
-    for token, bias in params.logit_bias:
-        logits[token] += bias
-    if _has_penalties(params):
-        logits = _penalise(logits, sequence, params)
-    # Stable descending order: of equal logits the lower id comes first.
-    values, ids = torch.sort(logits, descending=True, stable=True)
-    if params.is_greedy:
-        return int(ids[0])
-    probabilities = filtered_probabilities(values / params.temperature, params)
-    threshold = uniform(params.seed, len(sequence.token_ids))
-    cumulative = probabilities.cumsum(0)
-    place = int(torch.searchsorted(cumulative, threshold * float(cumulative[-1]), right=True))
-    return int(ids[min(place, len(probabilities) - 1)])
+    if not _has_penalties(params):
+        return
+    history = torch.tensor(sequence.token_ids, device=logits_V.device)
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits_V.device)
+        values = logits_V[seen]
+        logits_V[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    counts = torch.bincount(history[sequence.request.prompt_len :], minlength=len(logits_V))
+    logits_V -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
 
 
-def _penalise(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> torch.Tensor:
-    size = len(logits)
-    counts = torch.bincount(torch.tensor(sequence.token_ids[sequence.request.prompt_len :], dtype=torch.int64), minlength=size)
-    seen = torch.zeros(size, dtype=torch.bool)
-    seen[sequence.token_ids] = True
-    scaled = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-    logits = torch.where(seen, scaled, logits)
-    return logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+def temper(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """float64 [R, V] -> log-probabilities up to a constant: the largest of each row is 0, so no temperature can overflow it."""
+    temperatures = logits.new_tensor([p.temperature for p in params])[:, None]
+    return (logits - logits.amax(dim=1, keepdim=True)) / temperatures
 
 
-def filtered_probabilities(descending: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """float64 tempered logits in descending order -> probabilities of the tokens that top-k, top-p and min-p leave (a prefix of the
-    order, at least one), not normalised again."""
-    probabilities = torch.softmax(descending, dim=0)
-    keep = len(probabilities)
-    if params.top_k:
-        keep = min(keep, params.top_k)
-    if params.top_p < 1.0:
-        # top-p counts within what top-k left
-        within = probabilities[:keep] / probabilities[:keep].sum()
-        keep = min(keep, int(torch.searchsorted(within.cumsum(0), params.top_p)) + 1)
-    if params.min_p > 0.0:
-        keep = min(keep, int((probabilities >= params.min_p * probabilities[0]).sum()))
-    return probabilities[: max(keep, 1)]
-
-
-def logprobs_of(logits: torch.Tensor, targets: list[int], num_top: int) -> tuple[TokenLogprobs, ...]:
-    """Log-probabilities of the untempered distribution. logits: fp32 [n, V]; targets: n token ids; `num_top` alternatives each, most
-    likely first, lowest id on ties."""
-    if not targets:
-        return ()
-    logs = torch.log_softmax(logits.double(), dim=1).cpu()
-    chosen = logs.gather(1, torch.tensor(targets)[:, None])[:, 0].tolist()
-    values, ids = torch.sort(logs, dim=1, descending=True, stable=True)
-    tops = (values[:, :num_top].tolist(), ids[:, :num_top].tolist())
-    return tuple(TokenLogprobs(logprob=chosen[i], top_ids=tuple(tops[1][i]), top_logprobs=tuple(tops[0][i])) for i in range(len(targets)))
+def keep_only_likely(tempered: torch.Tensor, params: list[SamplingParams]) -> None:
+    """Set what top-k, top-p and min-p exclude to -inf, in place; the most likely token always stays."""
+    size = tempered.shape[1]
+    sorting = [row for row, p in enumerate(params) if 0 < p.top_k < size or p.top_p < 1.0]
+    if sorting:
+        values, ids = torch.sort(tempered[sorting], dim=1, descending=True, stable=True)
+        top_k = torch.tensor([params[row].top_k or size for row in sorting], device=tempered.device)[:, None]
+        values.masked_fill_(torch.arange(size, device=tempered.device) >= top_k, -math.inf)
+        probabilities = torch.softmax(values, dim=1)
+        before = probabilities.cumsum(dim=1) - probabilities
+        top_p = tempered.new_tensor([params[row].top_p for row in sorting])[:, None]
+        values[:, 1:].masked_fill_((before >= top_p)[:, 1:] & (top_p < 1.0), -math.inf)
+        tempered[sorting] = torch.empty_like(values).scatter_(1, ids, values)
+    if any(p.min_p > 0 for p in params):
+        floors = tempered.new_tensor([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])[:, None]
+        tempered.masked_fill_(tempered < floors, -math.inf)
