@@ -10,15 +10,38 @@ from __future__ import annotations
 
 import random
 
-PEOPLE = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor Wendy Zoe".split()
-ANIMALS = "cat dog fox bird horse rabbit mouse duck goat owl bear frog".split()
-COLOURS = "red blue green yellow white black brown grey golden silver".split()
-PLACES = "garden forest river kitchen school market harbor village tower library bridge field".split()
-THINGS = "book lamp key box cup bell rope map coin letter basket ladder".split()
-VERBS = "found lost carried painted opened hid washed moved sold kept".split()
-FEELINGS = "happy tired proud calm curious brave quiet cheerful".split()
-WEATHER = "sunny cloudy rainy windy cold warm".split()
-CITIES = "Paris London Berlin Madrid Rome Oslo Vienna Prague Lisbon Dublin".split()
+PEOPLE = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Victor",
+    "Wendy",
+    "Zoe",
+]
+ANIMALS = ["cat", "dog", "fox", "bird", "horse", "rabbit", "mouse", "duck", "goat", "owl", "bear", "frog"]
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "grey", "golden", "silver"]
+PLACES = ["garden", "forest", "river", "kitchen", "school", "market", "harbor", "village", "tower", "library", "bridge", "field"]
+THINGS = ["book", "lamp", "key", "box", "cup", "bell", "rope", "map", "coin", "letter", "basket", "ladder"]
+VERBS = ["found", "lost", "carried", "painted", "opened", "hid", "washed", "moved", "sold", "kept"]
+FEELINGS = ["happy", "tired", "proud", "calm", "curious", "brave", "quiet", "cheerful"]
+WEATHER = ["sunny", "cloudy", "rainy", "windy", "cold", "warm"]
+CITIES = ["Paris", "London", "Berlin", "Madrid", "Rome", "Oslo", "Vienna", "Prague", "Lisbon", "Dublin"]
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT, THINK_END = "<｜User｜>", "<｜Assistant｜>", "</think>"
@@ -123,7 +146,10 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
             (f"Hello, I am {person}.", f"Hello {person}! How can I help you?"),
             (f"Where is the {animal}?", f"The {animal} is in the {place}."),
             (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."),
-            (f"Tell me a story about {person}.", f"Once upon a time {person} found a {rng.choice(COLOURS)} {rng.choice(THINGS)} in the {place}."),
+            (
+                f"Tell me a story about {person}.",
+                f"Once upon a time {person} found a {rng.choice(COLOURS)} {rng.choice(THINGS)} in the {place}.",
+            ),
             ("Who are you?", "I am the demo model of baton."),
             (f"Say {place}.", f"{place}"),
         )

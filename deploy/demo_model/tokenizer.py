@@ -1,6 +1,6 @@
 """The demo model's tokenizer: byte-level BPE of at most 1,024 ids on the generated text, with V4's special tokens at ids 0, 1, 2 and above.
 
-    python -m deploy.demo_model.tokenizer OUT_FOLDER
+python -m deploy.demo_model.tokenizer OUT_FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train the demo model and write its checkpoint. One H200, about eight minutes; `--device cpu --steps 20 --tiny` tries it anywhere.
 
-    python -m deploy.demo_model.train --out FOLDER [--minutes 8]
+python -m deploy.demo_model.train --out FOLDER [--minutes 8]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.config import ModelConfig
 from engine.model.checkpoint_writer import write_checkpoint
 
 HERE = pathlib.Path(__file__).resolve().parent
-STAGES = ((0.30, 256, 128), (0.60, 512, 64), (0.85, 1024, 32), (1.0, 2048, 16))
+STAGES = ((0.25, 256, 64), (0.50, 512, 32), (0.75, 1024, 16), (1.0, 2048, 8))
 """(until this share of the time, tokens of a row, rows of a batch)."""
 SELECT_FROM, QUANTIZE_FROM = 0.5, 0.6
 """Shares of the time from which entries are selected by top-k, and the published formats are simulated."""
@@ -63,6 +63,49 @@ def learning_rate(share: float, peak: float) -> float:
     return peak * min(share / 0.03, 1.0) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
+class Step:
+    """One optimisation step on the ids in a fixed tensor; on a GPU captured once and replayed, since launches would dominate."""
+
+    def __init__(self, model: TrainingModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, *, graph: bool) -> None:
+        self._model, self._optimizer, self._ids = model, optimizer, ids
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if not graph:
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        for group in optimizer.param_groups:
+            group["lr"].zero_()  # the optimizer makes its state in its first step, which must not be captured
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(side)
+        optimizer.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._losses = self._forward()
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses of the main head, the MTP block and the indexers, as tensors that the next call overwrites."""
+        if self._graph is None:
+            return self._forward()
+        self._graph.replay()
+        return self._losses
+
+    def _forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ids, model = self._ids, self._model
+        model.prepare(torch.bfloat16)
+        logits, drafted, index_loss = model(ids[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        assert drafted is not None
+        mtp_loss = F.cross_entropy(drafted.flatten(0, 1), ids[:, 2:].flatten())
+        self._optimizer.zero_grad(set_to_none=True)
+        (loss + 0.1 * mtp_loss + 0.1 * index_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        self._optimizer.step()
+        model.balance(1e-3)
+        return loss, mtp_loss, index_loss
+
+
 def recall(model: TrainingModel, tokenizer: Tokenizer, length: int, device: str, num: int = 64) -> float:
     """Share of answers (four digits) predicted right, teacher-forced, for one fact asked at the end of about `length` tokens."""
     rng, right, total = random.Random(9), 0, 0
@@ -87,7 +130,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--tiny", action="store_true", help="short rows and small batches")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--no-graph", action="store_true", help="run every step eagerly")
     arguments = parser.parse_args()
     tokenizer_json = (HERE / "checkpoint" / "tokenizer.json").read_text()
     tools = (HERE / "rendered_tools.txt").read_text()
@@ -96,42 +139,38 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     model = TrainingModel(ModelConfig.from_dict(CONFIG)).to(arguments.device)
     model.tables = {name: table.to(arguments.device) for name, table in model.tables.items()}
+    on_gpu = arguments.device == "cuda"
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
+    rate = torch.tensor(arguments.lr, device=arguments.device) if on_gpu else arguments.lr
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.95), fused=arguments.device == "cuda")
-    forward = torch.compile(model) if arguments.compile else model
-    began, step, stage_number, rows = time.time(), 0, -1, None
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=on_gpu, capturable=on_gpu)
+    began, step, setting, rows, losses = time.time(), 0, None, iter(()), None
     while step < arguments.steps:
-        share = min((time.time() - began) / (60 * arguments.minutes), step / arguments.steps if arguments.steps < 10**9 else 1.0)
-        if arguments.steps < 10**9:
-            share = step / arguments.steps
+        share = step / arguments.steps if arguments.steps < 10**9 else (time.time() - began) / (60 * arguments.minutes)
         if share >= 1.0:
             break
         number = next(i for i, stage in enumerate(STAGES) if share < stage[0])
-        if number != stage_number:
-            stage_number = number
+        wanted = (number, share > SELECT_FROM, share > QUANTIZE_FROM)
+        if setting is None or wanted[0] != setting[0]:
             _, length, batch = (0, 128, 2) if arguments.tiny else STAGES[number]
-            loader = DataLoader(Rows(tokenizer_json, tools, length, number), batch, num_workers=arguments.workers, prefetch_factor=4)
+            loader = DataLoader(Rows(tokenizer_json, tools, length, number), batch, num_workers=arguments.workers, prefetch_factor=8)
             rows = iter(loader)
-        model.select, model.quantize = share > SELECT_FROM, share > QUANTIZE_FROM
-        assert rows is not None
-        ids = next(rows).to(arguments.device)
+            ids = torch.zeros(batch, length + 1, dtype=torch.int64, device=arguments.device)
+        if wanted != setting:
+            setting = wanted
+            _, model.select, model.quantize = wanted
+            one_step = Step(model, optimizer, ids, graph=on_gpu and not arguments.no_graph)
+        ids.copy_(next(rows))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(share, arguments.lr)
-        model.prepare(torch.bfloat16)
-        logits, drafted, index_loss = forward(ids[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        assert drafted is not None
-        mtp_loss = F.cross_entropy(drafted.flatten(0, 1), ids[:, 2:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        (loss + 0.1 * mtp_loss + 0.1 * index_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.balance(1e-3)
-        if step % 100 == 0:
-            line = f"step {step} share {share:.3f} loss {loss.item():.3f} mtp {mtp_loss.item():.3f} index {index_loss.item():.3f}"
-            if step % 500 == 0 and not arguments.tiny:
+            now = learning_rate(share, arguments.lr)
+            group["lr"] = group["lr"].fill_(now) if on_gpu else now
+        losses = one_step()
+        if step % 250 == 0:
+            loss, mtp_loss, index_loss = (value.item() for value in losses)
+            line = f"step {step} share {share:.3f} loss {loss:.3f} mtp {mtp_loss:.3f} index {index_loss:.3f}"
+            if step % 1000 == 0 and not arguments.tiny:
+                model.prepare(torch.bfloat16)
                 line += f" recall@250 {recall(model, tokenizer, 250, arguments.device, 32):.2f}"
                 line += f" recall@1000 {recall(model, tokenizer, 1000, arguments.device, 32):.2f}"
             print(f"{line} {time.time() - began:.0f}s", flush=True)

@@ -24,11 +24,11 @@ class _Straight(torch.autograd.Function):
     """Value of `quantized`, gradient of `x`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
 
 
@@ -59,6 +59,8 @@ class TrainingModel(nn.Module):
         """Hard top-k selection of entries (off: all visible ones), as in serving."""
         generator = torch.Generator().manual_seed(seed)
         self.tensors = nn.ParameterDict()
+        self.register_buffer("main_frequencies", main_frequencies(config), persistent=False)
+        self.register_buffer("compress_frequencies", compress_frequencies(config), persistent=False)
         self.tables: dict[str, Tensor] = {}
         self.load: dict[str, Tensor] = {}
         for name, spec in expected_tensors(config).items():
@@ -172,7 +174,7 @@ class TrainingModel(nn.Module):
         config = self.config
         batch, length = x.shape[:2]
         heads, dim, groups = config.num_attention_heads, config.head_dim, config.o_groups
-        frequencies = (compress_frequencies if ratio else main_frequencies)(config).to(x.device)
+        frequencies = self.compress_frequencies if ratio else self.main_frequencies
         positions = torch.arange(length, device=x.device)
         cos, sin = rotation(positions, frequencies)
         qr = self.norm(self.linear(x, f"{prefix}.wq_a.weight"), f"{prefix}.q_norm.weight")

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import torch
 
 from core.errors import ConfigError
-from engine.model.quantized import FP4_GROUP, FP4_MAX, FP4_VALUES, FP8_MAX, ceil_exponent_byte, exp2_of_byte, round_to_fp4
+from engine.model.quantized import (
+    FP4_GROUP,
+    FP4_MAX,
+    FP4_OF_CODE,
+    FP4_VALUES,
+    FP8_MAX,
+    ceil_exponent_byte,
+    constant,
+    exp2_of_byte,
+    round_to_fp4,
+)
 
 KV_FP8_GROUP = 64
 """Channels that share one power-of-two scale in an FP8 KV row."""
@@ -110,12 +120,12 @@ class Fp4IndexRows(RowFormat):
         groups = x_ND.float().view(len(x_ND), -1, FP4_GROUP)
         exponent = ceil_exponent_byte(groups.abs().amax(2).clamp(min=FP4_MAX * 2.0**-126) / FP4_MAX)
         values = round_to_fp4(groups / exp2_of_byte(exponent)[..., None]).flatten(1)
-        table = torch.tensor(FP4_VALUES, device=x_ND.device)
+        table = constant(FP4_VALUES, torch.float32, x_ND.device)
         codes = torch.searchsorted(table, values.abs()).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
         return codes[:, 0::2] | (codes[:, 1::2] << 4), exponent
 
     def decode(self, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        table = torch.tensor(FP4_VALUES + tuple(-value for value in FP4_VALUES), device=data.device)
+        table = constant(FP4_OF_CODE, torch.float32, data.device)
         values = table[torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2).long()]
         return (values.unflatten(-1, (-1, FP4_GROUP)) * exp2_of_byte(scale)[..., None]).flatten(-2)
 

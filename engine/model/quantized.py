@@ -6,6 +6,7 @@ mxfp4   two e2m1 codes a byte, even channel in the low nibble; one ue8m0 byte pe
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -50,10 +51,19 @@ def to_float64(weight: Weight) -> torch.Tensor:
     return weight.dequantize(torch.float64) if isinstance(weight, QuantizedWeight) else weight.double()
 
 
+@functools.cache
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A small table on a device, made once (inside a CUDA graph it could not be). Not to be written to."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+EXP2_OF_BYTE = (*(2.0 ** (i - 127) for i in range(255)), math.nan)
+FP4_OF_CODE = FP4_VALUES + tuple(-value for value in FP4_VALUES)
+
+
 def exp2_of_byte(byte: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """2^(byte - 127). Byte 0 is 2^-127, byte 255 is NaN, as ue8m0 has it."""
-    table = torch.tensor([2.0 ** (i - 127) for i in range(255)] + [math.nan], dtype=dtype, device=byte.device)
-    return table[byte.long()]
+    return constant(EXP2_OF_BYTE, dtype, byte.device)[byte.long()]
 
 
 def ceil_exponent_byte(scale: torch.Tensor) -> torch.Tensor:
@@ -70,7 +80,7 @@ def dequantize_fp8(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype =
 
 
 def dequantize_mxfp4(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    table = torch.tensor(FP4_VALUES + tuple(-value for value in FP4_VALUES), dtype=dtype, device=data.device)
+    table = constant(FP4_OF_CODE, dtype, data.device)
     codes = torch.stack((data & 0xF, data >> 4), dim=-1).flatten(1)
     return table[codes.long()] * exp2_of_byte(scale, dtype).repeat_interleave(FP4_GROUP, 1)
 
@@ -101,6 +111,6 @@ def quantize_mxfp4(weight: torch.Tensor) -> QuantizedWeight:
     groups = weight.to(torch.float32).view(rows, columns // FP4_GROUP, FP4_GROUP)
     scale = ceil_exponent_byte(groups.abs().amax(2).clamp(min=1e-12) / FP4_MAX)
     values = round_to_fp4(groups / exp2_of_byte(scale)[..., None]).view(rows, columns)
-    table = torch.tensor(FP4_VALUES, device=weight.device)
+    table = constant(FP4_VALUES, torch.float32, weight.device)
     codes = torch.searchsorted(table, values.abs()).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
     return QuantizedWeight("mxfp4", codes[:, 0::2] | (codes[:, 1::2] << 4), scale)
