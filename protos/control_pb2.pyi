@@ -44,7 +44,7 @@ class RankStatus(_message.Message):
     def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., restarts: _Optional[int] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., note: _Optional[str] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("name", "model", "ranks", "routers", "desired_replicas", "controller_uptime_s", "events")
+    __slots__ = ("name", "model", "ranks", "routers", "desired_replicas", "controller_uptime_s", "events", "settled", "problems", "spec_yaml")
     class DesiredReplicasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,9 @@ class ClusterStatus(_message.Message):
     DESIRED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     CONTROLLER_UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    SPEC_YAML_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
@@ -66,10 +69,13 @@ class ClusterStatus(_message.Message):
     desired_replicas: _containers.ScalarMap[str, int]
     controller_uptime_s: float
     events: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., desired_replicas: _Optional[_Mapping[str, int]] = ..., controller_uptime_s: _Optional[float] = ..., events: _Optional[_Iterable[str]] = ...) -> None: ...
+    settled: bool
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    spec_yaml: str
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., desired_replicas: _Optional[_Mapping[str, int]] = ..., controller_uptime_s: _Optional[float] = ..., events: _Optional[_Iterable[str]] = ..., settled: _Optional[bool] = ..., problems: _Optional[_Iterable[str]] = ..., spec_yaml: _Optional[str] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
-    __slots__ = ("spec_yaml", "replicas", "wait", "dry_run")
+    __slots__ = ("spec_yaml", "replicas", "dry_run")
     class ReplicasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -79,13 +85,11 @@ class ApplyRequest(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     SPEC_YAML_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
-    WAIT_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     spec_yaml: str
     replicas: _containers.ScalarMap[str, int]
-    wait: bool
     dry_run: bool
-    def __init__(self, spec_yaml: _Optional[str] = ..., replicas: _Optional[_Mapping[str, int]] = ..., wait: _Optional[bool] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, spec_yaml: _Optional[str] = ..., replicas: _Optional[_Mapping[str, int]] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class ApplyReply(_message.Message):
     __slots__ = ("changes", "error")

@@ -1,0 +1,75 @@
+"""`baton chat`: a conversation over the router's HTTP API, streamed to the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from core.errors import Unavailable
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def chat(base_url: str, model: str, api_key: str, *, max_tokens: int, is_thinking: bool) -> None:
+    """Read lines until end of file or /exit. /new forgets the conversation."""
+    print(f"{model} at {base_url}; /new starts over, /exit or Ctrl-D ends")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line == "/exit":
+            return
+        if line == "/new":
+            messages.clear()
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}
+        body |= {"chat_template_kwargs": {"thinking": is_thinking}}
+        try:
+            messages.append({"role": "assistant", "content": _answer(base_url, api_key, body)})
+        except Unavailable as error:
+            messages.pop()
+            print(f"baton: {error}", file=sys.stderr)
+
+
+def _answer(base_url: str, api_key: str, body: dict[str, Any]) -> str:
+    """Print the answer as it comes, thoughts dimmed; returns its text. Raises Unavailable with the server's words."""
+    content: list[str] = []
+    dimmed = sys.stdout.isatty()
+    for delta in _deltas(base_url, api_key, body):
+        if thought := delta.get("reasoning_content"):
+            print(f"{DIM}{thought}{PLAIN}" if dimmed else thought, end="", flush=True)
+        if text := delta.get("content"):
+            content.append(text)
+            print(text, end="", flush=True)
+    print()
+    return "".join(content)
+
+
+def _deltas(base_url: str, api_key: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    request = urllib.request.Request(f"{base_url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            for raw in response:
+                line = raw.decode().strip()
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise Unavailable(event["error"].get("message", "the stream ended with an error"))
+                for choice in event.get("choices", ()):
+                    yield choice.get("delta", {})
+    except urllib.error.HTTPError as error:
+        raise Unavailable(f"{error.code}: {error.read().decode(errors='replace')[:500]}") from error
+    except (urllib.error.URLError, OSError) as error:
+        raise Unavailable(f"{base_url} cannot be reached: {error}") from error

@@ -1,0 +1,56 @@
+"""The baton command's side of protos/control.proto."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+
+from core.codec import decode_error
+from core.errors import Unavailable
+from protos import control_pb2, control_pb2_grpc
+
+T = TypeVar("T")
+
+
+class ControlClient:
+    """Every call raises Unavailable when the controller cannot be reached, and what the controller refused with."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._channel = grpc.insecure_channel(address, options=(("grpc.max_reconnect_backoff_ms", 500),))
+        self._stub = control_pb2_grpc.ControlStub(self._channel)
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._channel.close()
+
+    def status(self) -> Any:
+        """A control_pb2.ClusterStatus."""
+        return self._call(lambda: self._stub.Status(control_pb2.StatusRequest(), timeout=5.0))
+
+    def apply(self, spec_yaml: str = "", replicas: Mapping[str, int] | None = None, *, dry_run: bool = False) -> list[str]:
+        """Set the desired state; returns what changes, as lines."""
+        request = control_pb2.ApplyRequest(spec_yaml=spec_yaml, replicas=dict(replicas or {}), dry_run=dry_run)
+        return self._changes(self._call(lambda: self._stub.Apply(request, timeout=20.0)))
+
+    def drain(self, member: str) -> list[str]:
+        return self._changes(self._call(lambda: self._stub.Drain(control_pb2.DrainRequest(member=member), timeout=5.0)))
+
+    def shut_down(self) -> None:
+        self._call(lambda: self._stub.Shutdown(control_pb2.ShutdownRequest(), timeout=60.0))
+
+    def _call(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            raise Unavailable(f"the controller at {self._address} does not answer ({error.code().name})") from error
+
+    def _changes(self, reply: Any) -> list[str]:
+        if reply.HasField("error"):
+            raise decode_error(reply.error)
+        return list(reply.changes)

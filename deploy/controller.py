@@ -1,0 +1,218 @@
+"""The controller: a detached Ray actor that holds the desired state and brings the cluster to it.
+
+Ray starts it again when it dies. It then reads the desired state from Ray's key-value store, adopts the actors that are running,
+and goes on; while it is away, routers and ranks serve with what they know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import datetime
+import json
+import os
+import pathlib
+from typing import Any
+
+import ray
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+from core.clock import SystemClock
+from core.config import parse_config
+from core.log import get_logger, set_up_logging
+from core.request import Member
+from deploy.control import ControlService
+from deploy.life import ReplicaLife, living_actors
+from deploy.placement import Node, Plan, plan_replica
+from deploy.rank import send_output_to
+from deploy.reconcile import Desired, Drain, Fleet, Phase, Start
+from deploy.spec import ROLES, ClusterSpec
+
+log = get_logger("controller")
+
+ACTOR_NAME = "controller"
+TICK_S = 0.1
+NODES_INTERVAL_S = 2.0
+MAX_EVENTS = 200
+
+
+class Controller:
+    """Owner of the desired state, the fleet and every replica's life."""
+
+    async def __init__(self, spec_yaml: str, logs: str) -> None:  # type: ignore[misc]  # Ray awaits an actor's __init__
+        """`spec_yaml` counts for the first life only."""
+        self.logs = pathlib.Path(logs)
+        send_output_to(self.logs / "controller.log")
+        set_up_logging()
+        self.clock = SystemClock()
+        self.began = self.clock.now()
+        self.events: collections.deque[str] = collections.deque(maxlen=MAX_EVENTS)
+        self.members: list[Member] = []
+        self.members_version = 0
+        self.changed = asyncio.Condition()
+        self.lives: dict[tuple[str, int], ReplicaLife] = {}
+        self._key = f"baton/{ray.get_runtime_context().namespace}/spec".encode()
+        self._kept = _internal_kv_get(self._key)
+        self.spec = parse_config(self._kept.decode() if self._kept else spec_yaml, "the cluster's file", ClusterSpec)
+        self.fleet = Fleet(self.spec.placement)
+        self._nodes: list[Node] = []
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._service = ControlService(self)
+        self._loop = asyncio.create_task(self._run())
+
+    async def begin(self) -> None:
+        """Serve on the control address. Raises ConfigError if it cannot be had."""
+        await self._service.started()
+
+    def set_spec(self, spec: ClusterSpec) -> None:
+        """Make this the desired state, and remember it beyond this process."""
+        _internal_kv_put(self._key, spec.to_yaml().encode(), overwrite=True)
+        self.spec = spec
+        self.fleet.config = spec.placement
+        self.fleet.set_desired({role: Desired(spec.replicas(role), spec.revision(role)) for role in ROLES}, self.clock.now())
+
+    async def shut_down(self) -> None:
+        """Stop every replica, forget the desired state, then end this actor for good."""
+        self._loop.cancel()
+        await asyncio.gather(*(life.stop() for life in self.lives.values()), return_exceptions=True)
+        _internal_kv_del(self._key)
+        log.info("controller.done", cluster=self.spec.name)
+        asyncio.get_running_loop().call_later(0.5, _end_myself)
+
+    async def _run(self) -> None:
+        """The loop. Anything unforeseen ends the process, and Ray starts the next controller."""
+        next_look = 0.0
+        try:
+            log.info("controller.started", cluster=self.spec.name, is_first_life=self._kept is None)
+            await self._look_at_nodes()
+            if self._kept:
+                await self._adopt()
+            self.set_spec(self.spec)
+            await self._service.start(self.spec.router.control_address)
+            while True:
+                now = self.clock.now()
+                if now >= next_look:
+                    await self._look_at_nodes()
+                    next_look = now + NODES_INTERVAL_S
+                for action in self.fleet.decide(now):
+                    if isinstance(action, Start):
+                        self._start(action.role, action.index)
+                    elif isinstance(action, Drain):
+                        self._spawn(self.lives[action.role, action.index].drain())
+                    else:
+                        self._spawn(self._stop(action.role, action.index))
+                self._drain_events()
+                await self._publish()
+                await asyncio.sleep(TICK_S)
+        except Exception:  # outermost
+            log.exception("controller.failed")
+            await asyncio.sleep(0.5)  # whoever waits in `begin` hears why
+            _end_process()
+
+    def _start(self, role: str, index: int) -> None:
+        life = self.lives[role, index] = ReplicaLife(self.spec, role, index, self.logs, self.fleet, self.clock)
+        life.begin(lambda ranks: self._plan(life, ranks))
+
+    def _plan(self, life: ReplicaLife, ranks: int) -> Plan:
+        if life.role == "router":  # all routers share one port, so they share a host: this one
+            return Plan(nodes=(ray.get_runtime_context().get_node_id(),), domain="")
+        others = (other.plan for other in self.lives.values() if other is not life and other.role != "router")
+        used = collections.Counter(node for plan in others if plan is not None for node in plan.nodes)
+        return plan_replica(self.spec.placement, ranks, self._nodes, used)
+
+    async def _stop(self, role: str, index: int) -> None:
+        await self.lives[role, index].stop()
+        del self.lives[role, index]
+        self.fleet.gone(role, index, self.clock.now())
+
+    async def _adopt(self) -> None:
+        """Find the replicas that outlived the last controller."""
+        found = {name.rpartition(".")[0] for actor in living_actors(self.spec.namespace) if "/" in (name := actor["name"])}
+        for name in sorted(found):
+            role, _, index = name.partition("/")
+            life = ReplicaLife(self.spec, role, int(index), self.logs, self.fleet, self.clock)
+            if await life.adopt():
+                self.lives[role, int(index)] = life
+                phase = Phase.DRAINING if any(report.is_draining for report in life.reports) else Phase.READY
+                self.fleet.adopt(role, int(index), phase, life.reports[0].revision, self.clock.now())
+            else:
+                await life.stop()
+
+    async def _look_at_nodes(self) -> None:
+        nodes = [
+            Node(
+                node_id=raw["NodeID"],
+                address=raw["NodeManagerAddress"],
+                cpus=raw["Resources"].get("CPU", 0.0),
+                gpus=int(raw["Resources"].get("GPU", 0)),
+                labels=raw["Labels"],
+            )
+            for raw in await asyncio.to_thread(ray.nodes)
+            if raw["Alive"]
+        ]
+        if {node.node_id for node in nodes} - {node.node_id for node in self._nodes}:
+            self.fleet.nodes_changed(self.clock.now())
+        self._nodes = nodes
+
+    def _drain_events(self) -> None:
+        for _, sentence in self.fleet.events:
+            log.info("fleet.changed", what=sentence)
+            self.events.append(f"{datetime.datetime.now():%H:%M:%S} {sentence}")
+        self.fleet.events.clear()
+
+    async def _publish(self) -> None:
+        """Tell the watchers if the list of members is not what it was."""
+        members: list[Member] = []
+        for key, life in self.lives.items():
+            phase = self.fleet.replicas[key].phase
+            if phase in (Phase.READY, Phase.DRAINING):
+                members += life.members(str(phase))
+        if members != self.members:
+            self.members = members
+            self.members_version += 1
+            self._write_metrics_targets()
+            async with self.changed:
+                self.changed.notify_all()
+
+    def _write_metrics_targets(self) -> None:
+        """For Prometheus (file_sd_configs): the members' endpoints change with every restart."""
+        targets = [{"targets": [m.metrics_address], "labels": {"member": m.name}} for m in self.members if m.metrics_address]
+        path = self.logs.parent / "metrics_targets.json"
+        path.with_suffix(".new").write_text(json.dumps(targets, indent=1))
+        path.with_suffix(".new").replace(path)
+
+    def _spawn(self, job: Any) -> None:
+        task = asyncio.create_task(self._guard(job))
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+
+    async def _guard(self, job: Any) -> None:
+        try:
+            await job
+        except Exception:  # outermost
+            log.exception("controller.failed")
+            _end_process()
+
+
+def start_controller(spec: ClusterSpec, logs: pathlib.Path) -> Any:
+    """Create the actor in the Ray cluster that this process is connected to; returns its handle when it serves."""
+    actor: Any = ray.remote(Controller).options(
+        name=ACTOR_NAME,
+        namespace=spec.namespace,
+        lifetime="detached",
+        max_restarts=-1,
+        max_task_retries=0,
+        num_cpus=0,
+    )
+    handle = actor.remote(spec.to_yaml(), str(logs))
+    ray.get(handle.begin.remote(), timeout=60)
+    return handle
+
+
+def _end_myself() -> None:
+    """On purpose: Ray does not start it again."""
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def _end_process() -> None:
+    os._exit(1)

@@ -1,0 +1,125 @@
+"""The folder of one cluster, `.baton/<name>/`: what the command must remember between two calls, and nothing outside it.
+
+cluster.json   who it is: marker, keeper's pid, addresses      cluster.yaml   the file as started, paths absolute
+ray_token      secret that Ray's processes ask of each other    logs/          one file a member, kept after `baton down`
+ray/           Ray's own files, while it runs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from core.errors import ConfigError
+
+MARKER = "BATON_CLUSTER"
+"""Environment variable that every process of an embedded cluster inherits; its value is unique to one start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterState:
+    """cluster.json."""
+
+    marker: str
+    """Value of MARKER in the cluster's processes."""
+    keeper_pid: int
+    """Process that holds the embedded Ray; 0 when the file names a Ray cluster."""
+    control_address: str
+    api_address: str
+    ray_dir: str
+    """Where the embedded Ray keeps its files: in the folder, or under /tmp when the folder's path is too long for sockets."""
+
+
+class ClusterFolder:
+    def __init__(self, home: pathlib.Path, name: str) -> None:
+        self.name, self.path = name, home.resolve() / name
+        self.logs = self.path / "logs"
+        self.spec_path = self.path / "cluster.yaml"
+        self.token_path = self.path / "ray_token"
+        self.keeper_log = self.logs / "ray.log"
+        self._state_path = self.path / "cluster.json"
+
+    def read(self) -> ClusterState | None:
+        """None if no cluster of this name was started, or it was taken down."""
+        try:
+            return ClusterState(**json.loads(self._state_path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{self._state_path} cannot be read ({error}); remove it if no process of the cluster is left") from error
+
+    def write(self, state: ClusterState) -> None:
+        self._state_path.write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+
+    def forget(self) -> None:
+        """Remove everything but the logs."""
+        for path in (self._state_path, self.spec_path, self.token_path, self.path / "metrics_targets.json"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "ray", ignore_errors=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One `up` or `down` of a cluster at a time. Raises ConfigError if another is at work."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"another baton command is starting or stopping {self.name!r}") from None
+            yield
+
+
+def find_cluster(home: pathlib.Path, name: str | None) -> ClusterFolder:
+    """The cluster of this name, or the only one there is. Raises ConfigError naming those there are."""
+    running = sorted(path.parent.name for path in home.glob("*/cluster.json")) if home.is_dir() else []
+    if name is None and len(running) == 1:
+        return ClusterFolder(home, running[0])
+    if name in running:
+        return ClusterFolder(home, name)
+    if not running:
+        raise ConfigError(f"no cluster is running (none recorded in {home}); start one with `baton up FILE`")
+    wanted = f"no cluster {name!r} is running" if name else "several clusters are running"
+    raise ConfigError(f"{wanted}; choose with --name: {', '.join(running)}")
+
+
+def processes_of(marker: str) -> list[int]:
+    """Pids of this machine's processes that carry the marker, this one excepted."""
+    wanted = f"{MARKER}={marker}".encode()
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            is_dead = b"State:\tZ" in (entry / "status").read_bytes()
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        if wanted in environment and not is_dead:
+            found.append(int(entry.name))
+    return found
+
+
+def end_processes(marker: str, keeper_pid: int, grace_s: float) -> int:
+    """Ask the keeper to end, wait, then kill whatever still carries the marker. Returns how many had to be killed."""
+    if keeper_pid in processes_of(marker):
+        os.kill(keeper_pid, signal.SIGTERM)
+    end = time.monotonic() + grace_s
+    while processes_of(marker) and time.monotonic() < end:
+        time.sleep(0.1)
+    killed = 0
+    while left := processes_of(marker):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        killed = max(killed, len(left))
+        time.sleep(0.1)
+    return killed

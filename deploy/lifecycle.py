@@ -1,0 +1,239 @@
+"""Starting a cluster, waiting for it, and taking it down: what `baton up`, `scale` and `down` do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from core.config import differences, parse_config
+from core.errors import BatonError, ConfigError, DeadlineExceeded, Unavailable
+from deploy.client import ControlClient
+from deploy.folder import ClusterFolder, ClusterState, end_processes, processes_of
+from deploy.local import choose_ray_dir, launch
+from deploy.spec import ClusterSpec, check_files
+
+Say = Callable[[str], None]
+
+KEEPER_TIMEOUT_S = 60.0
+GRACE_S = 15.0
+
+
+def up(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
+    """Start the cluster, or find it running, and wait until it is ready. Whatever was started is taken down again on failure.
+
+    Raises ConfigError (also when a cluster of this name runs from another file), Unavailable, DeadlineExceeded.
+    """
+    check_files(spec)
+    with folder.locked():
+        if is_running(folder):
+            say(f"{spec.name} is running already")
+            refuse_other_spec(folder, spec)
+            wait_until_settled(folder, spec.placement.start_timeout_s, say)
+            return
+        sweep(folder)
+        check_ports(spec)
+        try:
+            start(folder, spec, say)
+            wait_until_settled(folder, spec.placement.start_timeout_s, say)
+            wait_for_router(spec)
+        except BaseException:
+            say("start failed; taking down what was started")
+            stop(folder)
+            raise
+
+
+def start(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
+    """Ray (if embedded) and the controller. Returns when the controller answers."""
+    if spec.placement.ray != "embedded":
+        say(f"creating the controller on the Ray cluster at {spec.placement.ray}")
+        start_on_existing(folder, spec)
+        return
+    ray_dir = choose_ray_dir(folder)
+    say(f"starting Ray in {ray_dir}, on loopback only")
+    if not ray_dir.is_relative_to(folder.path):
+        say(f"  ({folder.path} is too long for unix sockets; {ray_dir} is removed by `baton down`)")
+    keeper, state = launch(folder, spec, ray_dir)
+    deadline = time.monotonic() + KEEPER_TIMEOUT_S
+    with ControlClient(state.control_address) as client:
+        while True:
+            with contextlib.suppress(Unavailable):
+                client.status()
+                return
+            if keeper.poll() is not None or time.monotonic() > deadline:
+                raise Unavailable(f"Ray or the controller did not start: {_last_line(folder.keeper_log)} (see {folder.keeper_log})")
+            time.sleep(0.2)
+
+
+def start_on_existing(folder: ClusterFolder, spec: ClusterSpec) -> None:
+    """Connect to the Ray cluster that the file names, create the controller there, and leave."""
+    import ray
+
+    from deploy.controller import start_controller
+
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    folder.spec_path.write_text(spec.to_yaml())
+    state = ClusterState(
+        marker="",
+        keeper_pid=0,
+        control_address=spec.router.control_address,
+        api_address=f"{spec.router.host}:{spec.router.port}",
+        ray_dir="",
+    )
+    folder.write(state)
+    try:
+        ray.init(address=spec.placement.ray, namespace=spec.namespace, log_to_driver=False)
+    except ConnectionError as error:
+        raise Unavailable(f"placement.ray: no Ray cluster answers at {spec.placement.ray}: {error}") from error
+    try:
+        start_controller(spec, folder.logs)
+    finally:
+        ray.shutdown()
+
+
+def stop(folder: ClusterFolder) -> list[str]:
+    """Take everything down, orderly where the controller answers, by force where not. Returns remarks for the user."""
+    state, remarks = folder.read(), list[str]()
+    if state is None:
+        return remarks
+    try:
+        with ControlClient(state.control_address) as client:
+            client.shut_down()
+    except BatonError as error:
+        remarks.append(f"the controller could not be asked to stop: {error}")
+        if not state.marker:
+            raise Unavailable(f"{error}; the ranks on the Ray cluster go on running: try again, or kill them through Ray") from error
+    if state.marker:
+        if killed := end_processes(state.marker, state.keeper_pid, GRACE_S):
+            remarks.append(f"{killed} processes had to be killed")
+        if not pathlib.Path(state.ray_dir).is_relative_to(folder.path):
+            shutil.rmtree(state.ray_dir, ignore_errors=True)
+    folder.forget()
+    return remarks
+
+
+def is_running(folder: ClusterFolder) -> bool:
+    state = folder.read()
+    if state is None:
+        return False
+    if state.marker and not processes_of(state.marker):
+        return False
+    try:
+        with ControlClient(state.control_address) as client:
+            return bool(client.status().name == folder.name)
+    except Unavailable:
+        return False
+
+
+def sweep(folder: ClusterFolder) -> None:
+    """Remove what a cluster of this name that ended badly has left."""
+    if folder.read() is not None:
+        stop(folder)
+
+
+def refuse_other_spec(folder: ClusterFolder, spec: ClusterSpec) -> None:
+    """Raises ConfigError with the differences if the cluster runs with another specification."""
+    state = folder.read()
+    assert state is not None, "only a running cluster is asked"
+    with ControlClient(state.control_address) as client:
+        running = running_spec(client)
+    if changes := differences(running, spec):
+        lines = "\n  ".join(changes)
+        raise ConfigError(f"{folder.name} runs with another specification; use `baton apply` to change it:\n  {lines}")
+
+
+def running_spec(client: ControlClient) -> ClusterSpec:
+    """The specification in force."""
+    return parse_config(client.status().spec_yaml, "the running cluster", ClusterSpec)
+
+
+def check_ports(spec: ClusterSpec) -> None:
+    """Raises ConfigError naming the key whose port is taken."""
+    control_host, _, control_port = spec.router.control_address.rpartition(":")
+    addresses = {"router.port": (spec.router.host, spec.router.port), "router.control_address": (control_host, int(control_port))}
+    for key, (host, port) in addresses.items():
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), port))
+            except OSError as error:
+                raise ConfigError(f"{key}: {host}:{port} cannot be had ({error.strerror}); choose another in the file") from error
+
+
+def wait_until_settled(folder: ClusterFolder, timeout_s: float, say: Say) -> None:
+    """Follow the controller until everything wanted is ready, saying what changes. Raises Unavailable when a replica does not come up."""
+    state = folder.read()
+    assert state is not None, "only a started cluster is waited for"
+    deadline = time.monotonic() + timeout_s
+    seen: dict[str, str] = {}
+    with ControlClient(state.control_address) as client:
+        while True:
+            try:
+                status = client.status()
+            except Unavailable:  # a controller that is being restarted answers again in a second or two
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.3)
+                continue
+            say_changes(status, seen, say)
+            if status.problems:
+                raise Unavailable("; ".join(status.problems))
+            if status.settled:
+                return
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"{folder.name} is not as wanted after {timeout_s:g} s; see `baton status` and `baton logs`")
+            time.sleep(0.3)
+
+
+def say_changes(status: Any, seen: dict[str, str], say: Say) -> None:
+    now = {f"{row.member.role}/{row.member.replica}.{row.member.rank}": row for row in (*status.routers, *status.ranks)}
+    for name, row in now.items():
+        if seen.get(name) != row.member.state:
+            note = f": {row.note}" if row.note else ""
+            say(f"  {name} {row.member.state}{note}")
+            seen[name] = row.member.state
+    for name in [name for name in seen if name not in now]:
+        say(f"  {name} gone")
+        del seen[name]
+
+
+def wait_for_router(spec: ClusterSpec) -> None:
+    """Returns when /ready answers 200: the routers have sessions with the ranks."""
+    if spec.prefill.replicas == 0 or spec.decode.replicas == 0:
+        return
+    deadline = time.monotonic() + 30
+    problem = ""
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{base_url(spec)}/ready", timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            problem = str(error)
+        time.sleep(0.2)
+    raise Unavailable(f"{base_url(spec)}/ready does not answer 200: {problem}")
+
+
+def base_url(spec: ClusterSpec) -> str:
+    """Of the API, as reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(spec.router.host, spec.router.host)
+    return f"http://{host}:{spec.router.port}"
+
+
+def curl_line(spec: ClusterSpec) -> str:
+    body = {"model": spec.served_name, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
+    has_keys = bool(spec.router.api_keys_file or spec.router.api_keys_env)
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if has_keys else ""
+    return f"curl {base_url(spec)}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+
+
+def _last_line(path: pathlib.Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"

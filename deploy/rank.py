@@ -1,0 +1,155 @@
+"""The Ray actor around one process of the cluster: a prefill rank, a decode rank or a router.
+
+It builds the worker of its role, starts it, reports on it, and ends with it. Data never passes through Ray: the controller calls
+`start`, `report`, `drain` and `stop`, everything else travels over gRPC, NIXL and HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pathlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+
+from core.clock import SystemClock
+from core.log import get_logger, set_up_logging
+from core.request import Load, Member
+from deploy.spec import ClusterSpec
+
+log = get_logger("rank")
+
+
+class Worker(Protocol):
+    """What PrefillWorker, DecodeWorker and RouterWorker have in common."""
+
+    async def start(self) -> Member: ...
+
+    def load(self) -> Load: ...
+
+    async def drain(self, deadline_s: float) -> bool: ...
+
+    async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """What one actor is to be."""
+
+    spec: ClusterSpec
+    role: str
+    index: int
+    """Replica within the role."""
+    rank: int
+    """Rank within the replica."""
+    revision: str
+    logs: pathlib.Path
+    """Folder for its log file, made if it is not there."""
+
+    @property
+    def name(self) -> str:
+        """Name of the Ray actor in the cluster's namespace: that of the member."""
+        return f"{self.role}/{self.index}.{self.rank}"
+
+    @property
+    def log_path(self) -> pathlib.Path:
+        return self.logs / f"{self.role}-{self.index}.{self.rank}.log"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """An actor's answer to "how are you?"."""
+
+    member: Member | None
+    """None while it is starting."""
+    is_draining: bool
+    is_drained: bool
+    load: Load
+    revision: str
+    node_id: str
+    pid: int
+    uptime_s: float
+
+
+class RankActor:
+    """One life of one member. Ends its process when its worker cannot go on."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        send_output_to(assignment.log_path)
+        set_up_logging()
+        self._assignment, self._clock = assignment, SystemClock()
+        self._began = self._clock.now()
+        self._worker = _new_worker(assignment)
+        self._member: Member | None = None
+        self._draining: asyncio.Task[bool] | None = None
+
+    async def start(self) -> Report:
+        """Returns when the member serves. Raises what the worker raises (ConfigError, CheckpointError)."""
+        log.info("rank.started", member=self._assignment.name, pid=os.getpid(), revision=self._assignment.revision)
+        self._member = await self._worker.start()
+        return await self.report()
+
+    async def report(self) -> Report:
+        return Report(
+            member=self._member,
+            is_draining=self._draining is not None,
+            is_drained=self._draining is not None and self._draining.done(),
+            load=self._worker.load() if self._member is not None else Load(),
+            revision=self._assignment.revision,
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            uptime_s=self._clock.now() - self._began,
+        )
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no new work; reports say when none is left. Returns at once."""
+        if self._draining is None:
+            log.info("rank.draining", member=self._assignment.name)
+            self._draining = asyncio.create_task(self._worker.drain(deadline_s))
+
+    async def stop(self) -> None:
+        await self._worker.stop()
+        log.info("rank.done", member=self._assignment.name)
+
+
+def send_output_to(path: pathlib.Path) -> None:
+    """Make `path` the standard output and error of this process, native libraries included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+
+
+def _new_worker(assignment: Assignment) -> Worker:
+    """Imports only what the role needs: a router loads no torch."""
+    spec = assignment.spec
+    host = "127.0.0.1" if spec.placement.ray == "embedded" else ray.util.get_node_ip_address()
+    if assignment.role == "router":
+        from deploy.router_worker import RouterWorker
+
+        return RouterWorker(spec, assignment.index)
+    common: dict[str, Any] = {
+        "model_path": spec.model_path,
+        "engine": spec.engine,
+        "transfer": spec.transfer,
+        "host": host,
+        "replica": assignment.index,
+        "rank": assignment.rank,
+        "on_death": _die,
+    }
+    if assignment.role == "prefill":
+        from prefill_worker.worker import PrefillWorker
+
+        return PrefillWorker(config=spec.prefill, **common)
+    from decode_worker.worker import DecodeWorker
+
+    return DecodeWorker(config=spec.decode, **common)
+
+
+def _die(reason: str) -> None:
+    """The controller sees the actor die and starts another."""
+    log.error("rank.failed", reason=reason)
+    os._exit(1)

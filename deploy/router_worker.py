@@ -1,0 +1,36 @@
+"""A router process, seen as a worker of the cluster."""
+
+from __future__ import annotations
+
+from core.clock import new_incarnation
+from core.request import Load, Member
+from deploy.spec import ClusterSpec
+from router.server import Router
+
+
+class RouterWorker:
+    def __init__(self, spec: ClusterSpec, index: int) -> None:
+        self._spec, self._index = spec, index
+        self._is_stopped = False
+
+    async def start(self) -> Member:
+        spec = self._spec
+        self._router = Router(
+            config=spec.router, served_name=spec.served_name, model_path=spec.model_path, max_model_len=spec.engine.max_model_len
+        )
+        await self._router.start()
+        address = f"{spec.router.host}:{self._router.port}"
+        return Member(role="router", replica=self._index, rank=0, address=address, incarnation=new_incarnation(), metrics_address=address)
+
+    def load(self) -> Load:
+        return Load(num_running=self._router.num_requests)
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Close the port to new connections; streams may end within router.drain_timeout_s."""
+        await self.stop()
+        return True
+
+    async def stop(self) -> None:
+        if not self._is_stopped:
+            self._is_stopped = True
+            await self._router.stop()
