@@ -70,6 +70,7 @@ class Controller:
         self.spec = spec
         self.fleet.config = spec.placement
         self.fleet.set_desired({role: Desired(spec.replicas(role), spec.revision(role)) for role in ROLES}, self.clock.now())
+        self._act()
 
     async def shut_down(self) -> None:
         """Stop every replica, forget the desired state, then end this actor for good."""
@@ -94,13 +95,7 @@ class Controller:
                 if now >= next_look:
                     await self._look_at_nodes()
                     next_look = now + NODES_INTERVAL_S
-                for action in self.fleet.decide(now):
-                    if isinstance(action, Start):
-                        self._start(action.role, action.index)
-                    elif isinstance(action, Drain):
-                        self._spawn(self.lives[action.role, action.index].drain())
-                    else:
-                        self._spawn(self._stop(action.role, action.index))
+                self._act()
                 self._drain_events()
                 await self._publish()
                 await asyncio.sleep(TICK_S)
@@ -108,6 +103,15 @@ class Controller:
             log.exception("controller.failed")
             await asyncio.sleep(0.5)  # whoever waits in `begin` hears why
             _end_process()
+
+    def _act(self) -> None:
+        for action in self.fleet.decide(self.clock.now()):
+            if isinstance(action, Start):
+                self._start(action.role, action.index)
+            elif isinstance(action, Drain):
+                self._spawn(self.lives[action.role, action.index].drain())
+            else:
+                self._spawn(self._stop(action.role, action.index))
 
     def _start(self, role: str, index: int) -> None:
         life = self.lives[role, index] = ReplicaLife(self.spec, role, index, self.logs, self.fleet, self.clock)

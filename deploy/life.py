@@ -25,7 +25,10 @@ from deploy.spec import ClusterSpec
 
 log = get_logger("controller")
 
-PLACEMENT_POLL_S = 0.2
+PLACEMENT_POLL_S = 0.1
+PLACEMENT_PATIENCE_S = 3.0
+"""Ray grants what is free in milliseconds; what takes longer is used by others."""
+
 GRACE_S = 5.0
 """How long a worker may take to close its connections when it is stopped on purpose."""
 END_TIMEOUT_S = 30.0

@@ -184,7 +184,7 @@ def wait_until_settled(folder: ClusterFolder, timeout_s: float, say: Say) -> Non
                 time.sleep(0.3)
                 continue
             say_changes(status, seen, say)
-            if status.problems:
+            if status.problems and is_quiet(status):
                 raise Unavailable("; ".join(status.problems))
             if status.settled:
                 return
@@ -193,8 +193,18 @@ def wait_until_settled(folder: ClusterFolder, timeout_s: float, say: Say) -> Non
             time.sleep(0.3)
 
 
+def is_quiet(status: Any) -> bool:
+    """Nothing is on its way but what has problems: waiting longer brings nothing."""
+    troubled = {problem.partition(":")[0] for problem in status.problems}
+    moving = [row.member for row in (*status.routers, *status.ranks) if row.member.state not in ("ready", "given up")]
+    return all(f"{member.role}/{member.replica}" in troubled for member in moving)
+
+
 def say_changes(status: Any, seen: dict[str, str], say: Say) -> None:
+    """One line for each member whose state is another than in `seen`; those found ready at first are not news."""
     now = {f"{row.member.role}/{row.member.replica}.{row.member.rank}": row for row in (*status.routers, *status.ranks)}
+    if not seen:
+        seen.update((name, "ready") for name, row in now.items() if row.member.state == "ready")
     for name, row in now.items():
         if seen.get(name) != row.member.state:
             note = f": {row.note}" if row.note else ""
