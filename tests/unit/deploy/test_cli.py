@@ -1,0 +1,233 @@
+"""The command line, the tables and the cluster folder, without a cluster."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from core.errors import ConfigError
+from core.request import Member
+from deploy import lifecycle
+from deploy.cli import main, parse_counts
+from deploy.control import misfits
+from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, processes_of
+from deploy.local import SOCKET_PATH_BYTES, SOCKET_TAIL, choose_ray_dir
+from deploy.logs import choose
+from deploy.spec import load_spec
+from deploy.status import duration, render, table
+from protos import common_pb2, control_pb2
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+LOCAL_CPU = ROOT / "deploy/clusters/local_cpu.yaml"
+STATE = ClusterState(marker="m", keeper_pid=1, control_address="127.0.0.1:1", api_address="127.0.0.1:2", ray_dir="/nowhere")
+
+
+def recorded(home: pathlib.Path, name: str) -> ClusterFolder:
+    folder = ClusterFolder(home, name)
+    folder.path.mkdir(parents=True)
+    folder.write(STATE)
+    return folder
+
+
+def test_counts_are_read() -> None:
+    assert parse_counts(["prefill=3", "decode=0"]) == {"prefill": 3, "decode": 0}
+
+
+@pytest.mark.parametrize("text", ["prefill", "prefill=", "prefill=-1", "prefill=1.5", "encode=1", "=1", "prefill=٣", "decode=9999999"])
+def test_counts_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected ROLE=N"):
+        parse_counts([text])
+
+
+def test_a_refusal_goes_to_standard_error_with_status_1(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: demo\nmodel: {path: m}\nprefil: {}\n")
+    for command in ("up", "check", "apply"):
+        assert main(["--home", str(tmp_path / "home"), command, str(file)]) == 1
+        assert capsys.readouterr().err == f"baton: {file}:3: unknown key 'prefil' in the file; did you mean 'prefill'?\n"
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_good_file_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(LOCAL_CPU), "prefill.replicas=2"]) == 0
+    assert "is good: local_cpu serves baton-demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["scale", "prefill=1"], ["down"], ["drain", "prefill/0"], ["chat"], ["logs"]])
+def test_commands_say_when_no_cluster_runs(arguments: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--home", str(tmp_path), *arguments]) == 1
+    assert "no cluster is running" in capsys.readouterr().err
+
+
+def test_the_only_cluster_needs_no_name(tmp_path: pathlib.Path) -> None:
+    recorded(tmp_path, "one")
+    assert find_cluster(tmp_path, None).name == "one"
+    recorded(tmp_path, "two")
+    assert find_cluster(tmp_path, "two").name == "two"
+    with pytest.raises(ConfigError, match="several clusters are running; choose with --name: one, two"):
+        find_cluster(tmp_path, None)
+    with pytest.raises(ConfigError, match="no cluster 'three' is running; choose with --name: one, two"):
+        find_cluster(tmp_path, "three")
+
+
+def test_a_folder_remembers_and_forgets(tmp_path: pathlib.Path) -> None:
+    folder = recorded(tmp_path / "a home with spaces", "one")
+    assert folder.read() == STATE
+    folder.logs.mkdir()
+    (folder.logs / "controller.log").touch()
+    folder.forget()
+    assert folder.read() is None and [path.name for path in folder.path.iterdir()] == ["logs"]
+
+
+def test_a_damaged_record_is_named(tmp_path: pathlib.Path) -> None:
+    folder = recorded(tmp_path, "one")
+    for content in ("{", "[]", '{"marker": 1}', "\xff"):
+        (folder.path / "cluster.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"cluster.json cannot be read"):
+            folder.read()
+
+
+def test_two_commands_cannot_start_one_cluster(tmp_path: pathlib.Path) -> None:
+    folder = ClusterFolder(tmp_path, "one")
+    with folder.locked(), pytest.raises(ConfigError, match="another baton command"), ClusterFolder(tmp_path, "one").locked():
+        pass
+
+
+def test_only_marked_processes_are_ended() -> None:
+    sleeper = [
+        sys.executable,
+        "-c",
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)",
+    ]
+    ours = subprocess.Popen(sleeper, env=os.environ | {MARKER: "ours"}, stdout=subprocess.PIPE)
+    other = subprocess.Popen(sleeper, env=os.environ | {MARKER: "other"}, stdout=subprocess.PIPE)
+    try:
+        for process in (ours, other):
+            assert process.stdout is not None and process.stdout.read(1) == b"1"
+        assert processes_of("ours") == [ours.pid]
+        assert end_processes("ours", ours.pid, grace_s=0.2) == 1  # it ignores the request
+        assert ours.wait(5) == -9 and processes_of("ours") == []
+        assert other.poll() is None and processes_of("other") == [other.pid]
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def test_ray_lives_in_the_folder_unless_sockets_would_not_fit(tmp_path: pathlib.Path) -> None:
+    short = ClusterFolder(pathlib.Path("/x"), "one")
+    assert choose_ray_dir(short) == pathlib.Path("/x/one/ray")
+    assert len(str(choose_ray_dir(short)) + SOCKET_TAIL) <= SOCKET_PATH_BYTES
+    outside = choose_ray_dir(ClusterFolder(tmp_path / ("long" * 30), "one"))
+    try:
+        assert outside.is_dir() and len(str(outside) + SOCKET_TAIL) <= SOCKET_PATH_BYTES
+    finally:
+        outside.rmdir()
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"router.port: 127.0.0.1:{port} cannot be had"):
+            lifecycle.check_ports(load_spec(LOCAL_CPU, [f"router.port={port}"]))
+
+
+def test_the_curl_line_asks_for_a_key_only_if_there_are_keys() -> None:
+    assert "Bearer" not in lifecycle.curl_line(load_spec(LOCAL_CPU))
+    line = lifecycle.curl_line(load_spec(LOCAL_CPU, ["router.api_keys_env=KEYS", "router.host=0.0.0.0"]))
+    assert "Bearer YOUR_KEY" in line and "http://127.0.0.1:8000/" in line
+
+
+def test_logs_are_found_by_member_replica_role_and_name(tmp_path: pathlib.Path) -> None:
+    folder = ClusterFolder(tmp_path, "one")
+    folder.logs.mkdir(parents=True)
+    for name in ("controller", "decode-0.0", "decode-1.0", "decode-10.0", "prefill-0.0", "ray"):
+        (folder.logs / f"{name}.log").touch()
+
+    def stems(member: str | None) -> list[str]:
+        return [path.stem for path in choose(folder, member)]
+
+    assert stems("decode/1.0") == stems("decode/1") == ["decode-1.0"]
+    assert stems("decode") == ["decode-0.0", "decode-1.0", "decode-10.0"] and stems("ray") == ["ray"]
+    assert len(stems(None)) == 6
+    with pytest.raises(ConfigError, match=r"no log of 'router'; there are controller, decode/0.0"):
+        stems("router")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (192, "3m12s"), (18_420, "5h07m"), (183_600, "2d03h")])
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_tables_line_up_and_drop_empty_columns() -> None:
+    assert table(["MEMBER", "PID", "NOTE"], [("a", "1", ""), ("long", "12345", "")]) == ["MEMBER    PID", "a           1", "long    12345"]
+
+
+def row(role: str, state: str = "ready", **fields: object) -> control_pb2.RankStatus:
+    member = common_pb2.Member(role=role, replica=0, rank=0, state=state, address="127.0.0.1:1")
+    return control_pb2.RankStatus(member=member, **fields)
+
+
+def test_the_status_page_shows_members_problems_and_events() -> None:
+    load = common_pb2.Load(num_running=3, pages_free=7, pages_total=8)
+    page = render(
+        control_pb2.ClusterStatus(
+            name="demo",
+            model="m",
+            ranks=[row("decode", pid=77, uptime_s=61, load=load), row("prefill", "backoff", note="no\nroom")],
+            routers=[row("router", pid=5)],
+            desired_replicas={"router": 1, "prefill": 1, "decode": 1},
+            problems=["prefill/0: no room"],
+            events=[f"event {i}" for i in range(9)],
+        )
+    )
+    assert page.startswith("demo: m, router 1/1, prefill 0/1, decode 1/1 ready, changing")
+    lines = page.splitlines()
+    assert [line.split()[0] for line in lines[3:6]] == ["router/0.0", "prefill/0.0", "decode/0.0"]
+    assert "no room" in lines[4] and "7/8" in lines[5] and "1m01s" in lines[5]
+    assert "  prefill/0: no room" in lines and lines[-1] == "  event 8" and "  event 3" not in lines
+
+
+def test_waiting_ends_when_only_troubled_replicas_are_left() -> None:
+    status = control_pb2.ClusterStatus(ranks=[row("decode", "backoff")], problems=["decode/0: bad"])
+    assert lifecycle.is_quiet(status)
+    status.ranks.append(row("prefill", "starting"))
+    assert not lifecycle.is_quiet(status)
+
+
+def test_only_changes_are_said() -> None:
+    said: list[str] = []
+    seen: dict[str, str] = {}
+    for state in ("starting", "starting", "ready"):
+        lifecycle.say_changes(control_pb2.ClusterStatus(ranks=[row("decode", state)], routers=[row("router")]), seen, said.append)
+    lifecycle.say_changes(control_pb2.ClusterStatus(routers=[row("router")]), seen, said.append)
+    assert said == ["  decode/0.0 starting", "  decode/0.0 ready", "  decode/0.0 gone"]
+
+
+def test_ranks_that_fit_nobody_are_named() -> None:
+    def member(role: str, fingerprint: str) -> Member:
+        return Member(role=role, replica=0, rank=0, address="", incarnation=1, fingerprint=fingerprint)
+
+    assert misfits([member("prefill", "a"), member("decode", "a"), member("router", "")]) == []
+    assert misfits([member("prefill", "a")]) == []
+    assert misfits([member("prefill", "a"), member("decode", "b")]) == [
+        "prefill/0.0: KV layout a fits no decode rank (b)",
+        "decode/0.0: KV layout b fits no prefill rank (a)",
+    ]
+
+
+def test_the_command_starts_quickly_and_without_torch_or_ray() -> None:
+    code = "import sys, time; t = time.perf_counter(); import deploy.cli; print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]" and time.monotonic() - began < 10
