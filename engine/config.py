@@ -64,7 +64,7 @@ class ModelConfig:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; a model folder holds config.json, tokenizer.json and *.safetensors")
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
         return ModelConfig.from_dict(raw, str(path))
 
@@ -82,19 +82,24 @@ class ModelConfig:
             value = holder[key]
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
                 raise CheckpointError(f"{source}: {where + key!r} must be {kind.__name__}, found {value!r}")
+            least = 1 if kind is int and key not in _MAY_BE_ZERO else 0
+            if not least <= value < 2**53:
+                raise CheckpointError(f"{source}: {where + key!r} is {value!r}; it must be at least {least}, and finite")
             return kind(value)
 
         layers = number(raw, "num_hidden_layers", int)
         ratios = raw.get("compress_ratios")
         if not isinstance(ratios, list) or len(ratios) < layers:
             raise CheckpointError(f"{source}: 'compress_ratios' must list at least num_hidden_layers={layers} ratios")
-        bad = [ratio for ratio in ratios[:layers] if ratio not in (0, 4, 128)]
+        bad = [ratio for ratio in ratios[:layers] if isinstance(ratio, bool) or ratio not in (0, 4, 128)]
         if bad:
             raise CheckpointError(f"{source}: 'compress_ratios' holds {bad[0]!r}; allowed are 0, 4 and 128")
-        for key, allowed in (("scoring_func", "sqrtsoftplus"), ("hidden_act", "silu")):
+        for key, allowed in (("scoring_func", "sqrtsoftplus"), ("hidden_act", "silu"), ("norm_topk_prob", True)):
             if raw.get(key, allowed) != allowed:
                 raise CheckpointError(f"{source}: {key!r} is {raw[key]!r}; only {allowed!r} is supported")
         scaling = raw.get("rope_scaling") or {}
+        if not isinstance(scaling, dict):
+            raise CheckpointError(f"{source}: 'rope_scaling' must be an object, found {scaling!r}")
         if scaling.get("type", scaling.get("rope_type")) != "yarn":
             raise CheckpointError(f"{source}: 'rope_scaling.type' must be 'yarn', found {scaling.get('type')!r}")
         values: dict[str, Any] = {key: number(raw, key, kind) for key, kind in _SCALARS.items()}
@@ -106,13 +111,24 @@ class ModelConfig:
             rope_beta_fast=number(scaling, "beta_fast", float, "rope_scaling."),
             rope_beta_slow=number(scaling, "beta_slow", float, "rope_scaling."),
             rope_original_max_positions=number(scaling, "original_max_position_embeddings", int, "rope_scaling."),
-            num_nextn_predict_layers=int(raw.get("num_nextn_predict_layers", 0)),
+            num_nextn_predict_layers=number({"num_nextn_predict_layers": 0} | raw, "num_nextn_predict_layers", int),
         )
-        if config.num_attention_heads % config.o_groups:
-            raise CheckpointError(f"{source}: num_attention_heads must be a multiple of o_groups")
-        if config.sliding_window != 128:
-            raise CheckpointError(f"{source}: 'sliding_window' is {config.sliding_window}; the slot format holds 128")
+        for is_right, claim in config._claims():
+            if not is_right:
+                raise CheckpointError(f"{source}: {claim}")
         return config
+
+    def _claims(self) -> tuple[tuple[bool, str], ...]:
+        """What must hold between the values, with the sentence to say if it does not."""
+        return (
+            (self.num_attention_heads % self.o_groups == 0, "'num_attention_heads' must be a multiple of 'o_groups'"),
+            (self.sliding_window == 128, f"'sliding_window' is {self.sliding_window}; the slot format holds 128"),
+            (self.num_experts_per_tok <= self.n_routed_experts, "'num_experts_per_tok' exceeds 'n_routed_experts'"),
+            (self.qk_rope_head_dim % 2 == 0, "'qk_rope_head_dim' must be even"),
+            (self.qk_rope_head_dim <= min(self.head_dim, self.index_head_dim), "'qk_rope_head_dim' exceeds a head dim"),
+            (self.index_head_dim & (self.index_head_dim - 1) == 0, "'index_head_dim' must be a power of two"),
+            (self.eos_token_id < self.vocab_size and self.bos_token_id < self.vocab_size, "a special token is not in the vocabulary"),
+        )
 
 
 _SCALARS: dict[str, type] = {
@@ -123,6 +139,8 @@ _SCALARS: dict[str, type] = {
     and field.name not in ("num_hidden_layers", "num_nextn_predict_layers")
 }
 """Keys of config.json that are read as they are."""
+
+_MAY_BE_ZERO = ("num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
 
 KV_FORMATS = ("fp8", "bf16", "fp32")
 INDEX_FORMATS = ("fp8", "fp4", "bf16", "fp32")

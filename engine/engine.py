@@ -5,6 +5,7 @@ The workers use the same parts (`LoadedModel`, planners, allocators, `ModelRunne
 
 from __future__ import annotations
 
+import collections
 import pathlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from core.request import FinishReason, Request, TokenLogprobs
 from engine.cache.arena import Arena, ModelCaches
 from engine.cache.layout import build_layout
 from engine.config import EngineConfig, ModelConfig
+from engine.memory_plan import MemoryPlan, tensor_bytes
 from engine.model.deepseek_v4 import DeepseekV4
-from engine.model.weights import checkpoint_identity, dummy_weights, load_weights
+from engine.model.shards import checkpoint_identity
+from engine.model.weights import check_checkpoint, dummy_weights, load_weights
 from engine.ops.registry import BoundOps, bind
 from engine.runner import ChunkResult, ModelRunner
 from engine.scheduler.decode import DecodePlanner
@@ -43,34 +46,35 @@ class LoadedModel:
 
     @staticmethod
     def load(folder: pathlib.Path, engine: EngineConfig) -> LoadedModel:
-        """Raises CheckpointError or ConfigError before anything is allocated. Prints nothing; logs the chosen backends."""
+        """Raises CheckpointError or ConfigError before any weight is read. Prints nothing; logs the chosen backends."""
         model = ModelConfig.from_folder(folder)
         device = resolve_device(engine.device)
-        torch.set_num_threads(engine.threads)
         if engine.max_model_len > model.max_position_embeddings:
             limit = model.max_position_embeddings
             raise ConfigError(f"engine.max_model_len is {engine.max_model_len}; the model's max_position_embeddings is {limit}")
-        if engine.load == "dummy":
-            identity, weights = "dummy-0", dummy_weights(model)
-        else:
-            identity, weights = checkpoint_identity(folder), load_weights(folder, model)
-        layout = build_layout(model, engine, f"{folder.resolve().name}@{identity}")
+        is_dummy = engine.load == "dummy"
+        if not is_dummy:
+            check_checkpoint(folder, model)
+        layout = build_layout(model, engine, f"{folder.resolve().name}@{'dummy' if is_dummy else checkpoint_identity(folder)}")
         ops = bind(engine.ops, device)
+        torch.set_num_threads(engine.threads)
+        weights = dummy_weights(model) if is_dummy else load_weights(folder, model)
         log.info("engine.loaded", model=layout.model, device=device, fingerprint=layout.fingerprint())
         for line in ops.table().splitlines():
             log.debug("engine.op", choice=line)
         return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops), layout, ops, device)
 
+    def memory_plan(self, num_pages: int, num_slots: int) -> MemoryPlan:
+        weights_bytes = tensor_bytes(self.network)
+        return MemoryPlan.of(self.layout, num_pages, num_slots, weights_bytes=weights_bytes, device=self.device)
+
     def new_caches(self, num_pages: int, num_slots: int) -> ModelCaches:
         """Raises ConfigError naming the knobs if the memory is not there."""
-        need = num_pages * self.layout.page_bytes + num_slots * self.layout.slot_bytes
-        try:
-            return ModelCaches(Arena(self.layout, num_pages, num_slots, self.device), self.model)
-        except (RuntimeError, MemoryError) as error:
-            raise ConfigError(
-                f"{num_pages} pages of {self.layout.page_bytes} bytes and {num_slots} slots of {self.layout.slot_bytes} bytes need "
-                f"{need / 2**30:.2f} GiB, which is not there: lower num_pages or num_slots"
-            ) from error
+        plan = self.memory_plan(num_pages, num_slots)
+        for line in plan.table().splitlines():
+            log.info("engine.memory", plan=line)
+        plan.check()
+        return ModelCaches(Arena(self.layout, num_pages, num_slots, self.device), self.model)
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -124,16 +128,32 @@ class Engine:
         """Run all requests to their ends, in continuous batches; results in the order given. A request that can never fit raises
         InvalidRequest before anything runs. `on_token(request_id, token)` sees each token as it is made."""
         sequences = [Sequence.from_request(request) for request in requests]
-        results = {s.request_id: Generation(s.request_id, [], [], []) for s in sequences}
+        results: dict[str, Generation] = {}
         for sequence in sequences:
-            check_fits(sequence.request, self.loaded.model, self.loaded.engine.max_model_len)
-            if self.loaded.layout.num_pages(sequence.request.max_total_tokens) > self._pages.num_pages:
-                raise InvalidRequest(f"{sequence.request_id} needs more than the {self._pages.num_pages} pages there are")
-        waiting, running = list(sequences), list[Sequence]()
+            self._check(sequence.request)
+            if sequence.request_id in results:
+                raise InvalidRequest(f"two requests are named {sequence.request_id!r}", param="request_id")
+            results[sequence.request_id] = Generation(sequence.request_id, [], [], [])
+        try:
+            self._run(sequences, results, on_token)
+        finally:
+            for sequence in sequences:
+                self._release(sequence)
+        self._pages.check_integrity()
+        return [results[sequence.request_id] for sequence in sequences]
+
+    def _check(self, request: Request) -> None:
+        check_fits(request, self.loaded.model, self.loaded.engine.max_model_len)
+        pages = self.loaded.layout.num_pages(request.max_total_tokens)
+        if pages > self._pages.num_pages:
+            raise InvalidRequest(f"{request.request_id} needs {pages} pages; there are {self._pages.num_pages}", param="max_tokens")
+
+    def _run(self, sequences: list[Sequence], results: dict[str, Generation], on_token: Callable[[str, int], None] | None) -> None:
+        waiting, running = collections.deque(sequences), list[Sequence]()
         while waiting or running:
             # A sequence gets the pages of its longest possible self, so nothing is ever preempted here.
             while waiting and len(running) < self._max_running and self._admit(waiting[0]):
-                running.append(waiting.pop(0))
+                running.append(waiting.popleft())
             chunks = self._prefill.plan([s for s in running if s.num_remaining > 1 or s.num_computed == 0])
             if not chunks:
                 chunks = self._decode.plan(running, self._pages).chunks
@@ -141,10 +161,11 @@ class Engine:
                 self._record(result, results[result.sequence.request_id], on_token)
                 if result.sequence.finish_reason is not None:
                     running.remove(result.sequence)
-                    self._pages.free(result.sequence.request_id)
-                    self._slots.free(result.sequence.request_id)
-        self._pages.check_integrity()
-        return [results[sequence.request_id] for sequence in sequences]
+                    self._release(result.sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pages.free(sequence.request_id)
+        self._slots.free(sequence.request_id)
 
     def _admit(self, sequence: Sequence) -> bool:
         pages = self._pages.allocate(sequence.request_id, self.loaded.layout.num_pages(sequence.request.max_total_tokens))

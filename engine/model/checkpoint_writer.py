@@ -59,7 +59,7 @@ def write_checkpoint(
     if len(shards) == 1:
         _write_file(folder / "model.safetensors", shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / file, shard)

@@ -1,0 +1,130 @@
+"""What a rank's memory goes into, said before it is taken: weights, pages, slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.errors import ConfigError
+from core.kv_layout import PAGE_TOKENS, KVLayout
+
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
+_MEMINFO = pathlib.Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    weights_bytes: int
+    """As packed for the ops that were chosen; loaded already."""
+    num_pages: int
+    page_bytes: int
+    num_slots: int
+    slot_bytes: int
+    available_bytes: int | None
+    """For pages and slots, beside the weights. None where the system does not say."""
+
+    @staticmethod
+    def of(layout: KVLayout, num_pages: int, num_slots: int, *, weights_bytes: int, device: torch.device) -> MemoryPlan:
+        return MemoryPlan(
+            weights_bytes=weights_bytes,
+            num_pages=num_pages,
+            page_bytes=layout.page_bytes,
+            num_slots=num_slots,
+            slot_bytes=layout.slot_bytes,
+            available_bytes=available_bytes(device),
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_pages * self.page_bytes + self.num_slots * self.slot_bytes
+
+    def table(self) -> str:
+        """A line each for weights, pages and slots, and what stays free."""
+        pages, slots = self.num_pages * self.page_bytes, self.num_slots * self.slot_bytes
+        lines = [
+            f"weights  {_size(self.weights_bytes)}",
+            f"pages    {_size(pages)}  {self.num_pages} x {self.page_bytes} B ({self.num_pages * PAGE_TOKENS} tokens)",
+            f"slots    {_size(slots)}  {self.num_slots} x {self.slot_bytes} B ({self.num_slots} sequences)",
+        ]
+        if self.available_bytes is not None:
+            lines.append(
+                f"free     {_size(self.available_bytes - self.cache_bytes)}  of {_size(self.available_bytes).strip()} beside the weights"
+            )
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Raise ConfigError, naming the sizes and what would fit, if pages and slots need more than there is."""
+        if self.available_bytes is None or self.cache_bytes <= self.available_bytes:
+            return
+        fitting = max(0, self.available_bytes - self.num_slots * self.slot_bytes) // self.page_bytes
+        raise ConfigError(
+            f"num_pages={self.num_pages} of {self.page_bytes} bytes and num_slots={self.num_slots} of {self.slot_bytes} bytes need "
+            f"{_size(self.cache_bytes).strip()}, and {_size(self.available_bytes).strip()} are free: lower num_pages (with so many slots "
+            f"{fitting} would fit) or num_slots"
+        )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:8.2f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:8.2f} MiB"
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that could be taken on the device now: on CPU what the system says, or what its control group leaves."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [_kilobytes("MemAvailable:", _MEMINFO), _left_in_cgroup()]
+    known = [value for value in found if value is not None]
+    return min(known) if known else None
+
+
+def _kilobytes(key: str, path: pathlib.Path) -> int | None:
+    try:
+        line = next((line for line in path.read_text().splitlines() if line.startswith(key)), None)
+    except OSError:
+        return None
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def _left_in_cgroup() -> int | None:
+    """None without a limit. File caches are not counted as used: they are given back when memory is wanted."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    return int(limit) - used + int(stat["inactive_file"]) + int(stat["active_file"])
+
+
+def tensor_bytes(root: object) -> int:
+    """Bytes of all tensors reachable from an object of the engine; shared memory counts once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        one = stack.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        else:
+            stack.extend(_parts(one))
+    return sum(storages.values())
+
+
+def _parts(one: object) -> Iterator[Any]:
+    if isinstance(one, dict):
+        yield from one.values()
+    elif isinstance(one, list | tuple):
+        yield from one
+    elif type(one).__module__.startswith("engine."):
+        names = [field.name for field in dataclasses.fields(one)] if dataclasses.is_dataclass(one) else vars(one)
+        yield from (getattr(one, name) for name in names)
