@@ -140,10 +140,11 @@ class ReplicaLife:
             lifetime="detached",
             bundle_label_selector=[{"ray.io/node-id": node} for node in plan.nodes],
         )
+        asked = self._clock.now()
         while not await asyncio.to_thread(self._group.wait, 0.01):
-            self._fleet.unplaced(
-                self.role, self.index, "the nodes chosen have not granted the resources: others on this Ray cluster use them"
-            )
+            if self._clock.now() > asked + PLACEMENT_PATIENCE_S:
+                why = "the nodes chosen do not grant the resources: something else on this Ray cluster uses them"
+                self._fleet.unplaced(self.role, self.index, why)
             await asyncio.sleep(PLACEMENT_POLL_S)
         return plan
 

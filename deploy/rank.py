@@ -7,6 +7,7 @@ It builds the worker of its role, starts it, reports on it, and ends with it. Da
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import pathlib
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from core.clock import SystemClock
 from core.log import get_logger, set_up_logging
 from core.request import Load, Member
 from deploy.spec import ClusterSpec
+from kv_transfer.config import TransferConfig
 
 log = get_logger("rank")
 
@@ -114,6 +116,11 @@ class RankActor:
         log.info("rank.done", member=self._assignment.name)
 
 
+def on_loopback(transfer: TransferConfig) -> TransferConfig:
+    """UCX listens on every network device unless told otherwise; one machine needs none but lo (beside shared memory and NVLink)."""
+    return transfer if transfer.ucx_net_devices else dataclasses.replace(transfer, ucx_net_devices="lo")
+
+
 def send_output_to(path: pathlib.Path) -> None:
     """Make `path` the standard output and error of this process, native libraries included."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +133,8 @@ def send_output_to(path: pathlib.Path) -> None:
 def _new_worker(assignment: Assignment) -> Worker:
     """Imports only what the role needs: a router loads no torch."""
     spec = assignment.spec
-    host = "127.0.0.1" if spec.placement.ray == "embedded" else ray.util.get_node_ip_address()
+    is_embedded = spec.placement.ray == "embedded"
+    host = "127.0.0.1" if is_embedded else ray.util.get_node_ip_address()
     if assignment.role == "router":
         from deploy.router_worker import RouterWorker
 
@@ -134,7 +142,7 @@ def _new_worker(assignment: Assignment) -> Worker:
     common: dict[str, Any] = {
         "model_path": spec.model_path,
         "engine": spec.engine,
-        "transfer": spec.transfer,
+        "transfer": on_loopback(spec.transfer) if is_embedded else spec.transfer,
         "host": host,
         "replica": assignment.index,
         "rank": assignment.rank,

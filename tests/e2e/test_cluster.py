@@ -1,0 +1,275 @@
+"""The life of a cluster: up, serving, scaling, deaths of its parts, down with nothing left behind. One cluster at a time."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from deploy.folder import processes_of
+from tests.support.cluster import MODEL, ROOT, Cluster, kill
+
+pytestmark = pytest.mark.e2e
+
+BACK_WITHIN_S = 30
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    found = Cluster(tmp_path_factory.mktemp("a home with spaces and a path that is too long for the sockets of Ray"))
+    try:
+        print(found.up())
+        yield found
+    finally:
+        found.down()
+
+
+@pytest.fixture
+def settled(cluster: Cluster) -> Cluster:
+    cluster.wait_until_settled(BACK_WITHIN_S)
+    return cluster
+
+
+def stream_in_background(cluster: Cluster, prompts: list[str], max_tokens: int) -> tuple[list[threading.Thread], dict[str, list[str]]]:
+    """Streams started at once; texts by prompt. A stream that fails leaves its error as the last text."""
+    texts: dict[str, list[str]] = {prompt: [] for prompt in prompts}
+
+    def run(prompt: str) -> None:
+        try:
+            for text in cluster.complete(prompt, max_tokens):
+                texts[prompt].append(text)
+        except (AssertionError, OSError, ValueError) as error:
+            texts[prompt].append(f"FAILED {error!r}")
+
+    threads = [threading.Thread(target=run, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    return threads, texts
+
+
+def test_the_printed_curl_line_works(settled: Cluster) -> None:
+    output = settled.up()
+    assert "is running already" in output
+    line = next(line.strip() for line in output.splitlines() if line.strip().startswith("curl "))
+    command = shlex.split(line)
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on this machine")
+    result = subprocess.run([*command, "-s", "-m", "60", "-w", "\n%{http_code}"], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("\n200") and '"role":"assistant"' in result.stdout
+
+
+def test_nothing_listens_beyond_loopback(settled: Cluster) -> None:
+    ours = {f"socket:[{inode}]" for inode in _listening_beyond_loopback()}
+    for pid in processes_of(settled.state.marker):
+        held = {os.readlink(link) for link in pathlib.Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+        assert not held & ours, pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def _listening_beyond_loopback() -> set[str]:
+    """Inodes of TCP sockets in state LISTEN on another address than loopback."""
+    loopback = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in pathlib.Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[1].partition(":")[0] not in loopback:
+                found.add(fields[9])
+    return found
+
+
+def test_another_specification_is_refused_by_up_and_shown_by_apply(settled: Cluster) -> None:
+    output = settled.baton("up", str(settled.file), "prefill.chunk_tokens=64", expect=1)
+    assert "prefill.chunk_tokens: 256 -> 64" in output and "baton apply" in output
+    output = settled.baton("apply", str(settled.file), "prefill.chunk_tokens=64", "--dry-run")
+    assert output == "baton: prefill.chunk_tokens: 256 -> 64\n"
+    assert settled.baton("apply", str(settled.file)) == "baton: nothing changes\n"
+    output = settled.baton("apply", str(settled.file), "router.control_address=127.0.0.1:1", expect=1)
+    assert "router.control_address cannot change while the cluster runs" in output
+
+
+def test_status_shows_every_member(settled: Cluster) -> None:
+    output = settled.baton("status")
+    assert all(name in output for name in ("router/0.0", "prefill/0.0", "decode/0.0", "64/64", "128/128", "settled"))
+    assert "prefill.ready" in settled.baton("logs", "prefill/0")
+    assert "controller: " in settled.baton("logs")
+
+
+def test_apply_restarts_what_the_change_concerns(settled: Cluster) -> None:
+    before = {name: row.pid for name, row in settled.rows().items()}
+    settled.baton("apply", str(settled.file), "prefill.chunk_tokens=64")
+    after = {name: row.pid for name, row in settled.rows().items()}
+    assert {name for name in before if before[name] != after[name]} == {"prefill/0.0"}
+    settled.baton("apply", str(settled.file))
+
+
+def test_scaling_while_streaming_changes_no_token_and_leaves_nothing(settled: Cluster) -> None:
+    prompts = [f"Request {i}: once upon a time" for i in range(4)]
+    expected = {prompt: "".join(settled.complete(prompt, 200)) for prompt in prompts}
+    assert all(expected.values())
+    before = set(processes_of(settled.state.marker))
+    threads, texts = stream_in_background(settled, prompts, 200)
+    settled.baton("scale", "prefill=2", "decode=2")
+    assert sorted(settled.rows()) == ["decode/0.0", "decode/1.0", "prefill/0.0", "prefill/1.0", "router/0.0"]
+    more, more_texts = stream_in_background(settled, prompts, 200)
+    settled.baton("scale", "prefill=1")
+    settled.baton("scale", "decode=1")
+    for thread in threads + more:
+        thread.join(120)
+    assert {prompt: "".join(parts) for prompt, parts in texts.items()} == expected
+    assert {prompt: "".join(parts) for prompt, parts in more_texts.items()} == expected
+    rows = settled.rows()
+    assert len(rows) == 3
+    for role, pages in (("prefill", 64), ("decode", 128)):
+        (load,) = [row.load for row in rows.values() if row.member.role == role]
+        assert load.pages_free == load.pages_total == pages and load.slots_free == load.slots_total
+    ranks = {row.pid for row in rows.values()}
+    new = set(processes_of(settled.state.marker)) - before
+    assert not [pid for pid in new - ranks if b"RankActor" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("member", ["prefill/0.0", "decode/0.0"])
+def test_a_killed_rank_comes_back_and_streams_go_on(settled: Cluster, member: str) -> None:
+    prompt = "The story of a river and"
+    expected = "".join(settled.complete(prompt, 300))
+    threads, texts = stream_in_background(settled, [prompt], 300)
+    while len(texts[prompt]) < 5:
+        time.sleep(0.01)
+    replica = settled.rows()
+    name = next(name for name in replica if name.startswith(member.partition("/")[0]))
+    kill(replica[name].pid)
+    took = settled.wait_until_settled(BACK_WITHIN_S)
+    print(f"{member} back after {took:.1f} s")
+    threads[0].join(120)
+    assert "".join(texts[prompt]) == expected
+    after = settled.rows()[name]
+    assert after.restarts >= 1 and after.pid != replica[name].pid
+
+
+def test_a_killed_router_comes_back(settled: Cluster) -> None:
+    pid = settled.rows()["router/0.0"].pid
+    kill(pid)
+    time.sleep(1.0)
+    settled.wait_until_settled(BACK_WITHIN_S)
+    assert settled.rows()["router/0.0"].pid != pid
+    assert "".join(settled.complete("Hello", 5))
+
+
+def test_a_killed_controller_comes_back_and_adopts_what_runs(settled: Cluster) -> None:
+    settled.baton("scale", "decode=2")
+    before = {name: row.pid for name, row in settled.rows().items()}
+    prompt = "A long way from home"
+    expected = "".join(settled.complete(prompt, 200))
+    threads, texts = stream_in_background(settled, [prompt], 200)
+    controller = settled.controller_pid()
+    kill(controller)
+    time.sleep(1.0)
+    settled.wait_until_settled(BACK_WITHIN_S)
+    assert settled.controller_pid() != controller
+    threads[0].join(120)
+    assert "".join(texts[prompt]) == expected
+    assert {name: row.pid for name, row in settled.rows().items()} == before  # nothing was restarted, the scaling is remembered
+    settled.baton("scale", "decode=1")
+
+
+def test_controller_and_rank_killed_together_come_back(settled: Cluster) -> None:
+    rows = settled.rows()
+    decode = next(row for row in rows.values() if row.member.role == "decode")
+    kill(decode.pid)
+    kill(settled.controller_pid())
+    time.sleep(1.0)
+    settled.wait_until_settled(BACK_WITHIN_S)
+    assert len(settled.rows()) == 3 and "".join(settled.complete("Hello", 5))
+
+
+def test_a_frozen_rank_is_replaced(settled: Cluster) -> None:
+    pid = settled.rows()["prefill/0.0"].pid
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(6.0)
+    settled.wait_until_settled(BACK_WITHIN_S)
+    assert settled.rows()["prefill/0.0"].pid != pid and not pathlib.Path(f"/proc/{pid}").exists()
+
+
+def test_what_cannot_be_placed_is_reported_and_blocks_nobody(settled: Cluster) -> None:
+    room = int((os.cpu_count() or 1) / 0.2)
+    output = settled.baton("scale", f"decode={room + 2}", "--no-wait")
+    assert f"decode.replicas: 1 -> {room + 2}" in output
+    output = settled.baton("scale", "decode=1")
+    assert "done" in output
+    output = settled.baton("apply", str(settled.file), "prefill.replicas=2", "placement.node_labels={rack: r9}", expect=1)
+    assert "none of 1 nodes has the labels rack=r9" in output
+    assert settled.rows()["prefill/1.0"].member.state == "given up"
+    assert "".join(settled.complete("Hello", 5))
+    settled.baton("apply", str(settled.file))
+
+
+def test_drain_restarts_a_replica_after_its_requests(settled: Cluster) -> None:
+    pid = settled.rows()["decode/0.0"].pid
+    prompt = "Where the road ends"
+    threads, texts = stream_in_background(settled, [prompt], 150)
+    while not texts[prompt]:
+        time.sleep(0.01)
+    settled.baton("drain", "decode/0")
+    threads[0].join(60)
+    assert "FAILED" not in "".join(texts[prompt]) and settled.rows()["decode/0.0"].pid != pid
+    assert "is no ready replica; those are decode/0, prefill/0, router/0" in settled.baton("drain", "decode/7", expect=1)
+
+
+def test_scaling_to_zero_leaves_a_router_that_answers(settled: Cluster) -> None:
+    settled.baton("scale", "prefill=0", "decode=0")
+    assert settled.get("/health")["status"] == 200 and settled.get("/ready")["status"] == 503
+    settled.baton("scale", "prefill=1", "decode=1")
+    assert "".join(settled.complete("Hello", 5))
+
+
+def test_a_cluster_whose_keeper_was_killed_ends_and_can_be_started_again(tmp_path: pathlib.Path, cluster: Cluster) -> None:
+    cluster.baton("down")
+    other = Cluster(tmp_path, "second")
+    try:
+        other.up()
+        state = other.state
+        kill(state.keeper_pid)
+        deadline = time.monotonic() + 30
+        while processes_of(state.marker) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert processes_of(state.marker) == []
+        other.up()
+        assert "".join(other.complete("Hello", 5))
+    finally:
+        other.down()
+        cluster.up()
+
+
+def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: pathlib.Path, cluster: Cluster) -> None:
+    cluster.baton("down")
+    model = tmp_path / "broken model"
+    shutil.copytree(MODEL, model)
+    shard = next(model.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    broken = Cluster(tmp_path, "broken", model)
+    try:
+        output = broken.baton("up", str(broken.file), expect=1)
+        assert shard.name in output and "taking down what was started" in output
+        assert broken.folder.read() is None
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            output = broken.baton("up", str(broken.file), f"router.port={taken.getsockname()[1]}", expect=1)
+            assert "router.port: 127.0.0.1:" in output and "cannot be had" in output
+    finally:
+        broken.down()
+        cluster.up()
+
+
+def test_python_m_deploy_and_baton_are_one_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "deploy", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: baton ")

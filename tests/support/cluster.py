@@ -1,0 +1,155 @@
+"""A real cluster for tests: the `baton` command as a user runs it, in a home of its own, on free ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from core.errors import Unavailable
+from deploy.client import ControlClient
+from deploy.folder import ClusterFolder, ClusterState, processes_of
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODEL = ROOT / "deploy/demo_model/checkpoint"
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for found in sockets:
+        found.bind(("127.0.0.1", 0))
+    ports = [int(found.getsockname()[1]) for found in sockets]
+    for found in sockets:
+        found.close()
+    return ports
+
+
+class Cluster:
+    """`up` starts it; `down` must be called whatever happens in between."""
+
+    def __init__(self, home: pathlib.Path, name: str = "test", model: pathlib.Path = MODEL) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.home, self.name = home, name
+        self.file = home / f"{name}.yaml"
+        self.port, self.control_port = free_ports(2)
+        self.file.write_text(
+            f"name: {name}\n"
+            f'model: {{path: "{model}", served_name: tiny}}\n'
+            "engine: {device: cpu, max_model_len: 4096}\n"
+            "prefill: {num_pages: 64}\n"
+            "decode: {num_pages: 128}\n"
+            f"router: {{port: {self.port}, control_address: '127.0.0.1:{self.control_port}', default_thinking: false}}\n"
+            "placement: {cpus_per_rank: 0.2, health_timeout_s: 5, restart_backoff_s: 0.5, placement_timeout_s: 4}\n"
+        )
+        self.folder = ClusterFolder(home, name)
+        self.before = set(os.listdir("/dev/shm"))
+        self.temporary_before = ray_folders_in_tmp()
+
+    def baton(self, *arguments: str, expect: int = 0, timeout_s: float = 120) -> str:
+        """Run the command; its standard output and error. Fails unless it exits with `expect`."""
+        command = [sys.executable, "-m", "deploy", "--home", str(self.home), *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+        output = result.stdout + result.stderr
+        assert result.returncode == expect, f"baton {' '.join(arguments)} exited with {result.returncode}:\n{output}\n{self.logs()}"
+        return output
+
+    def up(self, *overrides: str) -> str:
+        return self.baton("up", str(self.file), *overrides)
+
+    @property
+    def state(self) -> ClusterState:
+        state = self.folder.read()
+        assert state is not None, "the cluster is not running"
+        return state
+
+    def status(self) -> Any:
+        with ControlClient(self.state.control_address) as client:
+            return client.status()
+
+    def rows(self) -> dict[str, Any]:
+        """ "prefill/0.0" -> control_pb2.RankStatus."""
+        status = self.status()
+        return {f"{r.member.role}/{r.member.replica}.{r.member.rank}": r for r in (*status.routers, *status.ranks)}
+
+    def controller_pid(self) -> int:
+        for pid in processes_of(self.state.marker):
+            if b"ray::Controller" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        raise AssertionError("no controller process")
+
+    def wait_until_settled(self, timeout_s: float) -> float:
+        """Seconds until everything is as wanted and the router is ready. Fails after `timeout_s`."""
+        began = time.monotonic()
+        while time.monotonic() < began + timeout_s:
+            try:
+                if self.status().settled and self.get("/ready")["status"] == 200:
+                    return time.monotonic() - began
+                last = "not settled"
+            except (OSError, Unavailable) as error:  # the controller or the router is being restarted
+                last = repr(error)
+            time.sleep(0.1)
+        raise AssertionError(f"not settled after {timeout_s} s ({last})\n{self.logs()}")
+
+    def get(self, path: str) -> dict[str, Any]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
+                return {"status": response.status, "body": response.read()}
+        except urllib.error.HTTPError as error:
+            return {"status": error.code, "body": error.read()}
+
+    def complete(self, prompt: str, max_tokens: int, seed: int = 1) -> Iterator[str]:
+        """Texts of a streamed completion, as they come. Raises on any error in the stream."""
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "seed": seed, "stream": True, "ignore_eos": True}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode(), headers)
+        is_done = False
+        try:
+            response = urllib.request.urlopen(request, timeout=120)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{error.code}: {error.read().decode(errors='replace')}") from error
+        with response:
+            for raw in response:
+                line = raw.decode().strip()
+                if line == "data: [DONE]":
+                    is_done = True
+                elif line.startswith("data: "):
+                    event = json.loads(line[6:])
+                    assert "error" not in event, event
+                    for choice in event["choices"]:
+                        yield choice["text"]
+        assert is_done, "the stream ended without [DONE]"
+
+    def logs(self) -> str:
+        """The end of every log file, for failures."""
+        parts = []
+        for path in sorted(self.folder.logs.glob("*.log")):
+            parts.append(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:]))
+        return "\n".join(parts)
+
+    def down(self) -> None:
+        """Take it down if it is up, and check that nothing is left behind."""
+        state = self.folder.read()
+        if state is not None:
+            self.baton("down", "--name", self.name)
+            assert processes_of(state.marker) == []
+        assert not self.folder.path.exists() or {path.name for path in self.folder.path.iterdir()} <= {"logs", "lock"}
+        assert set(os.listdir("/dev/shm")) == self.before
+        assert ray_folders_in_tmp() == self.temporary_before
+
+
+def ray_folders_in_tmp() -> set[str]:
+    return {name for name in os.listdir("/tmp") if re.fullmatch(r"baton-\w{8}", name) or name == "ray"}
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
