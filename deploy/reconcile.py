@@ -211,12 +211,16 @@ class Fleet:
         return actions
 
     def is_settled(self) -> bool:
-        """Everything is ready or given up, in the numbers and revisions wanted."""
+        """Everything is ready or given up, in the numbers and revisions wanted, and nothing is about to be restarted."""
         return all(
-            self._kept(role) == len(self._of(role)) == desired.replicas
-            and all(r.phase is Phase.GIVEN_UP or (r.phase is Phase.READY and r.revision == desired.revision) for r in self._of(role))
+            self._kept(role) == len(self._of(role)) == desired.replicas and all(self._is_at_rest(r, desired) for r in self._of(role))
             for role, desired in self._desired.items()
         )
+
+    def _is_at_rest(self, replica: Replica, desired: Desired) -> bool:
+        if replica.phase is Phase.READY:
+            return replica.revision == desired.revision and not replica.is_asked_to_restart
+        return replica.phase is Phase.GIVEN_UP
 
     def problems(self) -> list[str]:
         """Replicas that do not come up, and why."""

@@ -219,6 +219,7 @@ def test_a_replica_can_be_asked_to_restart() -> None:
     world.settle(want(decode=2))
     world.log.clear()
     assert world.fleet.ask_restart("decode", 1) and not world.fleet.ask_restart("decode", 7)
+    assert not world.fleet.is_settled()
     for _ in range(5):
         world.step()
     assert world.log == ["Drain decode/1", "Stop decode/1", "Start decode/1"] and world.fleet.is_settled()
