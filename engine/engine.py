@@ -119,6 +119,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, *, num_pages: int, num_slots: int, max_running: int = 16, chunk_tokens: int = 256) -> None:
         self.loaded = loaded
         self._runner = ModelRunner(loaded, num_pages, num_slots)
+        self.arena = self._runner.arena
         self._pages, self._slots = PageAllocator(num_pages), SlotAllocator(num_slots)
         self._prefill = PrefillPlanner(chunk_tokens=chunk_tokens, max_sequences=max_running)
         self._decode = DecodePlanner(max_running=max_running)
