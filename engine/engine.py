@@ -22,7 +22,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.memory_plan import MemoryPlan, tensor_bytes
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.shards import checkpoint_identity
-from engine.model.weights import check_checkpoint, dummy_weights, load_weights
+from engine.model.weights import dummy_weights, load_weights
 from engine.ops.registry import BoundOps, bind
 from engine.runner import ChunkResult, ModelRunner
 from engine.scheduler.decode import DecodePlanner
@@ -53,8 +53,6 @@ class LoadedModel:
             limit = model.max_position_embeddings
             raise ConfigError(f"engine.max_model_len is {engine.max_model_len}; the model's max_position_embeddings is {limit}")
         is_dummy = engine.load == "dummy"
-        if not is_dummy:
-            check_checkpoint(folder, model)
         layout = build_layout(model, engine, f"{folder.resolve().name}@{'dummy' if is_dummy else checkpoint_identity(folder)}")
         ops = bind(engine.ops, device)
         torch.set_num_threads(engine.threads)

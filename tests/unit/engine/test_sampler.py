@@ -117,6 +117,14 @@ def test_result_does_not_depend_on_the_batch(rng: random.Random) -> None:
         assert sample(logits[part], [sequences[row] for row in part]) == [alone[row] for row in part]
 
 
+@pytest.mark.gpu
+def test_tokens_are_the_same_on_a_gpu() -> None:
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    choices: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 40, "min_p": 0.01}, {"repetition_penalty": 1.3}]
+    sequences = [sequence([1, 2, 3], [4, 5], seed=row, **choices[row % len(choices)]) for row in range(64)]
+    assert sample(logits.cuda(), sequences) == sample(logits, sequences)
+
+
 def test_a_small_change_of_logits_rarely_changes_the_token() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2000, 300, generator=generator)
