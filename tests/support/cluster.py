@@ -81,24 +81,32 @@ class Cluster:
         status = self.status()
         return {f"{r.member.role}/{r.member.replica}.{r.member.rank}": r for r in (*status.routers, *status.ranks)}
 
+    def only(self, role: str) -> tuple[str, int]:
+        """Replica name and pid of the only rank of this role. Its index is 0 or, after scaling, whatever was left."""
+        ((name, row),) = [(name, row) for name, row in self.rows().items() if row.member.role == role]
+        return name.partition(".")[0], int(row.pid)
+
     def controller_pid(self) -> int:
         for pid in processes_of(self.state.marker):
             if b"ray::Controller" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
-        raise AssertionError("no controller process")
+        raise ProcessLookupError("the controller has no process")
 
-    def wait_until_settled(self, timeout_s: float) -> float:
-        """Seconds until everything is as wanted and the router is ready. Fails after `timeout_s`."""
+    def wait_until_settled(self, timeout_s: float, without: frozenset[int] = frozenset()) -> float:
+        """Seconds until everything is as wanted, on none of the processes `without`, and the router is ready. Fails after `timeout_s`."""
         began = time.monotonic()
+        last = ""
         while time.monotonic() < began + timeout_s:
             try:
-                if self.status().settled and self.get("/ready")["status"] == 200:
+                status = self.status()
+                pids = {row.pid for row in (*status.routers, *status.ranks)} | {self.controller_pid()}
+                if status.settled and not pids & without and self.get("/ready")["status"] == 200:
                     return time.monotonic() - began
-                last = "not settled"
+                last = f"settled={status.settled} {pids=}"
             except (OSError, Unavailable) as error:  # the controller or the router is being restarted
                 last = repr(error)
             time.sleep(0.1)
-        raise AssertionError(f"not settled after {timeout_s} s ({last})\n{self.logs()}")
+        raise AssertionError(f"not as wanted after {timeout_s} s ({last})\n{self.logs()}")
 
     def get(self, path: str) -> dict[str, Any]:
         try:
