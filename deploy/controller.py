@@ -15,10 +15,13 @@ import pathlib
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from core.clock import SystemClock
 from core.config import parse_config
+from core.errors import BatonError, ConfigError
 from core.log import get_logger, set_up_logging
 from core.request import Member
 from deploy.control import ControlService
@@ -198,8 +201,8 @@ class Controller:
             _end_process()
 
 
-def start_controller(spec: ClusterSpec, logs: pathlib.Path) -> Any:
-    """Create the actor in the Ray cluster that this process is connected to; returns its handle when it serves."""
+def start_controller(spec: ClusterSpec, logs: pathlib.Path) -> None:
+    """Create the actor in the Ray cluster that this process is connected to; returns when it serves. Raises ConfigError."""
     actor: Any = ray.remote(Controller).options(
         name=ACTOR_NAME,
         namespace=spec.namespace,
@@ -207,10 +210,25 @@ def start_controller(spec: ClusterSpec, logs: pathlib.Path) -> Any:
         max_restarts=-1,
         max_task_retries=0,
         num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(_node_of(spec.router.control_address), soft=False),
     )
     handle = actor.remote(spec.to_yaml(), str(logs))
-    ray.get(handle.begin.remote(), timeout=60)
-    return handle
+    try:
+        ray.get(handle.begin.remote(), timeout=60)
+    except (RayError, BatonError) as error:
+        ray.kill(handle, no_restart=True)
+        raise ConfigError(f"the controller did not start: {error}") from error
+
+
+def _node_of(control_address: str) -> str:
+    """Id of the Ray node that has this address; loopback is this machine's. Raises ConfigError."""
+    host = control_address.rpartition(":")[0]
+    if host in ("localhost", "[::1]") or host.startswith("127."):
+        return str(ray.get_runtime_context().get_node_id())
+    nodes = {raw["NodeManagerAddress"]: raw["NodeID"] for raw in ray.nodes() if raw["Alive"]}
+    if host not in nodes:
+        raise ConfigError(f"router.control_address: no Ray node has the address {host}; there are {', '.join(sorted(nodes))}")
+    return str(nodes[host])
 
 
 def _end_myself() -> None:

@@ -39,14 +39,16 @@ def up(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
             wait_until_settled(folder, spec.placement.start_timeout_s, say)
             return
         sweep(folder)
-        check_ports(spec)
+        if spec.placement.ray == "embedded":
+            check_ports(spec)
         try:
             start(folder, spec, say)
             wait_until_settled(folder, spec.placement.start_timeout_s, say)
             wait_for_router(spec)
         except BaseException:
             say("start failed; taking down what was started")
-            stop(folder)
+            for remark in stop(folder):
+                say(remark)
             raise
 
 
@@ -91,9 +93,13 @@ def start_on_existing(folder: ClusterFolder, spec: ClusterSpec) -> None:
     try:
         ray.init(address=spec.placement.ray, namespace=spec.namespace, log_to_driver=False)
     except ConnectionError as error:
+        folder.forget()
         raise Unavailable(f"placement.ray: no Ray cluster answers at {spec.placement.ray}: {error}") from error
     try:
         start_controller(spec, folder.logs)
+    except BaseException:
+        folder.forget()
+        raise
     finally:
         ray.shutdown()
 
