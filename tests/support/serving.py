@@ -1,0 +1,136 @@
+"""A prefill rank, a decode rank and a router in this process, over real gRPC and real transfers; no Ray. For tests of what they do together."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import httpx
+
+from core.request import Member
+from decode_worker.config import DecodeConfig
+from decode_worker.worker import DecodeWorker
+from engine.config import EngineConfig
+from engine.runner import Runner
+from kv_transfer.config import TransferConfig
+from prefill_worker.config import PrefillConfig
+from prefill_worker.worker import PrefillWorker
+from router.config import RouterConfig
+from router.server import Router
+
+T = TypeVar("T")
+
+DEMO = pathlib.Path(__file__).resolve().parents[2] / "deploy" / "demo_model" / "checkpoint"
+
+
+class Serving:
+    """Start with `with Serving(...) as serving:`; the parts live on an event loop in a thread of their own."""
+
+    def __init__(
+        self,
+        model: pathlib.Path = DEMO,
+        *,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        engine: EngineConfig | None = None,
+        prefill: PrefillConfig | None = None,
+        decode: DecodeConfig | None = None,
+        transfer: TransferConfig | None = None,
+        router: RouterConfig | None = None,
+        new_runner: Callable[[str], Runner] | None = None,
+    ) -> None:
+        """`new_runner(role)` replaces the model."""
+        self.model = model
+        self._engine = engine or EngineConfig(device="cpu", max_model_len=4096)
+        self._prefill, self._decode = prefill or PrefillConfig(), decode or DecodeConfig()
+        self._transfer = transfer or TransferConfig(checksum=True)
+        self._router = dataclasses.replace(router or RouterConfig(default_thinking=False), port=0)
+        self._num = {"prefill": num_prefill, "decode": num_decode}
+        self._new_runner = new_runner
+        self.workers: dict[str, PrefillWorker | DecodeWorker] = {}
+        self.members: dict[str, Member] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="serving", daemon=True)
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
+        """Run a coroutine on the parts' loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def __enter__(self) -> Serving:
+        self._thread.start()
+        self.run(self._start())
+        self.url = f"http://127.0.0.1:{self.router.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+        self.wait(lambda: self.client.get("/ready").status_code == 200)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.run(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self) -> None:
+        for role, count in self._num.items():
+            for replica in range(count):
+                await self.add(role, replica)
+        self.router = Router(
+            config=self._router,
+            served_name="demo",
+            model_path=self.model,
+            max_model_len=self._engine.max_model_len,
+            members=list(self.members.values()),
+        )
+        await self.router.start()
+
+    async def add(self, role: str, replica: int) -> Member:
+        """Start one more worker; the router has to be told with `announce`."""
+        factory = None if self._new_runner is None else (lambda: self._new_runner(role))  # type: ignore[misc]
+        shared: dict[str, Any] = {"model_path": self.model, "engine": self._engine, "transfer": self._transfer, "replica": replica}
+        worker: PrefillWorker | DecodeWorker
+        if role == "prefill":
+            worker = PrefillWorker(config=self._prefill, new_runner=factory, **shared)
+        else:
+            worker = DecodeWorker(config=self._decode, new_runner=factory, **shared)
+        member = await worker.start()
+        self.workers[member.name], self.members[member.name] = worker, member
+        return member
+
+    async def remove(self, name: str) -> None:
+        """Stop a worker at once, as if its process had ended; the router is told."""
+        await self.workers.pop(name).stop()
+        del self.members[name]
+        await self.announce()
+
+    async def announce(self) -> None:
+        self.router.members.update(list(self.members.values()))
+
+    async def _stop(self) -> None:
+        await self.router.stop()
+        for worker in self.workers.values():
+            await worker.stop()
+
+    def wait(self, claim: Callable[[], bool], timeout_s: float = 20.0) -> None:
+        """Fail unless the claim comes true in time."""
+        end = time.monotonic() + timeout_s
+        while not claim():
+            assert time.monotonic() < end, "it did not come true in time"
+            time.sleep(0.02)
+
+    def is_empty(self) -> bool:
+        """Whether every page and slot of every worker is free."""
+        loads = [worker.load() for worker in self.workers.values()]
+        return all(load.pages_free == load.pages_total and load.slots_free == load.slots_total for load in loads)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """POST /v1/completions; the answer, which must be 200."""
+        response = self.client.post("/v1/completions", json={"model": "demo", **body})
+        assert response.status_code == 200, f"{response.status_code}: {response.text}"
+        answer: dict[str, Any] = response.json()
+        return answer
