@@ -1,0 +1,40 @@
+"""Dashboards and alerts name metrics that exist."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+import pytest
+import yaml
+from prometheus_client import generate_latest
+
+from core.metrics import new_registry
+from core.request import Load
+from decode_worker.metrics import DecodeMetrics
+from prefill_worker.metrics import PrefillMetrics
+from router.metrics import RouterMetrics
+
+GRAFANA = pathlib.Path(__file__).resolve().parents[3] / "deploy/grafana"
+
+
+def exported() -> set[str]:
+    """Names of all series that routers and ranks export."""
+    registry = new_registry()
+    RouterMetrics(registry, "r")
+    PrefillMetrics(registry)
+    DecodeMetrics(registry)
+    families = re.findall(r"^# TYPE (\S+) (\S+)", generate_latest(registry).decode(), re.MULTILINE)
+    names = {name for name, _ in families}
+    names |= {f"{name}_{part}" for name, kind in families if kind == "histogram" for part in ("bucket", "sum", "count")}
+    return names | {"baton_rank_up"} | {f"baton_rank_{name.removesuffix('_total')}" for name in Load.__slots__}
+
+
+@pytest.mark.parametrize("name", ["baton.json", "alerts.yaml"])
+def test_every_metric_named_exists(name: str) -> None:
+    text = (GRAFANA / name).read_text()
+    content = json.loads(text) if name.endswith("json") else yaml.safe_load(text)
+    assert content
+    used = set(re.findall(r"\bbaton_\w+", text))
+    assert len(used) >= 5 and used <= exported()
