@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 import time
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BatonError as error:
         print(f"baton: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("baton: interrupted", file=sys.stderr)
         return 130

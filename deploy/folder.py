@@ -110,9 +110,10 @@ def processes_of(marker: str) -> list[int]:
 
 def end_processes(marker: str, keeper_pid: int, grace_s: float) -> int:
     """Ask the keeper to end, wait, then kill whatever still carries the marker. Returns how many had to be killed."""
+    end = time.monotonic()
     if keeper_pid in processes_of(marker):
         os.kill(keeper_pid, signal.SIGTERM)
-    end = time.monotonic() + grace_s
+        end += grace_s
     while processes_of(marker) and time.monotonic() < end:
         time.sleep(0.1)
     killed = 0

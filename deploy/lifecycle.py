@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from core.config import differences, parse_config
-from core.errors import BatonError, ConfigError, DeadlineExceeded, Unavailable
+from core.errors import ConfigError, DeadlineExceeded, Unavailable
 from deploy.client import ControlClient
 from deploy.folder import ClusterFolder, ClusterState, end_processes, processes_of
 from deploy.local import choose_ray_dir, launch
@@ -110,9 +110,10 @@ def stop(folder: ClusterFolder) -> list[str]:
     if state is None:
         return remarks
     try:
-        with ControlClient(state.control_address) as client:
-            client.shut_down()
-    except BatonError as error:
+        # Where no process is left, whoever answers at the address is another cluster.
+        if not state.marker or processes_of(state.marker):
+            _shut_down(folder, state)
+    except Unavailable as error:
         remarks.append(f"the controller could not be asked to stop: {error}")
         if not state.marker:
             raise Unavailable(f"{error}; the ranks on the Ray cluster go on running: try again, or kill them through Ray") from error
@@ -123,6 +124,13 @@ def stop(folder: ClusterFolder) -> list[str]:
             shutil.rmtree(state.ray_dir, ignore_errors=True)
     folder.forget()
     return remarks
+
+
+def _shut_down(folder: ClusterFolder, state: ClusterState) -> None:
+    with ControlClient(state.control_address) as client:
+        if (name := client.status().name) != folder.name:
+            raise Unavailable(f"the controller at {state.control_address} is that of {name!r}")
+        client.shut_down()
 
 
 def is_running(folder: ClusterFolder) -> bool:
