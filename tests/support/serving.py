@@ -1,4 +1,5 @@
-"""A prefill rank, a decode rank and a router in this process, over real gRPC and real transfers; no Ray. For tests of what they do together."""
+"""A prefill rank, a decode rank and a router in this process, over real gRPC and real transfers;
+no Ray. For tests of what they do together."""
 
 from __future__ import annotations
 
