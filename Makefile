@@ -26,6 +26,7 @@ dev:  ## make .venv with the tools for tests
 	@sh deploy/setup_env.sh dev
 
 test: dev lint  ## what CI runs
+	@mkdir -p .cache
 	$(BIN)/python -m pytest -q -n 2 -m "not e2e" --basetemp=.cache/pytest
 	$(BIN)/python -m pytest -q -m e2e --basetemp=.cache/pytest
 

@@ -40,6 +40,17 @@ def settled(cluster: Cluster) -> Cluster:
     return cluster
 
 
+def collect(cluster: Cluster, prompt: str, max_tokens: int) -> str:
+    """The text of its stream; a failure becomes the end of it."""
+    parts: list[str] = []
+    try:
+        for text in cluster.complete(prompt, max_tokens):
+            parts.append(text)
+    except (AssertionError, OSError, ValueError) as error:
+        parts.append(f"FAILED {error!r}")
+    return "".join(parts)
+
+
 def stream_in_background(cluster: Cluster, prompts: list[str], max_tokens: int) -> tuple[list[threading.Thread], dict[str, list[str]]]:
     """Streams started at once; texts by prompt. A stream that fails leaves its error as the last text."""
     texts: dict[str, list[str]] = {prompt: [] for prompt in prompts}
@@ -114,25 +125,50 @@ def test_apply_restarts_what_the_change_concerns(settled: Cluster) -> None:
     settled.baton("apply", str(settled.file))
 
 
-def test_scaling_while_streaming_changes_no_token_and_leaves_nothing(settled: Cluster) -> None:
-    prompts = [f"Request {i}: once upon a time" for i in range(4)]
-    expected = {prompt: "".join(settled.complete(prompt, 200)) for prompt in prompts}
-    assert all(expected.values())
-    before = set(processes_of(settled.state.marker))
-    threads, texts = stream_in_background(settled, prompts, 200)
-    settled.baton("scale", "prefill=2", "decode=2")
-    assert sorted(name.partition("/")[0] for name in settled.rows()) == ["decode", "decode", "prefill", "prefill", "router"]
-    more, more_texts = stream_in_background(settled, prompts, 200)
-    settled.baton("scale", "prefill=1")
-    settled.baton("scale", "decode=1")
-    for thread in threads + more:
+NUM_CLIENTS = 16
+SCALED_TOKENS = 48
+
+
+def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing(settled: Cluster) -> None:
+    prompts = [f"Request {i}: once upon a time" for i in range(NUM_CLIENTS)]
+    threads, texts = stream_in_background(settled, prompts, SCALED_TOKENS)
+    for thread in threads:
         thread.join(120)
-    assert {prompt: "".join(parts) for prompt, parts in texts.items()} == expected
-    assert {prompt: "".join(parts) for prompt, parts in more_texts.items()} == expected
+    expected = {prompt: "".join(parts) for prompt, parts in texts.items()}
+    assert "FAILED" not in "".join(expected.values()) and all(expected.values())
+    before = set(processes_of(settled.state.marker))
+
+    is_over = threading.Event()
+    wrong: list[str] = []
+    num_done = [0] * NUM_CLIENTS
+
+    def client(number: int) -> None:
+        while not is_over.is_set() and not wrong:
+            text = collect(settled, prompts[number], SCALED_TOKENS)
+            if text != expected[prompts[number]]:
+                wrong.append(f"client {number}: {text!r} instead of {expected[prompts[number]]!r}")
+            num_done[number] += 1
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(NUM_CLIENTS)]
+    for thread in clients:
+        thread.start()
+    try:
+        settled.baton("scale", "prefill=2", "decode=2")
+        assert sorted(name.partition("/")[0] for name in settled.rows()) == ["decode", "decode", "prefill", "prefill", "router"]
+        settled.baton("scale", "prefill=1")
+        settled.baton("scale", "decode=1")
+    finally:
+        is_over.set()
+        for thread in clients:
+            thread.join(120)
+    print(f"{sum(num_done)} requests while scaling")
+    assert wrong == [] and min(num_done) >= 1
+
     rows = settled.rows()
     assert len(rows) == 3
+    time.sleep(1.0)  # the ranks' reports are up to health_interval_s old
     for role, pages in (("prefill", 64), ("decode", 128)):
-        (load,) = [row.load for row in rows.values() if row.member.role == role]
+        (load,) = [row.load for row in settled.rows().values() if row.member.role == role]
         assert load.pages_free == load.pages_total == pages and load.slots_free == load.slots_total
     ranks = {row.pid for row in rows.values()}
     new = set(processes_of(settled.state.marker)) - before
