@@ -47,6 +47,8 @@ class HandOff:
     """(local, remote) still to be written, in order."""
     in_flight: dict[int, int] = field(default_factory=dict)
     """Write id -> bytes."""
+    num_posting: int = 0
+    """Post actions given out and not yet answered by `posted` or `write_refused`."""
     order: CommitOrder | None = None
     ordered_at: float = 0.0
     num_bytes: int = 0
@@ -114,8 +116,10 @@ class Sender:
     def bytes_in_flight(self) -> int:
         return sum(sum(h.in_flight.values()) for h in self._hand_offs.values())
 
-    def peers(self) -> set[str]:
-        return {hand_off.peer for hand_off in self._hand_offs.values()}
+    @property
+    def needs_progress(self) -> bool:
+        """Whether the transport must be polled: a write is out, or a commit's notification may still be on its way."""
+        return any(h.in_flight or h.phase is Phase.COMMITTED for h in self._hand_offs.values())
 
     def hand_off(self, request_id: str) -> HandOff | None:
         return self._hand_offs.get(request_id)
@@ -180,7 +184,6 @@ class Sender:
         """The session or connection broke: whatever was in flight there is over (the transport was disconnected)."""
         actions: list[Action] = []
         for hand_off in [h for h in self._hand_offs.values() if h.peer == peer]:
-            hand_off.in_flight.clear()
             self._forget(hand_off)
             actions.append(Closed(hand_off.request_id, hand_off.error or MemberLost(f"{peer} is lost: {reason}")))
         return actions + self._pump(now)
@@ -188,12 +191,17 @@ class Sender:
     # -- what the transport says ---------------------------------------------------------------------------------------------
 
     def posted(self, request_id: str, write_id: int, num_bytes: int) -> None:
+        """The answer to a Post. To be given before any other event."""
         hand_off = self._hand_offs[request_id]
+        hand_off.num_posting -= 1
         hand_off.in_flight[write_id] = num_bytes
         hand_off.num_bytes += num_bytes
 
     def write_refused(self, request_id: str, error: BatonError, now: float) -> list[Action]:
-        return self._fail(self._hand_offs[request_id], error) + self._pump(now)
+        """The other answer to a Post."""
+        hand_off = self._hand_offs[request_id]
+        hand_off.num_posting -= 1
+        return self._fail(hand_off, error) + self._pump(now)
 
     def write_finished(self, request_id: str, write_id: int, succeeded: bool, now: float) -> list[Action]:
         hand_off = self._hand_offs.get(request_id)
@@ -227,7 +235,7 @@ class Sender:
         if hand_off.phase is not Phase.CLOSING:
             hand_off.phase, hand_off.error = Phase.CLOSING, error
             hand_off.pages.clear()
-        return [] if hand_off.in_flight else self._close(hand_off)
+        return [] if self._is_writing(hand_off) else self._close(hand_off)
 
     def _close(self, hand_off: HandOff) -> list[Action]:
         self._forget(hand_off)
@@ -237,6 +245,10 @@ class Sender:
     def _forget(self, hand_off: HandOff) -> None:
         self._hand_offs.pop(hand_off.request_id, None)
         self._by_epoch.pop((hand_off.peer, hand_off.reservation.epoch), None)
+
+    @staticmethod
+    def _is_writing(hand_off: HandOff) -> bool:
+        return bool(hand_off.in_flight or hand_off.num_posting)
 
     def _pump(self, now: float) -> list[Action]:
         """Post what may be posted: a turn each, oldest first, while the bound on bytes in flight allows (one write always may)."""
@@ -249,13 +261,15 @@ class Sender:
             count = min(len(hand_off.pages), max(budget // self._page_bytes, 0 if busy else 1))
             if count:
                 pages, hand_off.pages = tuple(hand_off.pages[:count]), hand_off.pages[count:]
-                last = hand_off.order is not None and not hand_off.pages and not hand_off.in_flight
+                last = hand_off.order is not None and not hand_off.pages and not self._is_writing(hand_off)
                 actions.append(Post(hand_off.request_id, hand_off.peer, pages, hand_off.order if last else None))
+                hand_off.num_posting += 1
                 budget -= count * self._page_bytes
                 busy = True
                 if last:
                     hand_off.phase = Phase.COMMITTING
-            elif hand_off.order is not None and not hand_off.pages and not hand_off.in_flight:
+            elif hand_off.order is not None and not hand_off.pages and not self._is_writing(hand_off):
                 hand_off.phase = Phase.COMMITTING
+                hand_off.num_posting += 1
                 actions.append(Post(hand_off.request_id, hand_off.peer, (), hand_off.order))
         return actions

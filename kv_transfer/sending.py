@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,27 +123,25 @@ class KVSender:
         self._agent = self._transport.register(self._pages, self._slots)
         self._started.set()
         next_tick = self._clock.now() + TICK_S
-        while True:
-            busy = bool(self._writes)
-            try:
-                order = self._inbox.get(timeout=self._config.poll_interval_ms / 1000 if busy else TICK_S)
-                if order is None:
-                    break
-                self._perform(order())
-                while not self._inbox.empty():
-                    order = self._inbox.get_nowait()
-                    if order is None:
-                        self._transport.close()
-                        return
-                    self._perform(order())
-            except queue.Empty:
-                pass
-            if self._writes or busy:
+        while self._take_orders():
+            if self._state.needs_progress:
                 self._poll()
             if self._clock.now() >= next_tick:
                 next_tick = self._clock.now() + TICK_S
                 self._perform(self._state.tick(self._clock.now()))
         self._transport.close()
+
+    def _take_orders(self) -> bool:
+        """Run what came in, waiting for it as long as the transport need not be polled; False when told to stop."""
+        try:
+            wait_s = self._config.poll_interval_ms / 1000 if self._state.needs_progress else TICK_S
+            order = self._inbox.get(timeout=wait_s)
+            while order is not None:
+                self._perform(order())
+                order = self._inbox.get_nowait()
+            return False
+        except queue.Empty:
+            return True
 
     def _poll(self) -> None:
         for write_id, succeeded in self._transport.poll().finished:
@@ -151,9 +150,12 @@ class KVSender:
                 self._perform(self._state.write_finished(request_id, write_id, succeeded, self._clock.now()))
 
     def _perform(self, actions: list[Action]) -> None:
-        for action in actions:
+        """Carry the actions out, those that follow from them too, one after the other."""
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
             if isinstance(action, Post):
-                self._post(action)
+                todo += self._post(action)
             elif isinstance(action, Renew):
                 self._tell(action.peer, transfer_pb2.SenderMessage(renew=action.epochs))
             elif isinstance(action, LastWriteOut):
@@ -166,7 +168,8 @@ class KVSender:
         if peer is not None:
             self._loop.call_soon_threadsafe(peer.outgoing.put_nowait, message)
 
-    def _post(self, post: Post) -> None:
+    def _post(self, post: Post) -> list[Action]:
+        """Start a write; returns what follows if it cannot be started."""
         peer = self._peers[post.peer]
         order = post.order
         slot, notification = None, b""
@@ -190,13 +193,11 @@ class KVSender:
         try:
             write_id = self._transport.write(post.peer, Write(post.pages, slot, notification))
         except BatonError as error:
-            self._perform(self._state.write_refused(post.request_id, error, self._clock.now()))
-            return
+            return self._state.write_refused(post.request_id, error, self._clock.now())
         num_bytes = len(post.pages) * self._pages.piece_bytes + (self._slots.piece_bytes if slot else 0)
         self._writes[write_id] = post.request_id
         self._state.posted(post.request_id, write_id, num_bytes)
-        if order is not None or len(self._writes) == 1:
-            self._poll()
+        return []
 
     def _lost(self, peer: _Peer, reason: str) -> list[Action]:
         if self._peers.get(peer.key) is not peer:
