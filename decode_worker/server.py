@@ -20,7 +20,7 @@ from protos import common_pb2, decode_pb2, decode_pb2_grpc
 log = get_logger("decode")
 
 
-class DecodeService(decode_pb2_grpc.DecodeServicer):  # type: ignore[misc]
+class DecodeService(decode_pb2_grpc.DecodeServicer):
     def __init__(self, loop: DecodeLoop, member: Member, liveness_timeout_s: float) -> None:
         self._loop, self._member, self._timeout_s = loop, member, liveness_timeout_s
 

@@ -45,7 +45,7 @@ TICK_S = 0.25
 Event = Committed | Quiesced | SenderLost | Renewed
 
 
-class KVReceiver(transfer_pb2_grpc.TransferServicer):  # type: ignore[misc]
+class KVReceiver(transfer_pb2_grpc.TransferServicer):
     def __init__(
         self,
         config: TransferConfig,
@@ -151,8 +151,9 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):  # type: ignore[misc]
             if isinstance(action, (Live, Revoke, Release)):
                 outbox = self._outboxes.get(action.sender)
                 if outbox is not None:
-                    key = {Live: "live", Revoke: "revoked", Release: "released"}[type(action)]
-                    outbox.post(transfer_pb2.ReceiverMessage(**{key: [action.epoch]}))
+                    message = transfer_pb2.ReceiverMessage()
+                    getattr(message, {Live: "live", Revoke: "revoked", Release: "released"}[type(action)]).append(action.epoch)
+                    outbox.post(message)
             elif isinstance(action, Ignored):
                 log.warning("transfer.commit_ignored", epoch=action.epoch, reason=action.reason)
             else:

@@ -104,7 +104,11 @@ class PrefillLoop:
 
     def session_closed(self, outbox: Outbox) -> None:
         """Cancel everything that came over a session."""
-        self._inbox.put(lambda: [self._drop(job, None) for job in list(self._jobs.values()) if job.outbox is outbox] and None)
+        self._inbox.put(lambda: self._drop_session(outbox))
+
+    def _drop_session(self, outbox: Outbox) -> None:
+        for job in [job for job in self._jobs.values() if job.outbox is outbox]:
+            self._drop(job, None)
 
     def transfer_event(self, event: HandedOff | Closed) -> None:
         self._inbox.put(lambda: self._handed_off(event) if isinstance(event, HandedOff) else self._closed(event))

@@ -20,7 +20,7 @@ from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
 log = get_logger("prefill")
 
 
-class PrefillService(prefill_pb2_grpc.PrefillServicer):  # type: ignore[misc]
+class PrefillService(prefill_pb2_grpc.PrefillServicer):
     def __init__(self, loop: PrefillLoop, member: Member, liveness_timeout_s: float) -> None:
         self._loop, self._member, self._timeout_s = loop, member, liveness_timeout_s
 

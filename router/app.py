@@ -182,7 +182,7 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
             return Response(orjson.dumps(answer), media_type="application/json")
 
         async def events() -> AsyncIterator[bytes]:
-            async with aclosing(completion.choices()) as items:  # type: ignore[type-var]
+            async with aclosing(completion.choices()) as items:
                 async for item in items:
                     yield sse(orjson.dumps(completion.envelope([item])))
             if parsed.include_usage:
@@ -241,7 +241,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 async def _whole_completion(completion: completions.Completion) -> dict[str, Any]:
     merged: dict[int, dict[str, Any]] = {}
-    async with aclosing(completion.choices()) as items:  # type: ignore[type-var]
+    async with aclosing(completion.choices()) as items:
         async for item in items:
             whole = merged.setdefault(item["index"], {"index": item["index"], "text": "", "logprobs": None, "finish_reason": None})
             whole["text"] += item["text"]

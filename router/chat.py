@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +155,7 @@ class Chat:
             generator = generator.with_echo(self._request.echo).with_namespace_tool_map(self._request.namespace_tools or {})
         return recipe.StreamProcessor(generator, self._request.converted.parsing_options, self._form.tokenizer)
 
-    async def _chunks(self, index: int) -> AsyncIterator[Any]:
+    async def _chunks(self, index: int) -> AsyncGenerator[Any, None]:
         """The library's chunks of one choice."""
         processor = self._processor()
         sampling = dataclasses.replace(self._request.sampling, seed=(self._request.sampling.seed + index) % 2**64)
@@ -183,7 +183,7 @@ class Chat:
         for chunk in processor.finish():
             yield chunk
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, ready to send."""
         request, response = self._request, self._dialect.response
         async with self._service.admitted(self._dialect.name, request.n, len(request.prompt) * request.n):

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,7 +172,7 @@ class Completion:
         prompt, output = self.num_prompt_tokens, self.num_output_tokens
         return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
-    async def choices(self) -> AsyncIterator[dict[str, Any]]:
+    async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
         """Items of `choices`, interleaved over all sequences. Raises the first error of any; closing it cancels the rest."""
         request = self._request
         queue: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue(maxsize=256)
@@ -206,7 +206,7 @@ class Completion:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, choice: _Choice, prompt: tuple[int, ...], sampling: SamplingParams) -> AsyncIterator[dict[str, Any]]:
+    async def _one(self, choice: _Choice, prompt: tuple[int, ...], sampling: SamplingParams) -> AsyncGenerator[dict[str, Any], None]:
         request, codec = self._request, self._service.codec
         text, matcher = Detokenizer(codec), StopMatcher(request.stops)
         if request.echo:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from core.clock import Clock
@@ -71,7 +71,7 @@ class Relay:
         """Held by the request that waits for room on the decode ranks; the others wait behind it, in order."""
         self.num_migrations = 0
 
-    async def generate(self, request: Request, journey: Journey) -> AsyncIterator[Output]:
+    async def generate(self, request: Request, journey: Journey) -> AsyncGenerator[Output, None]:
         """Yield the outputs of a request until one carries a finish_reason. Raises the error that ended it, if it cannot be mended.
         Closing the generator cancels the request everywhere."""
         produced: list[int] = []
@@ -107,7 +107,9 @@ class Relay:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)
 
-    async def _attempt(self, request: Request, journey: Journey, avoid: list[tuple[str, int]], deadline: float) -> AsyncIterator[Output]:
+    async def _attempt(
+        self, request: Request, journey: Journey, avoid: list[tuple[str, int]], deadline: float
+    ) -> AsyncGenerator[Output, None]:
         """One run on one pair of ranks."""
         events: asyncio.Queue[Event] = asyncio.Queue()
         began = self._clock.now()
@@ -194,7 +196,8 @@ class Relay:
         while True:
             sessions = {role: self._members.ready(role) for role in ("prefill", "decode")}
             try:
-                chosen = place(request, *(list(map(_candidate, found)) for found in sessions.values()), avoid)
+                prefills, decodes = ([_candidate(session) for session in found] for found in sessions.values())
+                chosen = place(request, prefills, decodes, avoid)
                 break
             except Unavailable:
                 if self._clock.now() >= give_up:

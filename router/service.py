@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 from core.clock import Clock
@@ -56,7 +56,7 @@ class Service:
             self._admission.leave(num_sequences)
             self.metrics.in_progress.set(self._admission.num_requests)
 
-    async def sequence(self, public_id: str, token_ids: tuple[int, ...], sampling: SamplingParams) -> AsyncIterator[Output]:
+    async def sequence(self, public_id: str, token_ids: tuple[int, ...], sampling: SamplingParams) -> AsyncGenerator[Output, None]:
         """Outputs of one sequence until its finish_reason. Raises the error that ended it; closing it cancels everywhere."""
         began = self._clock.now()
         journey = Journey(public_id, len(token_ids), began)

@@ -8,6 +8,7 @@ Shape suffixes: B batch, T tokens, M streams, H heads, D head_dim, S compressed 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class _Straight(torch.autograd.Function):
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -59,10 +60,12 @@ class TrainingModel(nn.Module):
         """Hard top-k selection of entries (off: all visible ones), as in serving."""
         generator = torch.Generator().manual_seed(seed)
         self.tensors = nn.ParameterDict()
+        self.main_frequencies: Tensor
+        self.compress_frequencies: Tensor
         self.register_buffer("main_frequencies", main_frequencies(config), persistent=False)
         self.register_buffer("compress_frequencies", compress_frequencies(config), persistent=False)
         self.tables: dict[str, Tensor] = {}
-        self.load: dict[str, Tensor] = {}
+        self.expert_load: dict[str, Tensor] = {}
         for name, spec in expected_tensors(config).items():
             if spec.kind == "ids":
                 draws = torch.rand((spec.shape[0], config.n_routed_experts), generator=generator)
@@ -93,6 +96,15 @@ class TrainingModel(nn.Module):
         """All tensors by published name, float32 or int64, on the CPU."""
         found = {name.replace("/", "."): value.detach().float().cpu() for name, value in self.tensors.items()}
         return found | {name: table.cpu() for name, table in self.tables.items()}
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Take over published tensors, float or int64."""
+        for name, value in values.items():
+            if name in self.tables:
+                self.tables[name] = value.to(self.tables[name].device)
+            else:
+                with torch.no_grad():
+                    self.tensors[self._key(name)].copy_(value)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Cast (and quantise) the weights once for the coming forward passes."""
@@ -184,12 +196,13 @@ class TrainingModel(nn.Module):
         kv = self.quantize_kv(kv)
         age = positions[:, None] - positions[None, :]
         visible = ((age >= 0) & (age < config.sliding_window))[None].expand(batch, -1, -1)
-        index_logits = None
+        index_logits = every = None
         if ratio:
             entries = self.finish_entries(self.compress(x, f"{prefix}.compressor", ratio), f"{prefix}.compressor", ratio, frequencies)
             kv = torch.cat((kv, self.quantize_kv(entries)), 1)
             closed = torch.arange(entries.shape[1], device=x.device)[None, :] < ((positions + 1) // ratio)[:, None]
             seen = closed[None].expand(batch, -1, -1)
+            every = torch.cat((visible, seen), -1)
             if ratio == 4:
                 index_logits = self.index_logits(x, qr, f"{prefix}.indexer", cos, sin, frequencies)
                 index_logits = index_logits.masked_fill(~closed, -1e30)
@@ -198,15 +211,17 @@ class TrainingModel(nn.Module):
                     seen = seen & torch.zeros_like(seen).scatter_(-1, chosen, True)
             visible = torch.cat((visible, seen), -1)
         scores = torch.einsum("bthd,bsd->bhts", q, kv).float() * dim**-0.5
-        scores = scores.masked_fill(~visible[:, None], -1e30)
         sink = self.weights[f"{prefix}.attn_sink"].float().view(1, heads, 1, 1).expand(batch, -1, length, 1)
-        weight = torch.softmax(torch.cat((scores, sink), -1), -1)[..., :-1]
         index_loss = None
-        if index_logits is not None:
-            mass = weight[..., length:].detach().sum(1) + 1e-9 * visible[..., length:]
-            mass = mass / mass.sum(-1, keepdim=True).clamp(min=1e-9)
+        if index_logits is not None and every is not None:
+            # The indexer learns what attention would take if it saw every entry, selected or not.
+            with torch.no_grad():
+                mass = torch.softmax(torch.cat((scores.masked_fill(~every[:, None], -1e30), sink), -1), -1)[..., length:-1].sum(1)
+                mass = mass / mass.sum(-1, keepdim=True).clamp(min=1e-9)
             cross = -(mass * torch.log_softmax(index_logits.float(), -1)).sum(-1)
             index_loss = cross[:, 4:].mean()
+        scores = scores.masked_fill(~visible[:, None], -1e30)
+        weight = torch.softmax(torch.cat((scores, sink), -1), -1)[..., :-1]
         o = torch.einsum("bhts,bsd->bthd", weight.to(self.dtype), kv)
         o = rotate(o, cos, sin, inverse=True).flatten(2).unflatten(-1, (groups, -1))
         wo_a = self.weights[f"{prefix}.wo_a.weight"].unflatten(0, (groups, -1))
@@ -239,7 +254,7 @@ class TrainingModel(nn.Module):
         picked = picked / (picked.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
         weight = torch.zeros_like(scores).scatter(-1, chosen, picked)
         if table is None:
-            self.load[f"{prefix}.gate.bias"] = (weight > 0).float().mean((0, 1))
+            self.expert_load[f"{prefix}.gate.bias"] = (weight > 0).float().mean((0, 1))
         names = [f"{prefix}.experts.{e}" for e in range(config.n_routed_experts)]
         w1, w2, w3 = (torch.stack([self.weights[f"{n}.{w}.weight"] for n in names]) for w in ("w1", "w2", "w3"))
         inputs = fake_fp8(x, 128) if self.quantize else x
@@ -257,7 +272,7 @@ class TrainingModel(nn.Module):
     def balance(self, rate: float) -> None:
         """Auxiliary-loss-free balancing: nudge each expert's selection bias towards equal load."""
         with torch.no_grad():
-            for name, load in self.load.items():
+            for name, load in self.expert_load.items():
                 self.tensors[self._key(name)] += rate * torch.sign(load.mean() - load)
 
     # -- whole -----------------------------------------------------------------------------------------------------------------
