@@ -25,10 +25,14 @@ from deploy.demo_model.shape import CONFIG
 from deploy.demo_model.training_model import TrainingModel
 from engine.config import ModelConfig
 from engine.model.checkpoint_writer import write_checkpoint
+from engine.model.quantized import QuantizedWeight
+from engine.model.weights import load_weights
 
 HERE = pathlib.Path(__file__).resolve().parent
 STAGES = ((0.25, 256, 64), (0.50, 512, 32), (0.75, 1024, 16), (1.0, 2048, 8))
 """(until this share of the time, tokens of a row, rows of a batch)."""
+RESUMED_STAGES = ((0.15, 512, 32), (0.5, 1024, 16), (1.0, 2048, 8))
+"""The same for a run that starts from a checkpoint."""
 SELECT_FROM, QUANTIZE_FROM = 0.5, 0.6
 """Shares of the time from which entries are selected by top-k, and the published formats are simulated."""
 
@@ -129,6 +133,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--resume", type=pathlib.Path, default=None, help="start from this checkpoint, with longer rows")
     parser.add_argument("--tiny", action="store_true", help="short rows and small batches")
     parser.add_argument("--no-graph", action="store_true", help="run every step eagerly")
     arguments = parser.parse_args()
@@ -139,6 +144,11 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     model = TrainingModel(ModelConfig.from_dict(CONFIG)).to(arguments.device)
     model.tables = {name: table.to(arguments.device) for name, table in model.tables.items()}
+    stages, select_from, quantize_from = STAGES, SELECT_FROM, QUANTIZE_FROM
+    if arguments.resume is not None:
+        loaded = load_weights(arguments.resume, model.config)
+        model.load({name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in loaded.items()})
+        stages, select_from, quantize_from = RESUMED_STAGES, 0.0, 0.3
     on_gpu = arguments.device == "cuda"
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
@@ -150,10 +160,10 @@ def main() -> None:
         share = step / arguments.steps if arguments.steps < 10**9 else (time.time() - began) / (60 * arguments.minutes)
         if share >= 1.0:
             break
-        number = next(i for i, stage in enumerate(STAGES) if share < stage[0])
-        wanted = (number, share > SELECT_FROM, share > QUANTIZE_FROM)
+        number = next(i for i, stage in enumerate(stages) if share < stage[0])
+        wanted = (number, share > select_from, share > quantize_from)
         if setting is None or wanted[0] != setting[0]:
-            _, length, batch = (0, 128, 2) if arguments.tiny else STAGES[number]
+            _, length, batch = (0, 128, 2) if arguments.tiny else stages[number]
             loader = DataLoader(Rows(tokenizer_json, tools, length, number), batch, num_workers=arguments.workers, prefetch_factor=8)
             rows = iter(loader)
             ids = torch.zeros(batch, length + 1, dtype=torch.int64, device=arguments.device)
