@@ -92,6 +92,7 @@ class Controller:
             if self._kept:
                 await self._adopt()
             self.set_spec(self.spec)
+            await self._publish()  # before a router can ask: an empty list would end its sessions with the adopted ranks
             await self._service.start(self.spec.router.control_address)
             while True:
                 now = self.clock.now()
