@@ -40,6 +40,11 @@ def settled(cluster: Cluster) -> Cluster:
     return cluster
 
 
+def ranks_of(marker: str) -> list[int]:
+    """Pids of the cluster's rank and router processes."""
+    return [pid for pid in processes_of(marker) if b"RankActor" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def collect(cluster: Cluster, prompt: str, max_tokens: int) -> str:
     """The text of its stream; a failure becomes the end of it."""
     parts: list[str] = []
@@ -136,7 +141,6 @@ def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing
         thread.join(120)
     expected = {prompt: "".join(parts) for prompt, parts in texts.items()}
     assert "FAILED" not in "".join(expected.values()) and all(expected.values())
-    before = set(processes_of(settled.state.marker))
 
     is_over = threading.Event()
     wrong: list[str] = []
@@ -170,9 +174,7 @@ def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing
     for role, pages in (("prefill", 64), ("decode", 128)):
         (load,) = [row.load for row in settled.rows().values() if row.member.role == role]
         assert load.pages_free == load.pages_total == pages and load.slots_free == load.slots_total
-    ranks = {row.pid for row in rows.values()}
-    new = set(processes_of(settled.state.marker)) - before
-    assert not [pid for pid in new - ranks if b"RankActor" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert sorted(ranks_of(settled.state.marker)) == sorted(row.pid for row in rows.values())
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
