@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import re
 import signal
 import socket
 import subprocess
@@ -53,7 +52,6 @@ class Cluster:
         )
         self.folder = ClusterFolder(home, name)
         self.before = set(os.listdir("/dev/shm"))
-        self.temporary_before = ray_folders_in_tmp()
 
     def baton(self, *arguments: str, expect: int = 0, timeout_s: float = 120) -> str:
         """Run the command; its standard output and error. Fails unless it exits with `expect`."""
@@ -149,14 +147,9 @@ class Cluster:
         state = self.folder.read()
         if state is not None:
             self.baton("down", "--name", self.name)
-            assert processes_of(state.marker) == []
+            assert processes_of(state.marker) == [] and not pathlib.Path(state.ray_dir).exists()
         assert not self.folder.path.exists() or {path.name for path in self.folder.path.iterdir()} <= {"logs", "lock"}
         assert set(os.listdir("/dev/shm")) == self.before
-        assert ray_folders_in_tmp() == self.temporary_before
-
-
-def ray_folders_in_tmp() -> set[str]:
-    return {name for name in os.listdir("/tmp") if re.fullmatch(r"baton-\w{8}", name) or name == "ray"}
 
 
 def kill(pid: int) -> None:
