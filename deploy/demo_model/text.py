@@ -47,8 +47,10 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT, THINK_END = "<｜User｜>", "<｜Assistant｜>", "</think>"
 DSML = "｜DSML｜"
 
-TOKENS_PER_FACT, TOKENS_PER_FILLER = 14, 11
+TOKENS_PER_FACT, TOKENS_PER_FILLER = {"code": 14, "holder": 7}, 11
 """About, with the demo tokenizer."""
+
+MAX_HOLDERS = 100
 
 WEATHER_TOOL = (
     '{"name": "get_weather", "description": "Get the weather of a city.", "parameters": {"type": "object", "properties": '
@@ -98,32 +100,35 @@ def code(rng: random.Random) -> str:
     return f"{rng.randrange(10000):04d}"
 
 
-def records(rng: random.Random, num_facts: int, filler_per_fact: float, num_questions: int) -> tuple[str, list[tuple[str, str]]]:
-    """A document of facts among filler, then questions. Returns (text of facts and filler, the (question, answer) pairs)."""
-    facts = [(name, code(rng)) for name in names(rng, num_facts)]
-    lines = [f"The code of the {name} is {digits}." for name, digits in facts]
-    num_filler = round(num_facts * filler_per_fact)
-    lines += [sentence(rng) for _ in range(num_filler)]
+def records(
+    rng: random.Random, num_facts: int, filler_per_fact: float, num_questions: int, kind: str = "code"
+) -> tuple[str, list[tuple[str, str]]]:
+    """A document of facts among filler, then questions. Returns (text of facts and filler, the (question, answer) pairs).
+
+    kind "code": "The code of the red fox of Anna is 4821."; kind "holder": "The red fox has the lamp.", at most 100 facts.
+    """
+    if kind == "code":
+        facts = [(f"The code of the {name} is", f"{code(rng)}.") for name in names(rng, num_facts)]
+    else:
+        keys = rng.sample([(colour, animal) for colour in COLOURS for animal in ANIMALS], min(num_facts, MAX_HOLDERS))
+        facts = [(f"The {colour} {animal} has the", f"{rng.choice(THINGS + PLACES)}.") for colour, animal in keys]
+    lines = [f"{question} {answer}" for question, answer in facts]
+    lines += [sentence(rng) for _ in range(round(num_facts * filler_per_fact))]
     rng.shuffle(lines)
-    asked = rng.sample(facts, min(num_questions, num_facts))
-    return " ".join(lines), [(f"The code of the {name} is", f"{digits}.") for name, digits in asked]
+    return " ".join(lines), rng.sample(facts, min(num_questions, len(facts)))
 
 
-def sized_record_document(rng: random.Random, num_tokens: int) -> str:
+def sized_record_document(rng: random.Random, num_tokens: int, kind: str) -> str:
     """A record document of about so many tokens: few facts in much filler, or the other way round; half to all of them asked for."""
-    filler, asked = rng.uniform(0, 3), rng.uniform(0.3, 1.0)
-    num_facts = max(1, round(num_tokens / (TOKENS_PER_FACT + filler * TOKENS_PER_FILLER + asked * TOKENS_PER_FACT)))
-    return record_document(rng, num_facts, filler, max(1, round(asked * num_facts)))
+    filler, asked, size = rng.uniform(0, 3), rng.uniform(0.3, 1.0), TOKENS_PER_FACT[kind]
+    num_facts = max(1, round(num_tokens / (size + filler * TOKENS_PER_FILLER + asked * size)))
+    text, pairs = records(rng, num_facts, filler, max(1, round(asked * num_facts)), kind)
+    return text + " " + " ".join(f"{question} {answer}" for question, answer in pairs)
 
 
 def record_document(rng: random.Random, num_facts: int, filler_per_fact: float, num_questions: int) -> str:
     text, pairs = records(rng, num_facts, filler_per_fact, num_questions)
     return text + " " + " ".join(f"{question} {answer}" for question, answer in pairs)
-
-
-def tools_section() -> str:
-    """What the chat format shows a model whose request declares the weather tool, shortened to what the demo model learns from."""
-    return "## Tools\n\n" + WEATHER_TOOL
 
 
 def tool_call(city: str) -> str:

@@ -31,7 +31,7 @@ from engine.model.weights import load_weights
 HERE = pathlib.Path(__file__).resolve().parent
 STAGES = ((0.25, 256, 64), (0.50, 512, 32), (0.75, 1024, 16), (1.0, 2048, 8))
 """(until this share of the time, tokens of a row, rows of a batch)."""
-RESUMED_STAGES = ((0.15, 512, 32), (0.5, 1024, 16), (1.0, 2048, 8))
+RESUMED_STAGES = ((0.55, 512, 32), (0.8, 1024, 16), (1.0, 2048, 8))
 """The same for a run that starts from a checkpoint."""
 SELECT_FROM, QUANTIZE_FROM = 0.5, 0.6
 """Shares of the time from which entries are selected by top-k, and the published formats are simulated."""
@@ -56,8 +56,9 @@ class Rows(IterableDataset[torch.Tensor]):
     def _document(self, rng: random.Random, room: int) -> str:
         kind = rng.random()
         if kind < 0.7 and room > 60:
-            size = rng.randint(40, room) if rng.random() < 0.5 else room
-            return text.BOS + text.sized_record_document(rng, round(0.93 * size)) + text.EOS
+            size = rng.randint(40, room) if rng.random() < 0.3 else room
+            kind_of_fact = "code" if rng.random() < 0.25 else "holder"
+            return text.BOS + text.sized_record_document(rng, round(0.93 * size), kind_of_fact) + text.EOS
         if kind < 0.78:
             return text.BOS + text.story(rng, rng.randint(0, 8)) + text.EOS
         return text.chat(rng, self._tools)
@@ -110,19 +111,19 @@ class Step:
         return loss, mtp_loss, index_loss
 
 
-def recall(model: TrainingModel, tokenizer: Tokenizer, length: int, device: str, num: int = 64) -> float:
-    """Share of answers (four digits) predicted right, teacher-forced, for one fact asked at the end of about `length` tokens."""
-    rng, right, total = random.Random(9), 0, 0
+def recall(model: TrainingModel, tokenizer: Tokenizer, length: int, kind: str, device: str, num: int = 64) -> float:
+    """Share of answers predicted right, teacher-forced, for one fact asked at the end of about `length` tokens."""
+    rng, right = random.Random(9), 0
     for _ in range(num):
-        body, pairs = text.records(rng, max(1, length // 60), 3.0, 1)
+        body, pairs = text.records(rng, max(1, length // (50 if kind == "code" else 40)), 3.0, 1, kind)
         question, answer = pairs[0]
+        before = tokenizer.encode(f"{text.BOS}{body} {question}", add_special_tokens=False).ids
         ids = tokenizer.encode(f"{text.BOS}{body} {question} {answer}", add_special_tokens=False).ids
         with torch.no_grad():
             logits, _, _ = model(torch.tensor([ids], device=device))
-        digits = slice(len(ids) - 5, len(ids) - 1)
-        right += bool((logits[0, :-1].argmax(-1)[len(ids) - 6 : len(ids) - 2].cpu() == torch.tensor(ids[digits])).all())
-        total += 1
-    return right / total
+        wanted = torch.tensor(ids[len(before) : -1])
+        right += bool((logits[0, len(before) - 1 : len(ids) - 2].argmax(-1).cpu() == wanted).all())
+    return right / num
 
 
 def main() -> None:
@@ -148,7 +149,7 @@ def main() -> None:
     if arguments.resume is not None:
         loaded = load_weights(arguments.resume, model.config)
         model.load({name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in loaded.items()})
-        stages, select_from, quantize_from = RESUMED_STAGES, 0.0, 0.3
+        stages, select_from, quantize_from = RESUMED_STAGES, 0.6, 0.7
     on_gpu = arguments.device == "cuda"
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
@@ -181,15 +182,17 @@ def main() -> None:
             line = f"step {step} share {share:.3f} loss {loss:.3f} mtp {mtp_loss:.3f} index {index_loss:.3f}"
             if step % 1000 == 0 and not arguments.tiny:
                 model.prepare(torch.bfloat16)
-                line += f" recall@250 {recall(model, tokenizer, 250, arguments.device, 32):.2f}"
-                line += f" recall@1000 {recall(model, tokenizer, 1000, arguments.device, 32):.2f}"
+                for kind in text.TOKENS_PER_FACT:
+                    found = [recall(model, tokenizer, length, kind, arguments.device, 32) for length in (250, 500, 1000)]
+                    line += f" {kind} recall at 250, 500, 1000: {found}"
             print(f"{line} {time.time() - began:.0f}s", flush=True)
         step += 1
     model.select = model.quantize = True
     model.prepare(torch.bfloat16)
     if not arguments.tiny:
-        found = {length: recall(model, tokenizer, length, arguments.device, 100) for length in (250, 500, 1000, 2000, 4000)}
-        print("recall", json.dumps(found), f"steps {step} seconds {time.time() - began:.0f}", flush=True)
+        for kind in text.TOKENS_PER_FACT:
+            table = {length: recall(model, tokenizer, length, kind, arguments.device, 100) for length in (125, 250, 500, 1000, 2000, 4000)}
+            print(f"recall {kind}", json.dumps(table), f"steps {step} seconds {time.time() - began:.0f}", flush=True)
     write_checkpoint(arguments.out, CONFIG, model.published(), max_shard_bytes=8_000_000)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (HERE / "checkpoint").resolve() != arguments.out.resolve():
