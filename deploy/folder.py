@@ -25,6 +25,10 @@ MARKER = "BATON_CLUSTER"
 """Environment variable that every process of an embedded cluster inherits; its value is unique to one start."""
 
 
+QUIET_SCANS = 4
+"""Scans in a row that must find nothing: a process in the middle of an exec shows no environment for a moment."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterState:
     """cluster.json."""
@@ -116,11 +120,14 @@ def end_processes(marker: str, keeper_pid: int, grace_s: float) -> int:
         end += grace_s
     while processes_of(marker) and time.monotonic() < end:
         time.sleep(0.1)
-    killed = 0
-    while left := processes_of(marker):
+    killed: set[int] = set()
+    num_quiet = 0
+    while num_quiet < QUIET_SCANS:
+        left = processes_of(marker)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        killed = max(killed, len(left))
+        killed |= set(left)
+        num_quiet = 0 if left else num_quiet + 1
         time.sleep(0.1)
-    return killed
+    return len(killed)

@@ -191,7 +191,7 @@ def main() -> None:
     model.prepare(torch.bfloat16)
     if not arguments.tiny:
         for kind in text.TOKENS_PER_FACT:
-            table = {length: recall(model, tokenizer, length, kind, arguments.device, 100) for length in (125, 250, 500, 1000, 2000, 4000)}
+            table = {length: recall(model, tokenizer, length, kind, arguments.device, 40) for length in (125, 250, 500, 1000, 2000, 4000)}
             print(f"recall {kind}", json.dumps(table), f"steps {step} seconds {time.time() - began:.0f}", flush=True)
     write_checkpoint(arguments.out, CONFIG, model.published(), max_shard_bytes=8_000_000)
     for name in ("tokenizer.json", "tokenizer_config.json"):
