@@ -145,7 +145,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     model = TrainingModel(ModelConfig.from_dict(CONFIG)).to(arguments.device)
     model.tables = {name: table.to(arguments.device) for name, table in model.tables.items()}
-    stages, select_from, quantize_from = STAGES, SELECT_FROM, QUANTIZE_FROM
+    stages: tuple[tuple[float, int, int], ...] = STAGES
+    select_from, quantize_from = SELECT_FROM, QUANTIZE_FROM
     if arguments.resume is not None:
         loaded = load_weights(arguments.resume, model.config)
         model.load({name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in loaded.items()})
