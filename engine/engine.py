@@ -76,12 +76,10 @@ class LoadedModel:
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """ "auto" is cuda where there is one. Raises ConfigError if cuda is asked for and not there."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device is 'cuda', but torch finds no CUDA device here; use 'cpu' or 'auto'")
-    return torch.device(wanted)
+    """ "auto" is the CPU until there are GPU backends. Raises ConfigError for "cuda"."""
+    if wanted == "cuda":
+        raise ConfigError("engine.device is 'cuda', which has no backends yet: only the CPU reference path is there; use 'cpu' or 'auto'")
+    return torch.device("cpu")
 
 
 def check_fits(request: Request, model: ModelConfig, max_model_len: int) -> None:

@@ -1,0 +1,50 @@
+"""The op registry: one definition an op, a choice made once, and refusals with reasons."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import torch
+
+from core.errors import ConfigError
+from engine.ops.registry import OP_NAMES, Impl, Op, bind, get_op, load_backend
+
+CPU = torch.device("cpu")
+
+
+def test_every_folder_is_an_op_and_every_op_a_folder() -> None:
+    folder = pathlib.Path(__file__).resolve().parents[3] / "engine" / "ops"
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__") == list(OP_NAMES)
+    for name in OP_NAMES:
+        assert get_op(name).reference.__doc__, f"{name}: the reference is the definition and says what it promises"
+
+
+def test_all_ops_are_bound_and_the_table_names_them() -> None:
+    ops = bind({"rms_norm": "reference"}, CPU)
+    assert {choice.op for choice in ops.choices} == set(OP_NAMES)
+    assert all(name in ops.table() for name in OP_NAMES)
+    x = torch.randn(3, 8)
+    assert torch.allclose(ops.rms_norm(x, torch.ones(8), 0.0).square().mean(-1), torch.ones(3), atol=1e-5)
+
+
+@pytest.mark.parametrize(("overrides", "words"), [({"rms_nrm": "reference"}, "unknown op"), ({"rms_norm": "tpu"}, "unknown backend")])
+def test_unknown_choices_are_refused(overrides: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        bind(overrides, CPU)
+
+
+def test_an_explicit_backend_that_cannot_run_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = get_op("rms_norm")
+    broken = Op(op.name, op.reference, op.pack, {"triton": Impl("no.such.module", lambda device: "needs a GPU")})
+    monkeypatch.setattr("engine.ops.rms_norm.OP", broken)
+    with pytest.raises(ConfigError, match="cannot run here: needs a GPU"):
+        bind({"rms_norm": "triton"}, CPU)
+    (choice,) = [choice for choice in bind({}, CPU).choices if choice.op == "rms_norm"]
+    assert (choice.backend, choice.reasons) == ("reference", ("triton: needs a GPU",))
+
+
+def test_a_backend_with_another_signature_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = get_op("rms_norm")
+    with pytest.raises(AttributeError):
+        load_backend(Op(op.name, op.reference, op.pack, {"x": Impl("math", lambda device: None)}), "x")

@@ -1,0 +1,60 @@
+"""Text that comes in pieces: nothing lost, nothing doubled, nothing held back without need."""
+
+from __future__ import annotations
+
+import pathlib
+import random
+
+import pytest
+
+from router.tokens import Detokenizer, StopMatcher, TextCodec
+
+MODEL = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "demo_model" / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def codec() -> TextCodec:
+    return TextCodec(MODEL)
+
+
+@pytest.mark.parametrize("text", ["Hello, how are you?", "naïve façade — déjà vu", "🦊🦊 和 狐狸 🇫🇷", "\n\n  a\t b", "a" * 50])
+def test_token_by_token_is_the_whole_text(codec: TextCodec, text: str) -> None:
+    stream = Detokenizer(codec)
+    parts = [stream.add(token) for token in codec.encode(text)]
+    assert "".join(parts) + stream.finish() == text
+    assert not any("\ufffd" in part for part in parts)
+
+
+def test_a_character_cut_off_at_the_end_shows_as_broken(codec: TextCodec) -> None:
+    stream = Detokenizer(codec)
+    ids = codec.encode("🦊")[:-1]
+    assert "".join(stream.add(token) for token in ids) == ""
+    assert "\ufffd" in stream.finish()
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_what_comes_out_ends_before_a_stop_string_however_it_was_cut(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choice("ab") for _ in range(40))
+    stops = ["".join(rng.choice("ab") for _ in range(rng.randint(1, 6))) for _ in range(rng.randint(1, 3))]
+    matcher, out, rest = StopMatcher(stops), "", text
+    while rest:
+        size = rng.randint(1, 5)
+        out += matcher.add(rest[:size])
+        rest = rest[size:]
+    out += matcher.finish()
+    if any(stop in text for stop in stops):
+        assert matcher.matched in stops
+        assert text.startswith(out + (matcher.matched or ""))
+        assert not any(stop in out for stop in stops)
+    else:
+        assert (out, matcher.matched) == (text, None)
+
+
+def test_only_what_may_begin_a_stop_is_held_back() -> None:
+    matcher = StopMatcher(["<end>"])
+    assert matcher.add("hello <") == "hello "
+    assert matcher.add("b> <en") == "<b> "
+    assert matcher.add("d> more") == ""
+    assert matcher.matched == "<end>"
+    assert matcher.finish() == ""
