@@ -69,6 +69,10 @@ class Workload:
         return rng.randint(max(1, round(self.range_ratio * length)), length)
 
 
+def authorization(api_key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 async def one_request(client: httpx.AsyncClient, load: Workload, seed: int, origin: float) -> Outcome:
     """Stream one completion. Never raises for what the server does: the outcome carries the error."""
     rng = random.Random(seed)
@@ -114,7 +118,7 @@ async def tokens_of(response: httpx.Response) -> AsyncIterator[int]:
 
 async def run_load(load: Workload, count: int, seed: int, *, concurrency: int = 0, rate: float = 0.0) -> tuple[list[Outcome], float]:
     """Run `count` requests, closed loop (concurrency > 0) or open loop (rate > 0). Returns outcomes and the run's seconds."""
-    headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}
+    headers = authorization(load.api_key)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency or 256)
     rng = random.Random(seed)
     name = f"{concurrency} clients" if concurrency else f"{rate:g} req/s"
@@ -247,8 +251,7 @@ def main() -> int:
     if not arguments.concurrency and not arguments.rate:
         arguments.concurrency = [1, 4, 16]
 
-    key = {"authorization": f"Bearer {arguments.api_key}"}
-    models = httpx.get(f"{arguments.url}/v1/models", trust_env=False, headers=key).json()
+    models = httpx.get(f"{arguments.url}/v1/models", trust_env=False, headers=authorization(arguments.api_key)).json()
     load = Workload(
         url=arguments.url,
         model=models["data"][0]["id"],
