@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -20,74 +18,14 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.score import score
-from tests.support.checkpoints import TINY, random_tensors, write_random
+from tests.support.checkpoints import TINY, float_tensors, write_random
+from tests.support.transformers_model import logits_of, transformers_model
 
 NUM_TOKENS = 600
 TOLERANCE = 1e-4
 """Float32 against float64 accumulation over 6 layers; logits reach about 5."""
 
 FLOAT32 = EngineConfig(device="cpu", dtype="float32", kv_format="fp32", index_format="fp32", max_model_len=4096, threads=2)
-
-
-def transformers_name(name: str) -> str:
-    """Published tensor name -> transformers' (specification, section 4.3)."""
-    rules = [
-        (r"^embed\.weight", "model.embed_tokens.weight"),
-        (r"^head\.weight", "lm_head.weight"),
-        (r"^norm\.weight", "model.norm.weight"),
-        (r"^hc_head_(fn|base|scale)", r"model.hc_head.hc_\1"),
-        (r"^layers", "model.layers"),
-        (r"attn_norm", "input_layernorm"),
-        (r"ffn_norm", "post_attention_layernorm"),
-        (r"hc_(attn|ffn)_(fn|base|scale)", r"\1_hc.\2"),
-        (r"\.attn\.indexer\.compressor\.", ".self_attn.compressor.indexer."),
-        (r"\.attn\.indexer\.wq_b", ".self_attn.compressor.indexer.q_b_proj"),
-        (r"\.attn\.indexer\.weights_proj", ".self_attn.compressor.indexer.scorer.weights_proj"),
-        (r"\.attn\.", ".self_attn."),
-        (r"\.ffn\.", ".mlp."),
-        (r"compressor\.(indexer\.)?wkv", r"compressor.\1kv_proj"),
-        (r"wgate", "gate_proj"),
-        (r"\.ape$", ".position_bias"),
-        (r"compressor\.(indexer\.)?norm", r"compressor.\1kv_norm"),
-        (r"wq_a", "q_a_proj"),
-        (r"q_norm", "q_a_norm"),
-        (r"self_attn\.wq_b", "self_attn.q_b_proj"),
-        (r"self_attn\.wkv", "self_attn.kv_proj"),
-        (r"wo_([ab])", r"o_\1_proj"),
-        (r"attn_sink", "sinks"),
-        (r"gate\.bias", "gate.e_score_correction_bias"),
-        (r"shared_experts\.w1", "shared_experts.gate_proj"),
-        (r"shared_experts\.w3", "shared_experts.up_proj"),
-        (r"shared_experts\.w2", "shared_experts.down_proj"),
-    ]
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def transformers_logits(config: dict, tensors: dict[str, torch.Tensor], ids: list[int]) -> np.ndarray:
-    """float32 [T, vocab] of one whole forward."""
-    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hf_config = DeepseekV4Config(**config)
-        hf_config._attn_implementation = "eager"
-        model = DeepseekV4ForCausalLM(hf_config).float().eval()
-    state: dict[str, torch.Tensor] = {}
-    for layer in range(config["num_hidden_layers"]):
-        experts = [f"layers.{layer}.ffn.experts.{index}" for index in range(config["n_routed_experts"])]
-        gate_up = [torch.cat((tensors[f"{e}.w1.weight"], tensors[f"{e}.w3.weight"])) for e in experts]
-        state[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.stack(gate_up)
-        state[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.stack([tensors[f"{e}.w2.weight"] for e in experts])
-    for name, value in tensors.items():
-        if not name.startswith("mtp.") and ".experts." not in name:
-            state[transformers_name(name)] = value
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected, f"{unexpected[:5]}"
-    assert not [name for name in missing if "inv_freq" not in name], f"{missing[:5]}"
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].float().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +45,7 @@ def loaded(folder: pathlib.Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def expected(ids: list[int]) -> np.ndarray:
-    tensors = {name: value if value.dtype == torch.int64 else value.float() for name, value in random_tensors(TINY).items()}
-    return transformers_logits(TINY, tensors, ids)
+    return logits_of(transformers_model(TINY, float_tensors(TINY)), ids)
 
 
 def test_the_random_model_is_not_degenerate(expected: np.ndarray) -> None:

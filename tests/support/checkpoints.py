@@ -87,6 +87,11 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     return {name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in weights.items()}
 
 
+def float_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """`random_tensors` in float32; tables of ids stay int64."""
+    return {name: value if value.dtype == torch.int64 else value.float() for name, value in random_tensors(config, seed).items()}
+
+
 def write_random(
     folder: pathlib.Path, config: dict[str, Any], seed: int = 0, *, quantized: bool, max_shard_bytes: int = 2**62
 ) -> pathlib.Path:
