@@ -25,7 +25,7 @@ NUM_TOKENS = 600
 TOLERANCE = 1e-4
 """Float32 against float64 accumulation over 6 layers; logits reach about 5."""
 
-FLOAT32 = EngineConfig(device="cpu", dtype="float32", kv_format="fp32", index_format="fp32", max_model_len=4096, threads=2)
+FLOAT32 = EngineConfig(device="cpu", dtype="float32", kv_format="fp32", index_format="fp32", max_model_len=4096)
 
 
 @pytest.fixture(scope="module")
