@@ -11,6 +11,7 @@
     |-- Cancelled              the client left or asked to stop                               499
     |-- DeadlineExceeded       a wait reached its deadline                                    504
     |-- Unavailable            no member can serve now, or one was lost                       503  retryable
+    |   |-- NoMembers          waited for a rank of a role for as long as configured
     |   |-- MemberLost         the session to a rank broke                                         retryable
     |   |-- Draining           the rank takes no new work                                          retryable
     |   |-- Preempted          decode gave up the sequence's pages; run it again                   retryable
@@ -89,6 +90,10 @@ class DeadlineExceeded(BatonError):
 class Unavailable(BatonError):
     http_status = 503
     retryable = True
+
+
+class NoMembers(Unavailable):
+    retryable = False
 
 
 class MemberLost(Unavailable):

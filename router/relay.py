@@ -14,10 +14,11 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.errors import BatonError, DeadlineExceeded, Overloaded, Unavailable
+from core.errors import BatonError, DeadlineExceeded, NoMembers, Overloaded, Unavailable
 from core.log import get_logger
 from core.request import FinishReason, Request, Reservation, TokenLogprobs
 from router.config import RouterConfig
@@ -88,17 +89,18 @@ class Relay:
                 deadline_s=max(deadline - self._clock.now(), 0.001),
             )
             try:
-                async for output in self._attempt(attempt, journey, avoid, deadline):
-                    if output.prompt_logprobs:
-                        new = output.prompt_logprobs[max(0, scored + 1 - output.prompt_start) :]
-                        start = max(output.prompt_start, scored + 1)
-                        scored = max(scored, output.prompt_start + len(output.prompt_logprobs) - 1)
-                        output = Output(prompt_logprobs=new, prompt_start=start)
-                    produced += output.token_ids
-                    journey.num_output_tokens = len(produced)
-                    yield output
-                    if output.finish_reason is not None:
-                        return
+                async with aclosing(self._attempt(attempt, journey, avoid, deadline)) as outputs:
+                    async for output in outputs:
+                        if output.prompt_logprobs:
+                            new = output.prompt_logprobs[max(0, scored + 1 - output.prompt_start) :]
+                            start = max(output.prompt_start, scored + 1)
+                            scored = max(scored, output.prompt_start + len(output.prompt_logprobs) - 1)
+                            output = Output(prompt_logprobs=new, prompt_start=start)
+                        produced += output.token_ids
+                        journey.num_output_tokens = len(produced)
+                        yield output
+                        if output.finish_reason is not None:
+                            return
             except BatonError as error:
                 if not error.retryable or journey.attempts >= self._config.max_attempts or self._clock.now() > deadline:
                     raise
@@ -174,7 +176,8 @@ class Relay:
                 decode.listen(request.request_id, len(request.token_ids), events.put_nowait)
                 try:
                     decode.reserve(request)
-                    event = await asyncio.wait_for(events.get(), self._config.reserve_timeout_s)
+                    async with asyncio.timeout(self._config.reserve_timeout_s):
+                        event = await events.get()
                     if isinstance(event, Reserved):
                         return prefill, decode, event.reservation
                     assert isinstance(event, Failed), f"{event}"
@@ -191,7 +194,7 @@ class Relay:
                     raise
 
     async def _place(self, request: Request, avoid: list[tuple[str, int]], deadline: float) -> tuple[RankSession, RankSession]:
-        """Waits a configured time for ranks to be there. Raises Unavailable or Mismatch."""
+        """Waits a configured time for ranks to be there. Raises NoMembers or Mismatch."""
         give_up = min(self._clock.now() + self._config.wait_for_members_s, deadline)
         while True:
             sessions = {role: self._members.ready(role) for role in ("prefill", "decode")}
@@ -199,16 +202,18 @@ class Relay:
                 prefills, decodes = ([_candidate(session) for session in found] for found in sessions.values())
                 chosen = place(request, prefills, decodes, avoid)
                 break
-            except Unavailable:
+            except Unavailable as error:
                 if self._clock.now() >= give_up:
-                    raise
+                    raise NoMembers(str(error)) from error
                 await asyncio.sleep(RETRY_S)
         prefill, decode = (next(s for s in found if s.member is member) for found, member in zip(sessions.values(), chosen, strict=True))
         return prefill, decode
 
     async def _next(self, events: asyncio.Queue[Event], deadline: float) -> Event:
+        # not asyncio.wait_for: before Python 3.12 it swallows a cancellation that meets a finished read
         try:
-            return await asyncio.wait_for(events.get(), max(deadline - self._clock.now(), 0.0))
+            async with asyncio.timeout(max(deadline - self._clock.now(), 0.0)):
+                return await events.get()
         except TimeoutError as error:
             raise DeadlineExceeded(f"the request took over {self._config.request_timeout_s:g} s") from error
 

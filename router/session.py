@@ -148,7 +148,8 @@ class RankSession:
             stub = prefill_pb2_grpc.PrefillStub(channel) if self.member.role == "prefill" else decode_pb2_grpc.DecodeStub(channel)
             call = stub.Session()
             await call.write(self._command(hello=common_pb2.Hello(wire_version=WIRE_VERSION, name=self._router_name)))
-            update = await asyncio.wait_for(call.read(), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                update = await call.read()
             if update is grpc.aio.EOF or update.hello.incarnation != self.member.incarnation:
                 return "another incarnation answers at its address"
             self.is_connected = True
@@ -157,7 +158,8 @@ class RankSession:
             try:
                 while update is not grpc.aio.EOF:
                     self._dispatch(update)
-                    update = await asyncio.wait_for(call.read(), self._timeout_s)
+                    async with asyncio.timeout(self._timeout_s):
+                        update = await call.read()
             finally:
                 writer.cancel()
             return "the rank closed the session"
@@ -171,7 +173,8 @@ class RankSession:
     async def _write(self, call: Any) -> None:
         while True:
             try:
-                command = await asyncio.wait_for(self._outgoing.get(), PING_INTERVAL_S)
+                async with asyncio.timeout(PING_INTERVAL_S):
+                    command = await self._outgoing.get()
             except TimeoutError:
                 command = self._command(ping=1)
             await call.write(command)
