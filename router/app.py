@@ -29,7 +29,7 @@ log = get_logger("http")
 
 T = TypeVar("T")
 
-EXAMPLE = {"model": "deepseek-v4-demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+HELLO = [{"role": "user", "content": "Hello"}]
 
 
 class ApiKeys:
@@ -58,6 +58,7 @@ def _is_anthropic(path: str) -> bool:
 
 def create_app(service: Service, form: ChatFormat, members: Members, registry: CollectorRegistry, api_keys: tuple[str, ...]) -> FastAPI:
     """The ASGI application of one router process."""
+    created = int(time.time())
     app = FastAPI(title="baton", version="0.1", docs_url="/docs", redoc_url=None)
     app.add_middleware(ApiKeys, keys=api_keys)
 
@@ -142,31 +143,33 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         _count(request, 200)
         return Response(orjson.dumps(answer), media_type="application/json")
 
-    extra = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}, "example": EXAMPLE}}, "required": True}}
+    def documented(**example: Any) -> dict[str, Any]:
+        content = {"schema": {"type": "object"}, "example": {"model": service.model, **example}}
+        return {"requestBody": {"content": {"application/json": content}, "required": True}}
 
-    @app.post("/v1/chat/completions", openapi_extra=extra)
+    @app.post("/v1/chat/completions", openapi_extra=documented(messages=HELLO, max_tokens=32))
     async def chat_completions(request: Request) -> Response:
         """OpenAI Chat Completions."""
         return await chat_route(request, CHAT)
 
-    @app.post("/v1/responses", openapi_extra=extra)
+    @app.post("/v1/responses", openapi_extra=documented(input="Hello", max_output_tokens=32))
     async def responses(request: Request) -> Response:
         """OpenAI Responses (stateless: `previous_response_id` is refused)."""
         return await chat_route(request, RESPONSES)
 
-    @app.post("/v1/messages", openapi_extra=extra)
+    @app.post("/v1/messages", openapi_extra=documented(messages=HELLO, max_tokens=32))
     async def messages(request: Request) -> Response:
         """Anthropic Messages."""
         return await chat_route(request, MESSAGES)
 
-    @app.post("/v1/messages/count_tokens", openapi_extra=extra)
+    @app.post("/v1/messages/count_tokens", openapi_extra=documented(messages=HELLO))
     async def count_tokens(request: Request) -> Response:
         """Tokens of an Anthropic request's prompt."""
         body = await read_body(request)
         parsed = form.parse({**body, "max_tokens": 1}, MESSAGES)
         return JSONResponse({"input_tokens": len(parsed.prompt)})
 
-    @app.post("/v1/completions", openapi_extra=extra)
+    @app.post("/v1/completions", openapi_extra=documented(prompt="Hello", max_tokens=32))
     async def text_completions(request: Request) -> Response:
         """OpenAI Completions: text or token ids."""
         body = await read_body(request)
@@ -194,13 +197,13 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model(service)]})
+        return JSONResponse({"object": "list", "data": [_model(service, created)]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != service.model:
             raise ModelNotFound(f"the model {name[:100]!r} does not exist; this server has {service.model!r}", param="model")
-        return JSONResponse(_model(service))
+        return JSONResponse(_model(service, created))
 
     @app.get("/health")
     async def health() -> Response:
@@ -229,11 +232,11 @@ class _Refused(BatonError):
         self.http_status = error.status_code  # type: ignore[misc]
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, created: int) -> dict[str, Any]:
     return {
         "id": service.model,
         "object": "model",
-        "created": int(time.time()),
+        "created": created,
         "owned_by": "baton",
         "max_model_len": service.max_model_len,
     }

@@ -32,30 +32,11 @@ class Dialect:
     response: Any
     id_prefix: str
     max_tokens_keys: tuple[str, ...]
-    known: frozenset[str]
-    """Fields read here beside those that deepseek-recipe reads."""
 
 
-OURS = frozenset(
-    (
-        "top_k",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logit_bias",
-        "ignore_eos",
-        "stop_token_ids",
-        "n",
-        "max_completion_tokens",
-        "chat_template_kwargs",
-    )
-)
-CHAT = Dialect(
-    "chat", recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-", ("max_completion_tokens", "max_tokens"), OURS
-)
-RESPONSES = Dialect("responses", recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", ("max_output_tokens",), OURS)
-MESSAGES = Dialect("messages", recipe.MessagesRequest, recipe.MessagesResponse, "msg_", ("max_tokens",), OURS)
+CHAT = Dialect("chat", recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-", ("max_completion_tokens", "max_tokens"))
+RESPONSES = Dialect("responses", recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", ("max_output_tokens",))
+MESSAGES = Dialect("messages", recipe.MessagesRequest, recipe.MessagesResponse, "msg_", ("max_tokens",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +70,7 @@ class ChatFormat:
         given = [body[key] for key in dialect.max_tokens_keys if body.get(key) is not None]
         checked = {"max_tokens": given[0] if given else None}
         max_tokens = number(checked, "max_tokens", 1, 2**31, None, integer=True)
-        n = number(body, "n", 1, service.config.max_n, 1, integer=True)
+        n = number(body, "n", 1, service.config.max_n if dialect is CHAT else 1, 1, integer=True)
         rest = {key: value for key, value in body.items() if key not in ("n", *dialect.max_tokens_keys)}
         if dialect is MESSAGES:
             rest["max_tokens"] = max_tokens or 1
@@ -160,10 +141,12 @@ class Chat:
         processor = self._processor()
         sampling = dataclasses.replace(self._request.sampling, seed=(self._request.sampling.seed + index) % 2**64)
         usage = recipe.PromptUsage(prompt_tokens=len(self._request.prompt))
-        for chunk in processor.push(recipe.InferenceChunk.ready(prompt_usage=usage)):
-            yield chunk
+        opening = processor.push(recipe.InferenceChunk.ready(prompt_usage=usage))  # held: until a token is there, errors have a status
         async with aclosing(self._service.sequence(f"{self.id}-{index}", self._request.prompt, sampling)) as outputs:
             async for output in outputs:
+                for chunk in opening:
+                    yield chunk
+                opening = []
                 ids, logprobs = list(output.token_ids), None
                 if output.finish_reason is FinishReason.STOP and ids and ids[-1] not in sampling.stop_token_ids:
                     ids = ids[:-1]  # the end token is no text

@@ -1,0 +1,163 @@
+"""The HTTP surface on a loopback port with no rank behind it: what is refused, how, and that it is never a 500."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from router.config import RouterConfig
+from router.server import Router
+
+MODEL = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "demo_model" / "checkpoint"
+HELLO = [{"role": "user", "content": "Hello"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/completions": {"prompt": "Hello"},
+    "/v1/responses": {"input": "Hello"},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("# operators\nalpha\nbeta\n")
+    config = RouterConfig(port=0, default_thinking=False, wait_for_members_s=0.0, api_keys_file=str(keys), max_body_bytes=20_000)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def run(work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(20)
+
+    router = Router(config=config, served_name="demo", model_path=MODEL, max_model_len=512, members=[])
+    run(router.start())
+    headers = {"authorization": "Bearer beta"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{router.port}", headers=headers, trust_env=False, timeout=20) as client:
+        yield client
+    assert router.num_requests == 0
+    run(router.stop())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def message_of(path: str, response: httpx.Response) -> str:
+    """The sentence of an error in the shape of the route's dialect."""
+    body = response.json()
+    if path.startswith("/v1/messages"):
+        assert body["type"] == "error" and set(body["error"]) == {"type", "message"}
+    else:
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+    message: str = body["error"]["message"]
+    return message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BODIES)
+def test_without_a_rank_every_dialect_answers_503_streamed_or_not(client: httpx.Client, path: str, stream: bool) -> None:
+    response = client.post(path, json={"model": "demo", "stream": stream, **BODIES[path]})
+    assert response.status_code == 503
+    assert "no prefill rank" in message_of(path, response)
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe{}", b'{"model": NaN}', b'{"model": "demo", "n": 1e999}', b"[" * 5000]
+)
+def test_a_body_that_is_no_json_object_is_400(client: httpx.Client, path: str, content: bytes) -> None:
+    response = client.post(path, content=content)
+    assert response.status_code == 400
+    assert message_of(path, response)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_limits_model_and_route_are_named(client: httpx.Client, path: str) -> None:
+    large = client.post(path, content=b" " * 20_001)
+    assert (large.status_code, "20000" in message_of(path, large)) == (413, True)
+    other = client.post(path, json={"model": "other", **BODIES[path]})
+    assert (other.status_code, "'other'" in message_of(path, other)) == (404, True)
+    assert client.post(path + "/x", json={}).status_code == 404
+    assert client.get(path).status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_dialects_without_choices_refuse_n(client: httpx.Client, path: str, stream: bool) -> None:
+    response = client.post(path, json={"model": "demo", "n": 2, "stream": stream, **BODIES[path]})
+    assert response.status_code == 400
+    assert message_of(path, response).startswith("n ")
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("headers", "is_known"),
+    [
+        ({"authorization": ""}, False),
+        ({"authorization": "Bearer gamma"}, False),
+        ({"authorization": "Bearer"}, False),
+        ({"authorization": "Bearer alphabeta"}, False),
+        ({"authorization": "Bearer alpha"}, True),
+        ({"authorization": "", "x-api-key": "beta"}, True),
+        ({"authorization": "", "x-api-key": "# operators"}, False),
+    ],
+)
+def test_only_known_keys_open_v1(client: httpx.Client, path: str, headers: dict[str, str], is_known: bool) -> None:
+    response = client.post(path, json={"model": "demo", **BODIES[path]}, headers=headers)
+    assert response.status_code == (503 if is_known else 401)
+    assert message_of(path, response)
+    assert client.get("/health", headers={"authorization": ""}).status_code == 200
+
+
+def test_every_example_of_the_documentation_is_accepted(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    examples = {path: routes["post"]["requestBody"] for path, routes in paths.items() if "post" in routes}
+    assert set(examples) >= set(BODIES)
+    for path, body in examples.items():
+        response = client.post(path, json=body["content"]["application/json"]["example"])
+        assert response.status_code == (200 if path.endswith("count_tokens") else 503), f"{path}: {response.text}"
+
+
+def test_health_ready_models_and_metrics(client: httpx.Client) -> None:
+    assert client.get("/health").status_code == 200
+    assert client.get("/ready").json() == {"ready": False, "ranks": {"prefill": 0, "decode": 0}}
+    first, second = (client.get("/v1/models").json() for _ in range(2))
+    assert first == second and [model["id"] for model in first["data"]] == ["demo"]
+    client.post("/v1/completions", json={"model": "demo", "prompt": "a"})
+    families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    assert any(s.labels == {"route": "/v1/completions", "status": "503"} for s in families["baton_router_requests"].samples)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20) | st.sampled_from([1, 2, 3, 16]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    (
+        "model", "prompt", "messages", "input", "max_tokens", "max_completion_tokens", "max_output_tokens", "temperature",
+        "top_p", "top_k", "min_p", "n", "stop", "stop_sequences", "stream", "stream_options",
+        "logprobs", "top_logprobs", "echo", "seed", "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos",
+        "stop_token_ids", "tools", "tool_choice", "response_format", "thinking", "reasoning", "reasoning_effort", "chat_template_kwargs",
+        "system", "instructions", "text", "metadata",
+    )
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(sorted(BODIES)), changes=st.dictionaries(FIELDS, VALUES, min_size=1, max_size=3))
+def test_no_value_of_any_field_is_a_500(client: httpx.Client, path: str, changes: dict[str, Any]) -> None:
+    content = json.dumps({"model": "demo", **BODIES[path], **changes}).encode()
+    response = client.post(path, content=content)
+    assert 400 <= response.status_code < 500 or response.status_code == 503, f"{response.status_code}: {response.text}"
+    message_of(path, response)
