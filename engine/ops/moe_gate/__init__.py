@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def moe_gate(
@@ -25,4 +26,4 @@ def moe_gate(
     return ids, (picked / (picked.sum(1, keepdim=True) + 1e-20) * scaling).float()
 
 
-OP = Op("moe_gate", moe_gate)
+OP = Op("moe_gate", moe_gate, backends={"triton": Impl("engine.ops.moe_gate.triton", requires.triton)})

@@ -1,0 +1,28 @@
+"""Why a backend cannot run on a device, in words for the start-up table; None if it can."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+OLDEST_CAPABILITY = (9, 0)
+"""Hopper: FP8 matrix instructions with 2-way accumulation in fp32 and the register file the tile tables assume."""
+
+
+def cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "needs a GPU"
+    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return "needs compute capability 9.0 or newer"
+    return None
+
+
+def triton(device: torch.device) -> str | None:
+    reason = cuda(device)
+    return reason if reason is not None or importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def deep_gemm(device: torch.device) -> str | None:
+    reason = cuda(device)
+    return reason if reason is not None or importlib.util.find_spec("deep_gemm") else "deep_gemm is not installed"

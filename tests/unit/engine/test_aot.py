@@ -1,0 +1,76 @@
+"""Every Triton kernel of engine/ops compiles ahead of time for the GPUs we mean to run on, without one.
+
+A module with kernels exports AOT: a list of (kernel, signature, constexprs, options). `signature` gives the type of each argument
+that is no constexpr, by name: "*bf16", "i32", "fp32"; ":16" at an integer's end says that it is divisible by 16. Pointers are taken
+as aligned to 16 bytes, as the allocator makes them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+OPS = pathlib.Path(__file__).resolve().parents[3] / "engine" / "ops"
+MODULES = sorted(
+    str(path.relative_to(OPS.parents[1]).with_suffix("")).replace("/", ".")
+    for path in OPS.rglob("*.py")
+    if "@triton.jit" in path.read_text()
+)
+ARCHITECTURES = (90, 100, 103)
+SHARED_BYTES = 227 * 1024
+"""A block's shared memory on all of them."""
+
+
+def kernels(module: str) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    return importlib.import_module(module).AOT
+
+
+def compile_for(
+    architecture: int, kernel: JITFunction, signature: dict[str, str], constexprs: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    names = kernel.arg_names
+    assert set(names) == set(signature) | set(constexprs), (
+        f"{kernel.__name__}: {set(names) ^ (set(signature) | set(constexprs))} missing or too many"
+    )
+    types = {name: signature[name].removesuffix(":16") if name in signature else "constexpr" for name in names}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
+    source = ASTSource(
+        kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constexprs.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_with_kernels_says_how_they_are_compiled(module: str) -> None:
+    source = importlib.import_module(module)
+    own = {
+        name
+        for name, value in vars(source).items()
+        if isinstance(value, JITFunction) and value.__module__ == module and name.endswith("_kernel")
+    }
+    listed = {kernel.__name__ for kernel, *_ in kernels(module)}
+    assert own == listed, "kernels are named *_kernel, and each is in AOT"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("module", MODULES)
+def test_kernels_compile_for_the_target(module: str, architecture: int) -> None:
+    for kernel, signature, constexprs, options in kernels(module):
+        compiled = compile_for(architecture, kernel, signature, constexprs, options)
+        assert len(compiled.asm["cubin"]) > 0
+        assert compiled.metadata.shared <= SHARED_BYTES, (
+            f"{kernel.__name__} {constexprs}: {compiled.metadata.shared} bytes of shared memory"
+        )
