@@ -163,7 +163,7 @@ class DecodeLoop:
         elif isinstance(event, SenderLost):
             held = self._reservations.of_epoch(event.epoch)
             if held is not None:
-                self._fail(held.request.request_id, TransferFailed("the prefill rank was lost or gave up before the commit"))
+                self._fail(held.request.request_id, TransferFailed(event.reason))
         elif isinstance(event, Committed):
             held = self._reservations.committed(event.epoch, event.first_token)
             if held is None:

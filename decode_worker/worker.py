@@ -24,6 +24,7 @@ from engine.engine import LoadedModel
 from engine.memory import memory_run
 from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
+from kv_transfer.metrics import ReceiverMetrics
 from kv_transfer.receiving import KVReceiver
 from kv_transfer.transport import Region
 from protos import decode_pb2_grpc
@@ -76,7 +77,17 @@ class DecodeWorker:
         metrics = DecodeMetrics(registry)
         self._loop = DecodeLoop(runner, self._config, self._transfer.lease_s, metrics, self.member, clock, self._on_death)
         pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
-        self._receiver = KVReceiver(self._transfer, runner.layout, pages, slots, self.member, clock, self._loop.transfer_event)
+        self._receiver = KVReceiver(
+            self._transfer,
+            runner.layout,
+            pages,
+            slots,
+            self.member,
+            clock,
+            ReceiverMetrics(registry),
+            self._loop.transfer_event,
+            self._on_death,
+        )
         await self._receiver.start()
         self._receiver.add_to(self._server)
         self._loop.start(self._receiver)

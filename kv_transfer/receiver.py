@@ -2,11 +2,18 @@
 
     EXPECTED --first renew by a sender--> OPEN --commit--> COMMITTED --release--> (gone)
         |                                  |                  |
-        | revoke: nobody may write         | revoke           | revoke
+        | revoke: nobody may write         | revoke, reject,  | revoke: its last write has landed
+        |                                  | sender lost      |
         v                                  v                  v
-      (gone, Quiesced at once)          REVOKED --last_write_out, or the sender lost and quarantine over--> (gone, Quiesced)
+      (gone, Quiesced at once)          REVOKED            (gone, Quiesced at once)
+                                           |
+                                           '--last_write_out, or the sender lost and its quarantine over--> (gone, Quiesced)
 
 A sender may write for an epoch only after the answer `live` to its first renew; so an epoch that nobody opened is safe to free.
+A *sender* here is one session with a prefill rank; the rank's next session is another sender.
+
+A sender that was lost stops its writes by itself in less than the quarantine (see `sender.py`). One that fell silent may have been
+stopped, and go on later where it was: before pages that it could still write to are given free, the transport is reset (Fence).
 """
 
 from __future__ import annotations
@@ -29,8 +36,11 @@ class Expected:
     num_tokens: int
     phase: Phase = Phase.EXPECTED
     sender: str = ""
+    answer_by: float | None = None
+    """Set with REVOKED while the sender lives: when it must have said that its last write is out."""
     quiet_at: float | None = None
     """Set when the sender was lost: from then on no write of it can land."""
+    needs_fence: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +54,6 @@ class Arrived:
     num_tokens: int
     num_pages: int
     first_token: int
-    checksums: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,19 @@ class Revoke:
 class Release:
     sender: str
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class HangUp:
+    """End this session: it does not do what it must. `sender_lost` follows."""
+
+    sender: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Reset the transport before anything that follows, and end all sessions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,33 +111,32 @@ class Quiesced:
 
 @dataclass(frozen=True, slots=True)
 class SenderLost:
-    """Event: the sender of this uncommitted epoch is gone."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ignored:
-    """A commit that is void: late, repeated, or for somebody else. For the log."""
+    """Event: this uncommitted epoch will not be committed."""
 
     epoch: int
     reason: str
 
 
-Action = Live | Revoke | Release | Committed | Renewed | Quiesced | SenderLost | Ignored
+Action = Live | Revoke | Release | HangUp | Fence | Committed | Renewed | Quiesced | SenderLost
 
 
 class Receiver:
     """All epochs of one decode rank."""
 
-    def __init__(self, *, incarnation: int, quarantine_s: float) -> None:
-        self._incarnation, self._quarantine_s = incarnation, quarantine_s
+    def __init__(self, *, incarnation: int, quarantine_s: float, answer_s: float) -> None:
+        """answer_s: how long a sender may take to say that its last write is out."""
+        self._incarnation, self._quarantine_s, self._answer_s = incarnation, quarantine_s, answer_s
         self._epochs: dict[int, Expected] = {}
 
     @property
     def num_open(self) -> int:
         """Epochs that something may still arrive for."""
         return len(self._epochs)
+
+    @property
+    def num_quarantined_pages(self) -> int:
+        """Pages of revoked epochs, as far as the sender may write to them."""
+        return sum(found.num_pages for found in self._epochs.values() if found.phase is Phase.REVOKED)
 
     def expect(self, epoch: int, request_id: str, num_pages: int, num_tokens: int) -> None:
         assert epoch not in self._epochs, f"{epoch=} is expected already"
@@ -131,18 +152,29 @@ class Receiver:
         # A second sender for one epoch would be a bug of the router; the first keeps it.
         return [Renewed(epoch)] if found.sender == sender else [Revoke(sender, epoch)]
 
-    def commit(self, arrived: Arrived) -> list[Action]:
+    def why_void(self, arrived: Arrived) -> str | None:
+        """Why a commit does not count: late, repeated, or meant for somebody else. None if it does."""
         found = self._epochs.get(arrived.epoch)
         if arrived.receiver_incarnation != self._incarnation:
-            return [Ignored(arrived.epoch, "meant for another incarnation")]
+            return "meant for another incarnation"
         if found is None:
-            return [Ignored(arrived.epoch, "unknown epoch")]
+            return "unknown epoch"
         if found.phase is not Phase.OPEN or found.sender != arrived.sender:
-            return [Ignored(arrived.epoch, f"epoch is {found.phase.value}, opened by {found.sender or 'nobody'}")]
+            return f"epoch is {found.phase.value}, opened by {found.sender or 'nobody'}"
         if (arrived.request_id, arrived.num_pages, arrived.num_tokens) != (found.request_id, found.num_pages, found.num_tokens):
-            return [Ignored(arrived.epoch, f"does not fit the reservation of {found.request_id}")]
-        found.phase = Phase.COMMITTED
+            return f"does not fit the reservation of {found.request_id}"
+        return None
+
+    def commit(self, arrived: Arrived) -> list[Action]:
+        """A void commit changes nothing."""
+        if self.why_void(arrived) is not None:
+            return []
+        self._epochs[arrived.epoch].phase = Phase.COMMITTED
         return [Committed(arrived.epoch, arrived.first_token)]
+
+    def reject(self, epoch: int, reason: str, now: float) -> list[Action]:
+        """What arrived for an open epoch is not what was sent."""
+        return [SenderLost(epoch, reason), *self.revoke(epoch, now)]
 
     def release(self, epoch: int) -> list[Action]:
         """The sequence took its first step: the sender may forget it."""
@@ -150,39 +182,50 @@ class Receiver:
         return [Release(found.sender, epoch)] if found is not None else []
 
     def revoke(self, epoch: int, now: float) -> list[Action]:
+        """Nobody may write for it any more. Quiesced follows, now or later; an unknown epoch has been closed before."""
         found = self._epochs.get(epoch)
-        if found is None or found.phase is Phase.REVOKED:
+        if found is None:
+            return [Quiesced(epoch)]
+        if found.phase is Phase.REVOKED:
             return []
         if found.phase is Phase.EXPECTED:
             del self._epochs[epoch]
             return [Quiesced(epoch)]
-        if found.phase is Phase.COMMITTED:  # its last write has landed
+        if found.phase is Phase.COMMITTED:
             del self._epochs[epoch]
             return [Release(found.sender, epoch), Quiesced(epoch)]
-        found.phase = Phase.REVOKED
-        return [] if found.quiet_at is not None else [Revoke(found.sender, epoch)]
+        found.phase, found.answer_by = Phase.REVOKED, now + self._answer_s
+        return [Revoke(found.sender, epoch)]
 
     def last_write_out(self, sender: str, epoch: int) -> list[Action]:
         found = self._epochs.get(epoch)
         if found is None or found.sender != sender or found.phase is Phase.COMMITTED:
             return []
         del self._epochs[epoch]
-        lost: list[Action] = [SenderLost(epoch)] if found.phase is Phase.OPEN else []
+        lost: list[Action] = [SenderLost(epoch, "the prefill rank gave up before the commit")] if found.phase is Phase.OPEN else []
         return [*lost, Quiesced(epoch)]
 
-    def sender_lost(self, sender: str, now: float) -> list[Action]:
-        """The session broke and the transport was disconnected."""
+    def sender_lost(self, sender: str, now: float, *, was_silent: bool) -> list[Action]:
+        """The session ended. was_silent: nothing had been heard for some time, so the sender may have been stopped."""
         actions: list[Action] = []
         for epoch, found in self._epochs.items():
-            if found.sender == sender and found.phase in (Phase.OPEN, Phase.REVOKED):
-                found.quiet_at = now + self._quarantine_s
-                if found.phase is Phase.OPEN:
-                    found.phase = Phase.REVOKED
-                    actions.append(SenderLost(epoch))
+            if found.sender != sender or found.phase not in (Phase.OPEN, Phase.REVOKED):
+                continue
+            found.answer_by, found.quiet_at, found.needs_fence = None, now + self._quarantine_s, was_silent
+            if found.phase is Phase.OPEN:
+                found.phase = Phase.REVOKED
+                actions.append(SenderLost(epoch, "the prefill rank was lost before the commit"))
         return actions
 
     def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
         due = [epoch for epoch, found in self._epochs.items() if found.quiet_at is not None and now >= found.quiet_at]
+        if any(self._epochs[epoch].needs_fence for epoch in due):
+            actions.append(Fence())
+            for found in self._epochs.values():
+                found.needs_fence = False
         for epoch in due:
             del self._epochs[epoch]
-        return [Quiesced(epoch) for epoch in due]
+            actions.append(Quiesced(epoch))
+        late = {found.sender for found in self._epochs.values() if found.answer_by is not None and now >= found.answer_by}
+        return actions + [HangUp(sender, f"no answer to a revocation for {self._answer_s:g} s") for sender in sorted(late)]

@@ -1,16 +1,19 @@
 """KVReceiver: the edge around `receiver.Receiver`: one thread that owns the transport, and the servicer of the senders' sessions.
 
-Events (`Committed`, `Quiesced`, `SenderLost`, ...) are called from this thread.
+Events (`Committed`, `Quiesced`, `SenderLost`, `Renewed`) are called from the thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from core.clock import Clock
 from core.codec import encode_error
@@ -18,14 +21,17 @@ from core.errors import BatonError, Mismatch, Unavailable
 from core.kv_layout import WIRE_VERSION, KVLayout
 from core.log import get_logger
 from core.request import Member
+from core.rpc import PING_INTERVAL_S
 from core.session import Outbox, serve_session
 from kv_transfer.checksum import checksum
 from kv_transfer.config import TransferConfig
+from kv_transfer.metrics import ReceiverMetrics
 from kv_transfer.receiver import (
     Action,
     Arrived,
     Committed,
-    Ignored,
+    Fence,
+    HangUp,
     Live,
     Quiesced,
     Receiver,
@@ -34,15 +40,30 @@ from kv_transfer.receiver import (
     Revoke,
     SenderLost,
 )
+from kv_transfer.session import check_peer
 from kv_transfer.transport import Region
-from kv_transfer.transports import new_transport
+from kv_transfer.transports import open_transport
 from protos import common_pb2, transfer_pb2, transfer_pb2_grpc
 
 log = get_logger("receiver")
 
 TICK_S = 0.25
+"""How often deadlines are looked at, and an idle transport is polled."""
+
+SILENT_S = 4 * PING_INTERVAL_S
+"""A session that ends after so long without a ping may have ended because its sender was stopped or cut off; one that ends sooner was
+closed by the sender, or its process died."""
 
 Event = Committed | Quiesced | SenderLost | Renewed
+
+
+@dataclass(slots=True)
+class _Session:
+    key: str
+    incarnation: int
+    outbox: Outbox
+    heard_at: float
+    ping: int = 0
 
 
 class KVReceiver(transfer_pb2_grpc.TransferServicer):
@@ -54,17 +75,24 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         slots: Region,
         member: Member,
         clock: Clock,
+        metrics: ReceiverMetrics,
         on_event: Callable[[Event], None],
+        on_death: Callable[[str], None],
     ) -> None:
-        self._config, self._layout, self._member, self._clock, self._on_event = config, layout, member, clock, on_event
+        """`on_death(reason)`: the thread cannot go on, and nothing will be received any more."""
+        self._config, self._layout, self._member, self._clock, self._metrics = config, layout, member, clock, metrics
+        self._on_event, self._on_death = on_event, on_death
         self._pages, self._slots = pages, slots
-        self._state = Receiver(incarnation=member.incarnation, quarantine_s=config.quarantine_s)
+        answer_s = config.write_timeout_s + config.quarantine_s  # a sender gives a stuck write up before that
+        self._state = Receiver(incarnation=member.incarnation, quarantine_s=config.quarantine_s, answer_s=answer_s)
         self._places: dict[int, tuple[tuple[int, ...], int]] = {}
         """Epoch -> page ids and slot id, for checked mode."""
         self._inbox: queue.SimpleQueue[Callable[[], list[Action]] | None] = queue.SimpleQueue()
-        self._outboxes: dict[str, Outbox] = {}
+        self._sessions: dict[str, _Session] = {}
+        """Added and removed on the event loop, read by the thread."""
+        self._num_sessions = 0
         self._thread = threading.Thread(target=self._run, name="kv-receiver", daemon=True)
-        self._started = threading.Event()
+        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._agent = b""
 
     # -- for the worker --------------------------------------------------------------------------------------------------------
@@ -73,13 +101,15 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         transfer_pb2_grpc.add_TransferServicer_to_server(self, server)
 
     async def start(self) -> None:
+        """To be called on the worker's event loop, where the sessions will run. Raises what keeps the transport from starting."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
-        await asyncio.to_thread(self._started.wait)
+        await asyncio.wrap_future(self._started)
 
     async def close(self) -> None:
         self._inbox.put(None)
-        for outbox in self._outboxes.values():
-            outbox.close()
+        for session in list(self._sessions.values()):
+            session.outbox.close()
         await asyncio.to_thread(self._thread.join)
 
     def expect(self, epoch: int, request_id: str, page_ids: tuple[int, ...], slot_id: int, num_tokens: int) -> None:
@@ -94,7 +124,12 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
 
     def release(self, epoch: int) -> None:
         """The sequence took its first step: its sender may free its pages."""
-        self._inbox.put(lambda: self._state.release(epoch))
+
+        def released() -> list[Action]:
+            self._places.pop(epoch, None)
+            return self._state.release(epoch)
+
+        self._inbox.put(released)
 
     def revoke(self, epoch: int) -> None:
         """Have the sender stop. Quiesced follows when nothing of it can land any more."""
@@ -103,117 +138,185 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
     # -- the thread ------------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._transport = new_transport(self._config, f"{self._member.name}#{self._member.incarnation}")
-        self._agent = self._transport.register(self._pages, self._slots)
-        self._started.set()
+        try:
+            name = f"{self._member.name}#{self._member.incarnation}"
+            self._transport, self._agent = open_transport(self._config, name, self._pages, self._slots)
+        except BatonError as error:  # for whoever waits in `start`
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        try:
+            self._receive()
+        except Exception as error:  # outermost: who may write where can no longer be told
+            log.exception("receiver.died", error=repr(error))
+            self._on_death(f"kv receiver: {error!r}")
+        finally:
+            self._transport.close()
+
+    def _receive(self) -> None:
         next_tick = self._clock.now() + TICK_S
-        while True:
-            busy = self._state.num_open > 0
-            try:
-                order = self._inbox.get(timeout=self._config.poll_interval_ms / 1000 if busy else TICK_S)
-                if order is None:
-                    break
-                self._perform(order())
-            except queue.Empty:
-                pass
-            if busy:
+        while self._take_orders():
+            now = self._clock.now()
+            if self._state.num_open or now >= next_tick:
                 for note in self._transport.poll().notifications:
                     self._perform(self._commit(note))
-            if self._clock.now() >= next_tick:
-                next_tick = self._clock.now() + TICK_S
-                self._perform(self._state.tick(self._clock.now()))
-        self._transport.close()
+            if now >= next_tick:
+                next_tick = now + TICK_S
+                self._perform(self._state.tick(now))
+                self._metrics.open_epochs.set(self._state.num_open)
+                self._metrics.quarantined.set(self._state.num_quarantined_pages)
+
+    def _take_orders(self) -> bool:
+        """Run what came in, waiting for it as long as the transport need not be polled; False when told to stop."""
+        try:
+            order = self._inbox.get(timeout=self._config.poll_interval_ms / 1000 if self._state.num_open else TICK_S)
+            while order is not None:
+                self._perform(order())
+                order = self._inbox.get_nowait()
+            return False
+        except queue.Empty:
+            return True
 
     def _commit(self, note: bytes) -> list[Action]:
-        wire = transfer_pb2.Commit.FromString(note)
-        sender = next((key for key in list(self._outboxes) if key.endswith(f"#{wire.sender_incarnation}")), "")
+        try:
+            wire = transfer_pb2.Commit.FromString(note)
+        except DecodeError:
+            log.error("transfer.commit_void", reason="not a commit", num_bytes=len(note))
+            self._metrics.commits.labels("void").inc()
+            return []
+        session = next((s for s in list(self._sessions.values()) if s.incarnation == wire.sender_incarnation), None)
         arrived = Arrived(
             epoch=wire.epoch,
             receiver_incarnation=wire.decode_incarnation,
-            sender=sender,
+            sender=session.key if session is not None else "",
             request_id=wire.request_id,
             num_tokens=wire.num_tokens,
             num_pages=wire.num_pages,
             first_token=wire.first_token,
-            checksums=tuple(wire.checksums),
         )
-        if wire.checksums and wire.epoch in self._places:
-            pages, slot = self._places[wire.epoch]
-            found = [checksum(self._pages, page) for page in pages] + [checksum(self._slots, slot)]
-            if found != list(wire.checksums):
-                wrong = [place for place, (a, b) in enumerate(zip(found, wire.checksums, strict=False)) if a != b]
-                log.error("transfer.checksum_failed", request_id=wire.request_id, epoch=wire.epoch, pieces=wrong[:8])
-                return self._state.revoke(wire.epoch, self._clock.now())
+        void = self._state.why_void(arrived)
+        if void is not None:
+            log.warning("transfer.commit_void", request_id=wire.request_id, epoch=wire.epoch, reason=void)
+            self._metrics.commits.labels("void").inc()
+            return []
+        wrong = self._wrong_pieces(wire)
+        if wrong:
+            log.error("transfer.corrupt", request_id=wire.request_id, epoch=wire.epoch, pieces=wrong[:8])
+            self._metrics.commits.labels("corrupt").inc()
+            return self._state.reject(wire.epoch, f"{len(wrong)} pieces arrived with another checksum", self._clock.now())
+        self._metrics.commits.labels("accepted").inc()
         return self._state.commit(arrived)
+
+    def _wrong_pieces(self, wire: transfer_pb2.Commit) -> list[int]:
+        """Positions of pages (and, last, the slot) that are not what the commit says; all of them if checked mode finds no checksums."""
+        if not self._config.checksum:
+            return []
+        pages, slot = self._places[wire.epoch]
+        found = [checksum(self._pages, page) for page in pages] + [checksum(self._slots, slot)]
+        if len(found) != len(wire.checksums):
+            return list(range(len(found)))
+        return [place for place, (mine, theirs) in enumerate(zip(found, wire.checksums, strict=True)) if mine != theirs]
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, (Live, Revoke, Release)):
-                outbox = self._outboxes.get(action.sender)
-                if outbox is not None:
+                session = self._sessions.get(action.sender)
+                if session is not None:
                     message = transfer_pb2.ReceiverMessage()
                     getattr(message, {Live: "live", Revoke: "revoked", Release: "released"}[type(action)]).append(action.epoch)
-                    outbox.post(message)
-            elif isinstance(action, Ignored):
-                log.warning("transfer.commit_ignored", epoch=action.epoch, reason=action.reason)
+                    session.outbox.post(message)
+            elif isinstance(action, HangUp):
+                log.error("transfer.hung_up", sender=action.sender, reason=action.reason)
+                self._hang_up(action.sender)
+            elif isinstance(action, Fence):
+                log.warning("transfer.fenced", reason="a sender fell silent; the transport is reset, all sessions begin anew")
+                self._metrics.fences.inc()
+                self._agent = self._transport.reset()
+                for key in list(self._sessions):
+                    self._hang_up(key)
             else:
                 if isinstance(action, Quiesced):
                     self._places.pop(action.epoch, None)
                 self._on_event(action)
 
-    # -- the sessions ----------------------------------------------------------------------------------------------------------
+    def _hang_up(self, key: str) -> None:
+        session = self._sessions.get(key)
+        if session is not None:
+            self._loop.call_soon_threadsafe(session.outbox.close)
+
+    # -- the sessions, on the event loop -----------------------------------------------------------------------------------------
 
     async def Session(
         self, requests: AsyncIterator[transfer_pb2.SenderMessage], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[transfer_pb2.ReceiverMessage]:
         first = await anext(requests, None)
         try:
-            sender = self._check_hello(first)
+            hello = self._check_hello(first)
         except BatonError as error:
             log.warning("transfer.refused", reason=str(error))
             yield transfer_pb2.ReceiverMessage(refused=encode_error(error))
             return
-        outbox = Outbox(transfer_pb2.ReceiverMessage, asyncio.get_running_loop())
-        self._outboxes[sender] = outbox
-        hello = common_pb2.Hello(wire_version=WIRE_VERSION, name=self._member.name, incarnation=self._member.incarnation)
-        yield transfer_pb2.ReceiverMessage(
-            hello=transfer_pb2.ReceiverHello(
-                hello=hello,
-                kv_layout=self._layout.to_json(),
-                agent=self._agent,
-                pages=_wire(self._pages),
-                slots=_wire(self._slots),
-            )
-        )
+        session = self._begin(hello)
+        yield transfer_pb2.ReceiverMessage(hello=self._hello())
 
         def handle(message: transfer_pb2.SenderMessage) -> None:
-            self._inbox.put(lambda: self._heard(sender, message))
+            if session.key not in self._sessions:
+                return  # over: a ping must not be answered any more
+            session.heard_at, session.ping = self._clock.now(), message.ping
+            if message.renew or message.last_write_out:
+                self._inbox.put(lambda: self._heard(session.key, message))
 
         def finish(update: transfer_pb2.ReceiverMessage) -> None:
-            update.pong = 1
+            if session.ping:
+                update.pong = session.ping
 
+        reason = "the session ended"
         try:
-            async for update in serve_session(requests, outbox, handle, finish, self._config.liveness_timeout_s):
+            async for update in serve_session(requests, session.outbox, handle, finish, self._config.liveness_timeout_s):
                 yield update
         except Unavailable as error:
-            log.warning("transfer.sender_lost", sender=sender, reason=str(error))
+            reason = str(error)
         finally:
-            if self._outboxes.get(sender) is outbox:
-                del self._outboxes[sender]
-            self._inbox.put(lambda: self._lost(sender))
+            self._end(session, reason)
 
-    def _check_hello(self, message: transfer_pb2.SenderMessage | None) -> str:
-        """Returns the sender's key. Raises Mismatch naming what differs."""
+    def _hello(self) -> transfer_pb2.ReceiverHello:
+        return transfer_pb2.ReceiverHello(
+            hello=common_pb2.Hello(wire_version=WIRE_VERSION, name=self._member.name, incarnation=self._member.incarnation),
+            kv_layout=self._layout.to_json(),
+            agent=self._agent,
+            pages=_wire(self._pages),
+            slots=_wire(self._slots),
+        )
+
+    def _check_hello(self, message: transfer_pb2.SenderMessage | None) -> common_pb2.Hello:
+        """Raises Mismatch naming what differs."""
         if message is None or not message.HasField("hello"):
             raise Mismatch("a transfer session begins with hello")
-        hello = message.hello
-        if hello.hello.wire_version != WIRE_VERSION:
-            raise Mismatch(f"wire version {hello.hello.wire_version} there, {WIRE_VERSION} here")
-        if hello.transport != self._config.transport:
-            raise Mismatch(f"transport {hello.transport!r} there, {self._config.transport!r} here")
-        if hello.kv_layout != self._layout.to_json():
-            raise Mismatch(f"KV layouts differ: {self._layout.differences(KVLayout.from_json(hello.kv_layout))}")
-        return f"{hello.hello.name}#{hello.hello.incarnation}"
+        hello = message.hello.hello
+        if message.hello.transport != self._config.transport:
+            raise Mismatch(f"transport {message.hello.transport!r} of {hello.name}, {self._config.transport!r} here")
+        check_peer(self._layout, hello, message.hello.kv_layout)
+        return hello
+
+    def _begin(self, hello: common_pb2.Hello) -> _Session:
+        """A new session of the same life of a sender takes the place of an older one."""
+        for older in [session for session in self._sessions.values() if session.incarnation == hello.incarnation]:
+            self._end(older, "its sender began another session")
+        self._num_sessions += 1
+        key = f"{hello.name}#{hello.incarnation}/{self._num_sessions}"
+        outbox = Outbox(transfer_pb2.ReceiverMessage, self._loop)
+        session = self._sessions[key] = _Session(key, hello.incarnation, outbox, self._clock.now())
+        log.info("transfer.session_opened", sender=key)
+        return session
+
+    def _end(self, session: _Session, reason: str) -> None:
+        session.outbox.close()
+        if self._sessions.pop(session.key, None) is None:
+            return
+        was_silent = self._clock.now() - session.heard_at > SILENT_S
+        log.warning("transfer.sender_lost", sender=session.key, reason=reason, was_silent=was_silent)
+        self._metrics.senders_lost.inc()
+        self._inbox.put(lambda: self._state.sender_lost(session.key, self._clock.now(), was_silent=was_silent))
 
     def _heard(self, sender: str, message: transfer_pb2.SenderMessage) -> list[Action]:
         actions: list[Action] = []
@@ -222,10 +325,6 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         for epoch in message.last_write_out:
             actions += self._state.last_write_out(sender, epoch)
         return actions
-
-    def _lost(self, sender: str) -> list[Action]:
-        self._transport.disconnect(sender)
-        return self._state.sender_lost(sender, self._clock.now())
 
 
 def _wire(region: Region) -> transfer_pb2.Region:

@@ -35,15 +35,20 @@ class Write:
 @dataclass(frozen=True, slots=True)
 class Polled:
     finished: tuple[tuple[int, bool], ...]
-    """(write id, succeeded) of writes that are out: their local pieces may change, and nothing of them will land later."""
+    """(write id, succeeded). A write that succeeded is out: nothing of it lands later. Pieces of one that failed may still land, until
+    the bytes on the wire have arrived or the peer has reset its transport."""
     notifications: tuple[bytes, ...]
 
 
 class Transport(Protocol):
-    """Used by one thread. A failed peer raises TransferFailed, and only its writes fail."""
+    """Used by one thread. A failed peer raises TransferFailed, and only its writes fail.
+
+    Bytes move and connections break only inside these calls: both sides must poll while anything is under way.
+    """
 
     def register(self, pages: Region, slots: Region) -> bytes:
-        """Make own memory known to the transport; once. Returns the agent bytes that a peer needs to `connect`."""
+        """Make own memory known; once. It must stay allocated as long as the process lives, since a peer that was cut off may still write
+        to it. Returns the agent bytes that a peer needs to `connect`."""
         ...
 
     def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> None:
@@ -51,7 +56,7 @@ class Transport(Protocol):
         ...
 
     def disconnect(self, peer: str) -> None:
-        """Tear the connection down; its unfinished writes are reported as failed. Unknown peers are ignored."""
+        """Forget a peer, all of whose writes have finished (to stop unfinished ones takes `reset`). Unknown peers are ignored."""
         ...
 
     def write(self, peer: str, write: Write) -> int:
@@ -59,5 +64,11 @@ class Transport(Protocol):
         ...
 
     def poll(self) -> Polled: ...
+
+    def reset(self) -> bytes:
+        """Break every connection in both directions, forget all peers and writes, and begin anew with the same memory; returns new agent
+        bytes. Nothing that was not yet on the wire is sent, and nothing that has not landed in own memory lands, except by peers on
+        this host that write through shared memory or CUDA IPC."""
+        ...
 
     def close(self) -> None: ...

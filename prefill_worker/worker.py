@@ -20,6 +20,7 @@ from engine.engine import LoadedModel
 from engine.memory import memory_run
 from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
+from kv_transfer.metrics import SenderMetrics
 from kv_transfer.sending import KVSender
 from kv_transfer.transport import Region
 from prefill_worker.config import PrefillConfig
@@ -75,7 +76,17 @@ class PrefillWorker:
         )
         self._loop = PrefillLoop(runner, self._config, PrefillMetrics(registry), clock, self._on_death)
         pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
-        self._sender = KVSender(self._transfer, runner.layout, pages, slots, self.member, clock, self._loop.transfer_event)
+        self._sender = KVSender(
+            self._transfer,
+            runner.layout,
+            pages,
+            slots,
+            self.member,
+            clock,
+            SenderMetrics(registry),
+            self._loop.transfer_event,
+            self._on_death,
+        )
         await self._sender.start()
         self._loop.start(self._sender)
         service = PrefillService(self._loop, self.member, self._config.liveness_timeout_s)

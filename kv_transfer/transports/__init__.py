@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from core.errors import ConfigError
+from core.errors import BatonError, ConfigError
 from kv_transfer.config import TransferConfig
-from kv_transfer.transport import Transport
+from kv_transfer.transport import Region, Transport
 
 
 def new_transport(config: TransferConfig, name: str) -> Transport:
@@ -18,3 +18,14 @@ def new_transport(config: TransferConfig, name: str) -> Transport:
 
         return MemoryTransport(name)
     raise ConfigError(f"unknown transport {config.transport!r}")
+
+
+def open_transport(config: TransferConfig, name: str, pages: Region, slots: Region) -> tuple[Transport, bytes]:
+    """A transport that knows this process's memory, and its agent bytes. Raises ConfigError saying why it cannot be used here."""
+    try:
+        transport = new_transport(config, name)
+        return transport, transport.register(pages, slots)
+    except BatonError:
+        raise
+    except Exception as error:  # libraries that are not there or find no device raise whatever they like
+        raise ConfigError(f"transfer.transport {config.transport!r} cannot be used here: {error!r}") from error
