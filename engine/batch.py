@@ -28,26 +28,54 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenPlaces:
+    """Where a step's tokens stand in their sequences, and where the sequences' memory lies.
+
+    A chunk is a run of rows with consecutive positions, so the token at position p' of row t's chunk is row t - (p - p').
+    """
+
+    positions_T: torch.Tensor
+    """int64, absolute 0-based position; -1 for a row that only fills up a batch: nothing is stored for it."""
+    sequences_T: torch.Tensor
+    """int64, non-decreasing: the row of the page table, one a chunk."""
+    starts_T: torch.Tensor
+    """int64 position of the first token of the row's chunk: what lies before it is in the sequence's slot."""
+    slots_T: torch.Tensor
+    """int64 slot of the row's sequence."""
+    page_table_SP: torch.Tensor
+    """int32 page ids, -1 beyond a sequence's pages."""
+    is_decode: bool
+    """Every chunk is one token."""
+
+    def pages_of(self, rows_N: torch.Tensor, numbers_N: torch.Tensor, per_page: int) -> torch.Tensor:
+        """int64 [N] page ids that hold entries `numbers` of the sequences of rows `rows`, `per_page` entries a page."""
+        return self.page_table_SP[self.sequences_T[rows_N], numbers_N // per_page].long()
+
+    def of_rows(self, rows: slice) -> TokenPlaces:
+        """The same for some rows; the page table stays whole."""
+        tokens = (self.positions_T[rows], self.sequences_T[rows], self.starts_T[rows], self.slots_T[rows])
+        return TokenPlaces(*tokens, self.page_table_SP, self.is_decode)
+
+    def is_among_last(self, count: int) -> torch.Tensor:
+        """bool [T]: the row is one of the last `count` of its chunk, and no filler."""
+        later = torch.full_like(self.sequences_T, -1)
+        later[:-count] = self.sequences_T[count:]
+        return (later != self.sequences_T) & (self.positions_T >= 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     token_ids_T: torch.Tensor
     """int64."""
-    positions_T: torch.Tensor
-    """int64, absolute 0-based position of each token in its sequence."""
+    places: TokenPlaces
     starts_S: tuple[int, ...]
     """Position of each chunk's first token."""
     lengths_S: tuple[int, ...]
     """Tokens of each chunk, >= 1; T is their sum."""
-    slot_ids_S: torch.Tensor
-    """int64."""
-    page_table_SP: torch.Tensor
-    """int64 page ids, -1 beyond a sequence's pages."""
-    logits_rows_R: torch.Tensor
-    """int64 rows of T."""
-
-    @property
-    def is_decode(self) -> bool:
-        """Every chunk is one token: the decode path of attention serves it."""
-        return all(length == 1 for length in self.lengths_S)
+    longest: int
+    """Bound of the tokens of any sequence, this step's included."""
+    logits_rows_R: torch.Tensor | None
+    """int64 rows of T whose logits are wanted; None: all of them."""
 
 
 def build_batch(chunks: list[Chunk], device: torch.device | str = "cpu") -> Batch:
@@ -67,15 +95,27 @@ def build_batch(chunks: list[Chunk], device: torch.device | str = "cpu") -> Batc
     most_pages = max((len(chunk.sequence.page_ids) for chunk in chunks), default=0)
     table = [chunk.sequence.page_ids + [-1] * (most_pages - len(chunk.sequence.page_ids)) for chunk in chunks]
 
-    def ints(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def ints(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
 
+    lengths = torch.tensor([chunk.length for chunk in chunks], dtype=torch.int64)
+
+    def per_token(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64).repeat_interleave(lengths).to(device)
+
+    places = TokenPlaces(
+        positions_T=ints(positions),
+        sequences_T=per_token(list(range(len(chunks)))),
+        starts_T=per_token([chunk.start for chunk in chunks]),
+        slots_T=per_token([chunk.sequence.slot_id for chunk in chunks]),
+        page_table_SP=ints(table, torch.int32).reshape(len(chunks), most_pages),
+        is_decode=all(chunk.length == 1 for chunk in chunks),
+    )
     return Batch(
         token_ids_T=ints(token_ids),
-        positions_T=ints(positions),
+        places=places,
         starts_S=tuple(chunk.start for chunk in chunks),
         lengths_S=tuple(chunk.length for chunk in chunks),
-        slot_ids_S=ints([chunk.sequence.slot_id for chunk in chunks]),
-        page_table_SP=ints(table).reshape(len(chunks), most_pages),
+        longest=max((chunk.start + chunk.length for chunk in chunks), default=0),
         logits_rows_R=ints(rows),
     )

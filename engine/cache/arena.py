@@ -36,7 +36,7 @@ class RowPool:
             self.scale[units_N, rows_N] = scale
 
     def read(self, units: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """float32 [..., D] for broadcastable int64 index tensors."""
+        """[..., D] in the format's dtype, for broadcastable index tensors."""
         return self.form.decode(self.data[units, rows], self.scale[units, rows])
 
 
@@ -64,10 +64,6 @@ class Arena:
         self.layout = layout
         self.pages = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=device)
         self.slots = torch.zeros(num_slots, layout.slot_bytes, dtype=torch.uint8, device=device)
-
-    def clear_slot(self, slot_id: int) -> None:
-        """Zero a slot; the model's own neutral values are set by `ModelCaches.clear_slot`."""
-        self.slots[slot_id].zero_()
 
 
 class ModelCaches:
@@ -115,12 +111,19 @@ class ModelCaches:
                 )
             )
 
+        self._neutral = torch.zeros_like(arena.slots[:1])
+        self._neutral_slot(layout, self._neutral)
+
+    @staticmethod
+    def _neutral_slot(layout: KVLayout, slot: torch.Tensor) -> None:
+        """Set the scores of a zeroed slot, uint8 [1, slot_bytes]: of every ring row, and the running maximum of every state."""
+        for field in layout.slot_fields:
+            values = slot[:, field.offset : field.offset + field.rows * field.row_bytes].view(torch.float32).unflatten(1, (field.rows, -1))
+            if field.name.startswith(("c4_ring", "index_ring")):
+                values[..., values.shape[2] // 2 :] = NEUTRAL_SCORE
+            elif field.name.startswith("c128_state"):
+                values[..., : values.shape[2] // 3] = NEUTRAL_SCORE
+
     def clear_slot(self, slot_id: int) -> None:
         """Make a slot that of an empty sequence, whatever an earlier owner left: no rows, neutral scores."""
-        self.arena.clear_slot(slot_id)
-        for layer in self.layers:
-            for ring in (layer.ring, layer.index_ring):
-                if ring is not None:
-                    ring[slot_id, :, 2:] = NEUTRAL_SCORE
-            if layer.state is not None:
-                layer.state[slot_id, 0] = NEUTRAL_SCORE
+        self.arena.slots[slot_id] = self._neutral[0]

@@ -1,7 +1,7 @@
 """Row formats: how one KV entry or one index key is stored as bytes (deepseek-v4 spec, section 3.1; see bytes.md).
 
 A block of R rows is R data rows, then R scale rows. `encode` turns values into (data, scale) bytes, `decode` turns them back;
-decode(encode(x)) is the value set that attention sees, in prefill and in decode alike.
+decode(encode(x)) is the value set that attention sees, in prefill and in decode alike, in `dtype`, which holds every value exactly.
 
 Names: N rows, D width of a row in channels.
 """
@@ -39,17 +39,19 @@ class RowFormat:
     width: int
     data_bytes: int
     scale_bytes: int
+    dtype: torch.dtype
+    """Of decoded values, all of which it holds exactly."""
 
     def encode(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [N, D] -> uint8 [N, data_bytes], uint8 [N, scale_bytes]."""
         raise NotImplementedError
 
     def decode(self, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., data_bytes], uint8 [..., scale_bytes] -> float32 [..., D]."""
+        """uint8 [..., data_bytes], uint8 [..., scale_bytes] -> [..., D] in `dtype`."""
         raise NotImplementedError
 
     def round_trip(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """The float32 values that reading x back from the cache would give."""
+        """The values that reading x back from the cache would give."""
         return self.decode(*self.encode(x_ND))
 
 
@@ -61,28 +63,24 @@ class PlainRows(RowFormat):
     """All channels in bfloat16 or float32, no scales."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
-        RowFormat.__init__(self, width, width * dtype.itemsize, 0)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.data_bytes == 2 * self.width else torch.float32
+        RowFormat.__init__(self, width, width * dtype.itemsize, 0, dtype)
 
     def encode(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _as_bytes(x_ND.to(self.dtype)), x_ND.new_empty((len(x_ND), 0), dtype=torch.uint8)
 
     def decode(self, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return data.contiguous().view(self.dtype).float()
+        return data.contiguous().view(self.dtype)
 
 
 class Fp8KvRows(RowFormat):
     """584 B: 448 e4m3, 64 bfloat16; then 7 ue8m0 scales (groups of 64 channels) and a pad byte. FlashMLA's "V4" row."""
 
     def __init__(self) -> None:
-        RowFormat.__init__(self, KV_NOPE + KV_ROPE, KV_NOPE + 2 * KV_ROPE, 8)
+        RowFormat.__init__(self, KV_NOPE + KV_ROPE, KV_NOPE + 2 * KV_ROPE, 8, torch.bfloat16)
 
     def encode(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = x_ND.to(torch.bfloat16)
-        groups = x[:, :KV_NOPE].float().view(len(x), -1, KV_FP8_GROUP)
+        groups = x[:, :KV_NOPE].float().view(len(x), KV_NOPE // KV_FP8_GROUP, KV_FP8_GROUP)
         exponent = ceil_exponent_byte(groups.abs().amax(2).clamp(min=AMAX_FLOOR) / FP8_MAX)
         codes = (groups / exp2_of_byte(exponent)[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         data = torch.cat((_as_bytes(codes.view(len(x), KV_NOPE)), _as_bytes(x[:, KV_NOPE:])), dim=1)
@@ -90,16 +88,16 @@ class Fp8KvRows(RowFormat):
 
     def decode(self, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         nope = data[..., :KV_NOPE].contiguous().view(torch.float8_e4m3fn).float()
-        nope = nope.unflatten(-1, (-1, KV_FP8_GROUP)) * exp2_of_byte(scale[..., :7])[..., None]
-        rope = data[..., KV_NOPE:].contiguous().view(torch.bfloat16).float()
-        return torch.cat((nope.flatten(-2), rope), dim=-1)
+        nope = nope.unflatten(-1, (KV_NOPE // KV_FP8_GROUP, KV_FP8_GROUP)) * exp2_of_byte(scale[..., :7])[..., None]
+        rope = data[..., KV_NOPE:].contiguous().view(torch.bfloat16)
+        return torch.cat((nope.flatten(-2).to(torch.bfloat16), rope), dim=-1)
 
 
 class Fp8IndexRows(RowFormat):
     """132 B: 128 e4m3 values, one float32 scale = max(amax, 1e-4) / 448 (not a power of two)."""
 
     def __init__(self) -> None:
-        RowFormat.__init__(self, INDEX_DIM, INDEX_DIM, 4)
+        RowFormat.__init__(self, INDEX_DIM, INDEX_DIM, 4, torch.float32)
 
     def encode(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = x_ND.float()
@@ -114,10 +112,10 @@ class Fp4IndexRows(RowFormat):
     """68 B: 64 bytes of e2m1 pairs (even channel low), 4 ue8m0 scales (groups of 32 channels)."""
 
     def __init__(self) -> None:
-        RowFormat.__init__(self, INDEX_DIM, INDEX_DIM // 2, INDEX_DIM // FP4_GROUP)
+        RowFormat.__init__(self, INDEX_DIM, INDEX_DIM // 2, INDEX_DIM // FP4_GROUP, torch.bfloat16)
 
     def encode(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = x_ND.float().view(len(x_ND), -1, FP4_GROUP)
+        groups = x_ND.float().view(len(x_ND), INDEX_DIM // FP4_GROUP, FP4_GROUP)
         exponent = ceil_exponent_byte(groups.abs().amax(2).clamp(min=FP4_MAX * 2.0**-126) / FP4_MAX)
         values = round_to_fp4(groups / exp2_of_byte(exponent)[..., None]).flatten(1)
         table = constant(FP4_VALUES, torch.float32, x_ND.device)
@@ -127,7 +125,7 @@ class Fp4IndexRows(RowFormat):
     def decode(self, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         table = constant(FP4_OF_CODE, torch.float32, data.device)
         values = table[torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2).long()]
-        return (values.unflatten(-1, (-1, FP4_GROUP)) * exp2_of_byte(scale)[..., None]).flatten(-2)
+        return (values.unflatten(-1, (INDEX_DIM // FP4_GROUP, FP4_GROUP)) * exp2_of_byte(scale)[..., None]).flatten(-2).to(torch.bfloat16)
 
 
 def kv_rows(kv_format: str, head_dim: int, rope_dim: int) -> RowFormat:

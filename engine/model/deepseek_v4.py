@@ -18,6 +18,7 @@ from engine.model.attention import Attention
 from engine.model.linear import Build, Linear
 from engine.model.moe import MoE
 from engine.model.quantized import Weight
+from engine.model.step import Step, StepMaker
 from engine.ops.registry import BoundOps
 
 
@@ -43,17 +44,17 @@ class HyperConnection:
 
 
 class Block:
-    def __init__(self, build: Build, prefix: str, ratio: int, is_hash: bool, index_quantized: bool) -> None:
+    def __init__(self, build: Build, prefix: str, ratio: int, is_hash: bool) -> None:
         self._attn_hc, self._ffn_hc = HyperConnection(build, prefix, "attn"), HyperConnection(build, prefix, "ffn")
-        self._attention = Attention(build, f"{prefix}.attn", ratio, index_quantized)
+        self._attention = Attention(build, f"{prefix}.attn", ratio)
         self._moe = MoE(build, f"{prefix}.ffn", is_hash)
 
-    def forward(self, h: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """Streams [T, M, d] -> streams."""
         x, post, comb = self._attn_hc.pre(h)
-        h = self._attn_hc.post(self._attention.forward(x, batch, cache), h, post, comb)
+        h = self._attn_hc.post(self._attention.forward(x, step, cache), h, post, comb)
         x, post, comb = self._ffn_hc.pre(h)
-        return self._ffn_hc.post(self._moe.forward(x, batch.token_ids_T), h, post, comb)
+        return self._ffn_hc.post(self._moe.forward(x, step.batch.token_ids_T), h, post, comb)
 
 
 class DeepseekV4:
@@ -64,10 +65,9 @@ class DeepseekV4:
         build = Build(model, ops, weights, dtype)
         self._model, self._ops, self._dtype = model, ops, dtype
         self._embed = build.tensor("embed.weight").to(dtype)
-        quantized = engine.index_format in ("fp8", "fp4")
+        self._new_step = StepMaker(model, self._embed.device)
         self._layers = [
-            Block(build, f"layers.{layer}", ratio, layer < model.num_hash_layers, quantized)
-            for layer, ratio in enumerate(model.compress_ratios)
+            Block(build, f"layers.{layer}", ratio, layer < model.num_hash_layers) for layer, ratio in enumerate(model.compress_ratios)
         ]
         self._head_hc = tuple(build.tensor(f"hc_head_{part}").float() for part in ("fn", "base", "scale"))
         self._norm = build.tensor("norm.weight")
@@ -78,9 +78,11 @@ class DeepseekV4:
     def forward(self, batch: Batch, caches: ModelCaches) -> torch.Tensor:
         """Run the batch's tokens; returns fp32 logits [R, vocab] of the rows it asks for. The caches then hold their state."""
         h = self._embed[batch.token_ids_T].unsqueeze(1).repeat(1, self._model.hc_mult, 1)
+        step = self._new_step(batch)
         for layer, cache in zip(self._layers, caches.layers, strict=True):
-            h = layer.forward(h, batch, cache)
-        h = h[batch.logits_rows_R]
+            h = layer.forward(h, step, cache)
+        if batch.logits_rows_R is not None:
+            h = h[batch.logits_rows_R]
         x = self._ops.hc_head(h, *self._head_hc, self._model.rms_norm_eps, self._model.hc_eps)
         logits: torch.Tensor = self._head(self._ops.rms_norm(x, self._norm, self._model.rms_norm_eps))
         return logits

@@ -5,53 +5,37 @@ from __future__ import annotations
 import torch
 
 from engine.cache.arena import LayerCache
-from engine.model.compressor import CompressorC4
+from engine.model.compressor import Compressor
 from engine.model.linear import Build, Linear
-from engine.model.rope import rotate
+from engine.model.step import Step, all_visible
 
-
-def hadamard(size: int) -> torch.Tensor:
-    """Sylvester's matrix of order `size` (a power of two), normalised to be orthogonal; float64."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix * size**-0.5
+SCORES_AT_ONCE = 1 << 26
+"""Scores held at a time, 256 MiB: queries are taken in slices, so that a long context needs no more."""
 
 
 class Indexer:
     """Owns the second, smaller compressor; its keys lie beside the entries in the pages."""
 
-    def __init__(self, build: Build, prefix: str, quantized: bool) -> None:
-        """`quantized`: keys and queries are rotated by the Hadamard matrix and quantised (formats fp8 and fp4)."""
+    def __init__(self, build: Build, prefix: str) -> None:
         model = build.model
-        self._ops, self._dtype = build.ops, build.dtype
-        self._heads, self._dim, self.topk = model.index_n_heads, model.index_head_dim, model.index_topk
-        self._eps = model.rms_norm_eps
-        self._scale = self._dim**-0.5 * self._heads**-0.5
+        self._ops, self._heads, self._topk = build.ops, model.index_n_heads, model.index_topk
+        self._scale = model.index_head_dim**-0.5 * model.index_n_heads**-0.5
         self._wq_b = Linear(build, f"{prefix}.wq_b.weight")
         self._weights_proj = Linear(build, f"{prefix}.weights_proj.weight")
-        self.compressor = CompressorC4(build, f"{prefix}.compressor")
-        self._hadamard = hadamard(self._dim) if quantized else None
+        self._compressor = Compressor(build, f"{prefix}.compressor", 4, is_index=True)
 
-    def _spread(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self._hadamard is None else (x.double() @ self._hadamard).to(x.dtype)
-
-    def keys(self, entries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Closed entries fp32 [n, Di] with the rotation of their first tokens -> index keys to store, [n, Di]."""
-        return self._spread(self._ops.kv_norm_rope(entries, self.compressor.norm_weight, cos, sin, self._eps, self._dtype))
-
-    def queries(
-        self, x: torch.Tensor, qr: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: LayerCache
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [T, d]; qr: [T, q_lora_rank]. Returns (q fp32 [T, Hi, Di] as quantised, head weights fp32 [T, Hi])."""
-        q = self._wq_b(qr).unflatten(1, (self._heads, self._dim))
-        q = self._spread(rotate(q.double(), cos, sin).to(q.dtype))
-        if self._hadamard is not None:
-            assert cache.index_keys is not None
-            q = cache.index_keys.form.round_trip(q.flatten(0, 1)).view(q.shape)
-        return q.float(), self._weights_proj(x).float() * self._scale
-
-    def select(self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, num_visible: torch.Tensor) -> torch.Tensor:
-        """int64 [T, topk] entry numbers, -1 unused. keys: fp32 [S, Di] or [T, S, Di]; num_visible: int64 [T]."""
-        chosen: torch.Tensor = self._ops.index_topk(self._ops.index_logits(q, weights, keys), num_visible, self.topk)
-        return chosen
+    def select(self, x: torch.Tensor, qr: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+        """x: [T, d]; qr: [T, q_lora_rank]. Stores the keys that the step closes; then int32 [T, K] entries to attend to, -1 unused."""
+        assert cache.index_ring is not None and cache.index_keys is not None
+        self._compressor.store(x, step, cache.index_ring, cache.index_keys)
+        num_entries = step.batch.longest // 4
+        if num_entries <= self._topk:
+            return all_visible(step.visible[4], num_entries)
+        q = self._wq_b(qr).unflatten(1, (self._heads, -1))
+        q, weights = self._ops.index_query(q, self._weights_proj(x), *step.tokens[4], self._scale, cache.index_keys.form)
+        chosen, most = [], max(1, SCORES_AT_ONCE // num_entries)
+        for start in range(0, len(q), most):
+            rows = slice(start, start + most)
+            scores = self._ops.index_logits(q[rows], weights[rows], cache.index_keys, step.places.of_rows(rows), num_entries)
+            chosen.append(self._ops.index_topk(scores, step.visible[4][rows], self._topk))
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)

@@ -38,7 +38,16 @@ class Linear:
     """y = x W^T. An FP8 weight quantises its input too (in bfloat16 mode); `out_dtype` other than the input's is only for plain ones."""
 
     def __init__(self, build: Build, name: str, out_dtype: torch.dtype | None = None) -> None:
-        weight = build.weights[name]
+        self._take(build, build.weights[name], out_dtype)
+
+    @classmethod
+    def stacked(cls, build: Build, names: tuple[str, ...], out_dtype: torch.dtype | None = None) -> Linear:
+        """Plain weights of the same input as one, their outputs side by side."""
+        linear = cls.__new__(cls)
+        linear._take(build, torch.cat([build.tensor(name) for name in names]), out_dtype)
+        return linear
+
+    def _take(self, build: Build, weight: Weight, out_dtype: torch.dtype | None) -> None:
         self._fp8 = isinstance(weight, QuantizedWeight) and weight.kind == "fp8" and build.quantize
         if self._fp8:
             self._op, self._weight = build.ops.fp8_linear, build.ops.pack["fp8_linear"](weight)

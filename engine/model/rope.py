@@ -38,7 +38,11 @@ def _base_frequencies(theta: float, dim: int) -> torch.Tensor:
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
-def rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine, float32 [T, rope / 2]."""
+
+
+def rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> Rotation:
     """Cosine and sine, float32 [T, rope / 2], of int64 positions [T]."""
     angle = (positions.float()[:, None] * frequencies).double()
     return angle.cos().float(), angle.sin().float()

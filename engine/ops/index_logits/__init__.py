@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from engine.batch import TokenPlaces
+from engine.cache.arena import RowPool
 from engine.ops.registry import Op
 
 
-def index_logits(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """score[t, s] = sum over heads h of weights[t, h] * relu(q[t, h] . keys[s]).
+def index_logits(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlaces, num_entries: int) -> torch.Tensor:
+    """score[t, s] = sum over heads h of weights[t, h] * relu(q[t, h] . key s of t's sequence).
 
-    q: [T, Hi, Di]; weights: fp32 [T, Hi] (may be negative; both scales folded in); keys: fp32 [S, Di] shared by all queries, or
-    [T, S, Di] one set a query. Returns fp32 [T, S]. Visibility is the caller's.
+    q: [T, Hi, Di] and weights: fp32 [T, Hi] (may be negative) as index_query gives them. Returns fp32 [T, num_entries]; what stands at
+    entries s >= (position + 1) // 4, which the query does not see, is unspecified.
     """
-    dots = torch.einsum("thd,sd->ths" if keys.dim() == 2 else "thd,tsd->ths", q.double(), keys.double())
-    return torch.einsum("th,ths->ts", weights.double(), dots.relu_()).float()
+    scores = torch.empty(len(q), num_entries, device=q.device)
+    per_page, entry = keys.data.shape[1], torch.arange(num_entries, device=q.device)
+    for sequence in torch.unique(places.sequences_T).tolist():
+        rows = torch.nonzero(places.sequences_T == sequence)[:, 0]
+        pages = places.page_table_SP[sequence, entry // per_page].long().clamp(min=0)
+        dots = torch.einsum("thd,sd->ths", q[rows].double(), keys.read(pages, entry % per_page).double())
+        scores[rows] = torch.einsum("th,ths->ts", weights[rows].double(), dots.relu_()).float()
+    return scores
 
 
 OP = Op("index_logits", index_logits)

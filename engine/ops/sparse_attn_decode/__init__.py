@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
 from engine.ops.registry import Op
 
@@ -11,27 +12,25 @@ from engine.ops.registry import Op
 def sparse_attn_decode(
     q: torch.Tensor,
     window: RowPool,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
     entries: RowPool | None,
-    pages: torch.Tensor,
     chosen: torch.Tensor,
+    places: TokenPlaces,
     sink: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """q: [S, H, D], one token of each of S sequences. Window: rows of ring `slots[s]` at positions max(0, p - 127)..p mod 128.
-    Entries: numbers chosen[s, k] (int64 [S, K], -1 unused, K may be 0) of the sequence, found through its page table
-    pages (int64 [S, P]). sink: fp32 [H]. Returns [S, H, D] in q's dtype.
+    """q: [S, H, D], one token of each of S sequences, whose own row is in the window already. Window: the last 128 positions, this one
+    included, at row p mod 128 of the ring of its slot. Entries: numbers chosen[s, k] (int32 [S, K], -1 unused, K may be 0) of the
+    sequence, found through its page table. sink: fp32 [H]. Returns [S, H, D] in q's dtype; a filler row's is zero.
     """
     ring = window.data.shape[1]
     row = torch.arange(ring, device=q.device)
-    rows = window.read(slots[:, None], row[None, :])
-    visible = row[None, :] <= positions[:, None]  # before the ring is full only rows 0..p were written
+    rows = window.read(places.slots_T[:, None], row[None, :])
+    visible = row[None, :] <= places.positions_T[:, None]  # before the ring is full only rows 0..p were written
     if entries is not None and chosen.shape[1]:
         per_page = entries.data.shape[1]
-        number = chosen.clamp(min=0)
-        found = entries.read(pages.gather(1, number // per_page).clamp(min=0), number % per_page)
-        rows = torch.cat((rows, found), dim=1)
+        number = chosen.clamp(min=0).long()
+        pages = places.page_table_SP[places.sequences_T].long().gather(1, number // per_page).clamp(min=0)
+        rows = torch.cat((rows, entries.read(pages, number % per_page)), dim=1)
         visible = torch.cat((visible, chosen >= 0), dim=1)
     rows64 = rows.double().masked_fill(~visible[..., None], 0.0)  # an unused row may hold NaN bytes
     scores = (q.double() @ rows64.transpose(1, 2)) * scale

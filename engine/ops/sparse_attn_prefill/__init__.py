@@ -10,7 +10,7 @@ QUERY_BLOCK = 64
 
 
 def sparse_attn_prefill(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, sink: torch.Tensor, scale: float) -> torch.Tensor:
-    """q: [T, H, D]; kv: fp32 [S, D], keys and values at once, shared by all heads; indices: int64 [T, K] rows of kv that each query
+    """q: [T, H, D]; kv: [S, D], keys and values at once, shared by all heads; indices: int32 [T, K] rows of kv that each query
     sees, -1 unused, no duplicates; sink: fp32 [H], a logit with value 0, not scaled. Returns [T, H, D] in q's dtype.
     """
     out = torch.empty_like(q)

@@ -1,0 +1,20 @@
+"""y_g = x_g W_g^T for each group of heads: the first half of the output projection (spec 2.2.4)."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.ops.registry import Op
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x: [T, G, K] bf16 or fp32; weight: [G, N, K] as `pack` made it. Returns [T, G, N] in x's dtype."""
+    return torch.einsum("tgk,gnk->tgn", x.double(), weight).to(x.dtype)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """[G, N, K] -> float64."""
+    return weight.double()
+
+
+OP = Op("grouped_linear", grouped_linear, pack)
