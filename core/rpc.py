@@ -9,6 +9,8 @@ from __future__ import annotations
 import grpc
 import grpc.aio
 
+from core.errors import ConfigError
+
 PING_INTERVAL_S = 0.5
 """How often each side of a session pings the other when it has nothing else to send."""
 
@@ -31,6 +33,30 @@ _OPTIONS = (
 def new_server() -> grpc.aio.Server:
     """An asyncio server; the port is not shared with other processes, so a taken one is an error."""
     return grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", 0)))
+
+
+class Listener:
+    """A server whose port is taken from the beginning, so that a taken one is known before a model is loaded."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Port 0: any free one. Raises ConfigError if the address cannot be had."""
+        self.server = new_server()
+        try:
+            self.port: int = self.server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: the port is taken, or the address is not of this machine") from error
+        self._is_started = False
+
+    async def start(self) -> None:
+        """Answer from now on; services have been added to `server`."""
+        await self.server.start()
+        self._is_started = True
+
+    async def stop(self, grace_s: float) -> None:
+        """End all calls, which have `grace_s` to finish, and free the port."""
+        if not self._is_started:  # gRPC frees the port of a server only if it was started
+            await self.start()
+        await self.server.stop(grace_s)
 
 
 def new_channel(address: str) -> grpc.aio.Channel:

@@ -10,11 +10,10 @@ import torch
 from prometheus_client import start_http_server
 
 from core.clock import SystemClock, new_incarnation
-from core.errors import ConfigError
 from core.log import get_logger
 from core.metrics import new_registry
 from core.request import Load, Member
-from core.rpc import new_server
+from core.rpc import Listener
 from decode_worker.config import DecodeConfig
 from decode_worker.loop import DecodeLoop
 from decode_worker.metrics import DecodeMetrics
@@ -30,6 +29,9 @@ from kv_transfer.transport import Region
 from protos import decode_pb2_grpc
 
 log = get_logger("decode")
+
+STOP_GRACE_S = 0.2
+"""Sessions have so long to send what they still hold."""
 
 
 class DecodeWorker:
@@ -57,18 +59,15 @@ class DecodeWorker:
 
     async def start(self) -> Member:
         """Load, register memory, listen; ready when it returns. Raises ConfigError and its kin."""
+        self._listener = Listener(self._host, self._port)
         runner = await asyncio.to_thread(self._new_runner)
         clock, registry = SystemClock(), new_registry()
-        self._server = new_server()
-        port = self._server.add_insecure_port(f"{self._host}:{self._port}")
-        if port == 0:
-            raise ConfigError(f"cannot listen on {self._host}:{self._port}")
         self._metrics_server, self._metrics_thread = start_http_server(0, self._host, registry)
         self.member = Member(
             role="decode",
             replica=self._replica,
             rank=self._rank,
-            address=f"{self._host}:{port}",
+            address=f"{self._host}:{self._listener.port}",
             incarnation=new_incarnation(),
             fingerprint=runner.layout.fingerprint(),
             max_model_len=runner.max_model_len,
@@ -89,11 +88,11 @@ class DecodeWorker:
             self._on_death,
         )
         await self._receiver.start()
-        self._receiver.add_to(self._server)
+        self._receiver.add_to(self._listener.server)
         self._loop.start(self._receiver)
         service = DecodeService(self._loop, self.member, self._config.liveness_timeout_s)
-        decode_pb2_grpc.add_DecodeServicer_to_server(service, self._server)
-        await self._server.start()
+        decode_pb2_grpc.add_DecodeServicer_to_server(service, self._listener.server)
+        await self._listener.start()
         log.info("decode.ready", member=self.member.name, address=self.member.address, incarnation=self.member.incarnation)
         return self.member
 
@@ -110,7 +109,7 @@ class DecodeWorker:
 
     async def stop(self) -> None:
         """End everything; whatever was running is lost to its routers, which run it again elsewhere."""
-        await self._server.stop(grace=0.2)
+        await self._listener.stop(STOP_GRACE_S)
         await asyncio.to_thread(self._loop.stop)
         await self._receiver.close()
         self._metrics_server.shutdown()

@@ -22,7 +22,7 @@ from core.kv_layout import WIRE_VERSION, KVLayout
 from core.log import get_logger
 from core.request import Member
 from core.rpc import PING_INTERVAL_S
-from core.session import Outbox, serve_session
+from core.session import Outbox, first_message, serve_session
 from kv_transfer.checksum import checksum
 from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import ReceiverMetrics
@@ -246,18 +246,15 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
 
     # -- the sessions, on the event loop -----------------------------------------------------------------------------------------
 
-    async def Session(
-        self, requests: AsyncIterator[transfer_pb2.SenderMessage], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[transfer_pb2.ReceiverMessage]:
-        first = await anext(requests, None)
+    async def Session(self, requests: AsyncIterator[transfer_pb2.SenderMessage], context: grpc.aio.ServicerContext) -> None:
+        first = await first_message(requests, self._config.liveness_timeout_s)
         try:
             hello = self._check_hello(first)
         except BatonError as error:
             log.warning("transfer.refused", reason=str(error))
-            yield transfer_pb2.ReceiverMessage(refused=encode_error(error))
+            await context.write(transfer_pb2.ReceiverMessage(refused=encode_error(error)))
             return
         session = self._begin(hello)
-        yield transfer_pb2.ReceiverMessage(hello=self._hello())
 
         def handle(message: transfer_pb2.SenderMessage) -> None:
             if session.key not in self._sessions:
@@ -272,8 +269,8 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
 
         reason = "the session ended"
         try:
-            async for update in serve_session(requests, session.outbox, handle, finish, self._config.liveness_timeout_s):
-                yield update
+            await context.write(transfer_pb2.ReceiverMessage(hello=self._hello()))
+            await serve_session(requests, context.write, session.outbox, handle, finish, self._config.liveness_timeout_s)
         except Unavailable as error:
             reason = str(error)
         finally:

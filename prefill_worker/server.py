@@ -13,7 +13,7 @@ from core.errors import Unavailable
 from core.kv_layout import WIRE_VERSION
 from core.log import get_logger
 from core.request import Member
-from core.session import Outbox, serve_session
+from core.session import Outbox, first_message, serve_session
 from prefill_worker.loop import PrefillLoop
 from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
 
@@ -24,10 +24,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
     def __init__(self, loop: PrefillLoop, member: Member, liveness_timeout_s: float) -> None:
         self._loop, self._member, self._timeout_s = loop, member, liveness_timeout_s
 
-    async def Session(
-        self, requests: AsyncIterator[prefill_pb2.PrefillCommand], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[prefill_pb2.PrefillUpdate]:
-        first = await anext(requests, None)
+    async def Session(self, requests: AsyncIterator[prefill_pb2.PrefillCommand], context: grpc.aio.ServicerContext) -> None:
+        first = await first_message(requests, self._timeout_s)
         if first is None or first.hello.wire_version != WIRE_VERSION:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"a session begins with hello of wire version {WIRE_VERSION}")
         assert first is not None
@@ -55,11 +53,13 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
             update.load.CopyFrom(encode_load(self._loop.load))
             update.draining = self._loop.is_draining
 
+        reason = ""
         try:
-            async for update in serve_session(requests, outbox, handle, finish, self._timeout_s):
-                yield update
+            await serve_session(requests, context.write, outbox, handle, finish, self._timeout_s)
         except Unavailable as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            reason = str(error)
         finally:
-            log.info("session.closed", router=router)
+            log.info("session.closed", router=router, reason=reason or "the router left")
             self._loop.session_closed(outbox)
+        if reason:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
