@@ -9,6 +9,7 @@ and FLOPs counted from the shape. `spread` is half the range of the middle 80 % 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import json
@@ -65,8 +66,9 @@ def ceilings(device: torch.device) -> dict[str, float]:
     """Copy bandwidth in bytes/s (read + written) and matrix rates in FLOP/s, on random values."""
     source = torch.randint(0, 255, (4 * 2**30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = 2 * source.numel() / time_graph([lambda: target.copy_(source)])[0] * 1e6
+    copy = 2 * source.numel() / time_graph([functools.partial(target.copy_, source)])[0] * 1e6
     del source, target
+    torch.cuda.empty_cache()
     size = 8192
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     bf16 = 2 * size**3 / time_graph([lambda: a @ b])[0] * 1e6
