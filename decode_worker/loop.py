@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from core.clock import Clock
 from core.codec import encode_failure, encode_reservation, encode_stages, encode_tokens
-from core.errors import BatonError, DeadlineExceeded, Draining, InternalError, InvalidRequest, Preempted, TransferFailed
+from core.errors import BatonError, Draining, InternalError, InvalidRequest, Preempted, TransferFailed
 from core.log import get_logger
 from core.request import Load, Member, Request, Reservation, Tokens
 from core.session import Outbox
@@ -257,7 +257,7 @@ class DecodeLoop:
 
     def _expire(self) -> None:
         for expired in self._reservations.expired(self._clock.now()):
-            self._fail(expired.held.request.request_id, DeadlineExceeded(f"reservation given up: {expired.reason}"))
+            self._fail(expired.held.request.request_id, expired.error)
 
     def _refresh_load(self) -> None:
         reservations = self._reservations

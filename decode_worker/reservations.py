@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from core.errors import InvalidRequest, Overloaded
+from core.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, TransferFailed
 from core.kv_layout import PAGE_TOKENS
 from core.request import Request
 from engine.scheduler.pages import PageAllocator, SlotAllocator
@@ -42,7 +42,7 @@ class Held:
 @dataclass(frozen=True, slots=True)
 class Expired:
     held: Held
-    reason: str
+    error: BatonError
 
 
 class Reservations:
@@ -156,9 +156,9 @@ class Reservations:
         late = []
         for held in self._held.values():
             if held.state in (State.RESERVED, State.RECEIVING) and now > held.lease_until:
-                late.append(Expired(held, f"its sender was silent for {self._lease_s:g} s"))
+                late.append(Expired(held, TransferFailed(f"the prefill rank was silent for {self._lease_s:g} s")))
             elif now > held.deadline:
-                late.append(Expired(held, f"its deadline of {held.request.deadline_s:g} s has passed"))
+                late.append(Expired(held, DeadlineExceeded(f"the request took over {held.request.deadline_s:g} s")))
         return late
 
     def check_integrity(self) -> None:

@@ -1,0 +1,74 @@
+"""Reservations: who may have pages, for how long, and why they are given up."""
+
+from __future__ import annotations
+
+import pytest
+
+from core.errors import DeadlineExceeded, InvalidRequest, Overloaded, TransferFailed
+from core.request import Request, SamplingParams
+from decode_worker.reservations import Reservations
+
+
+def new_request(name: str, prompt: int = 300, max_tokens: int = 400, deadline_s: float = 60.0) -> Request:
+    return Request(
+        request_id=name,
+        token_ids=(7,) * prompt,
+        prompt_len=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens),
+        deadline_s=deadline_s,
+    )
+
+
+def new_reservations(num_pages: int = 8, num_slots: int = 4, expected_output: float = 1.0) -> Reservations:
+    return Reservations(num_pages=num_pages, num_slots=num_slots, lease_s=5.0, expected_output=expected_output)
+
+
+def test_a_silent_sender_may_be_replaced_but_a_deadline_is_final() -> None:
+    reservations = new_reservations()
+    silent = reservations.reserve(new_request("silent"), 0.0)
+    late = reservations.reserve(new_request("late", deadline_s=8.0), 0.0)
+    reservations.renewed(late.epoch, 4.0)
+    assert reservations.expired(5.0) == []
+    (first,) = reservations.expired(5.1)
+    assert first.held is silent and isinstance(first.error, TransferFailed) and first.error.retryable
+    reservations.end("silent")
+    reservations.renewed(late.epoch, 7.9)
+    (second,) = reservations.expired(8.1)
+    assert second.held is late and isinstance(second.error, DeadlineExceeded) and not second.error.retryable
+
+
+def test_a_reservation_aborted_before_its_first_step_keeps_its_pages_until_quiesced() -> None:
+    reservations = new_reservations()
+    held = reservations.reserve(new_request("a"), 0.0)
+    reservations.committed(held.epoch, 3)
+    reservations.end("a")
+    assert (reservations.pages.num_free, reservations.num_quarantined) == (6, 1)
+    assert reservations.committed(held.epoch, 3) is None
+    reservations.check_integrity()
+    reservations.quiesced(held.epoch)
+    reservations.quiesced(held.epoch)
+    assert (reservations.pages.num_free, reservations.slots.num_free) == (8, 4)
+
+
+@pytest.mark.parametrize(("expected_output", "fitting"), [(1.0, 2), (0.5, 4), (0.01, 4)])
+def test_the_expected_output_decides_how_many_fit(expected_output: float, fitting: int) -> None:
+    """300 + 400 tokens are 3 pages at worst, 2 if half the output is expected; the prompt and one token need 2 anyway."""
+    reservations = new_reservations(num_slots=9, expected_output=expected_output)
+    for number in range(fitting):
+        reservations.reserve(new_request(f"r{number}"), 0.0)
+    with pytest.raises(Overloaded, match="pages"):
+        reservations.reserve(new_request("more"), 0.0)
+
+
+def test_what_can_never_fit_is_refused_for_good_even_if_overcommitted() -> None:
+    reservations = new_reservations(expected_output=0.01)
+    with pytest.raises(InvalidRequest, match="need 10 pages"):
+        reservations.reserve(new_request("huge", prompt=300, max_tokens=8 * 256), 0.0)
+
+
+def test_slots_are_counted_too() -> None:
+    reservations = new_reservations(num_slots=1)
+    reservations.reserve(new_request("a", prompt=3, max_tokens=3), 0.0)
+    with pytest.raises(Overloaded, match="slots"):
+        reservations.reserve(new_request("b", prompt=3, max_tokens=3), 0.0)
+    reservations.check_integrity()
