@@ -6,7 +6,7 @@ several roles can live in one test process).
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, start_http_server
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0, 120.0)
 """Seconds; also for the stages that make up time to first token."""
@@ -20,3 +20,16 @@ DURATION_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 
 def new_registry() -> CollectorRegistry:
     return CollectorRegistry(auto_describe=True)
+
+
+class MetricsEndpoint:
+    """An HTTP server for Prometheus on a free port of `host`, in a thread of its own."""
+
+    def __init__(self, registry: CollectorRegistry, host: str) -> None:
+        self._server, self._thread = start_http_server(0, host, registry)
+        self.address = f"{host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pathlib
 from collections.abc import Callable
 
 import torch
-from prometheus_client import start_http_server
 
 from core.clock import SystemClock, new_incarnation
 from core.log import get_logger
-from core.metrics import new_registry
+from core.metrics import MetricsEndpoint, new_registry
 from core.request import Load, Member
 from core.rpc import Listener
 from decode_worker.config import DecodeConfig
@@ -55,44 +55,53 @@ class DecodeWorker:
         self._engine, self._config, self._transfer = engine, config, transfer
         self._host, self._port, self._replica, self._rank = host, port, replica, rank
         self._on_death = on_death
+        self._parts = contextlib.AsyncExitStack()
+        """Ends what was started, the latest first."""
         self._new_runner = new_runner or (lambda: ModelRunner(LoadedModel.load(model_path, engine), config.num_pages, config.num_slots))
 
     async def start(self) -> Member:
-        """Load, register memory, listen; ready when it returns. Raises ConfigError and its kin."""
-        self._listener = Listener(self._host, self._port)
-        runner = await asyncio.to_thread(self._new_runner)
-        clock, registry = SystemClock(), new_registry()
-        self._metrics_server, self._metrics_thread = start_http_server(0, self._host, registry)
-        self.member = Member(
-            role="decode",
-            replica=self._replica,
-            rank=self._rank,
-            address=f"{self._host}:{self._listener.port}",
-            incarnation=new_incarnation(),
-            fingerprint=runner.layout.fingerprint(),
-            max_model_len=runner.max_model_len,
-            metrics_address=f"{self._host}:{self._metrics_server.server_port}",
-        )
-        metrics = DecodeMetrics(registry)
-        self._loop = DecodeLoop(runner, self._config, self._transfer.lease_s, metrics, self.member, clock, self._on_death)
-        pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
-        self._receiver = KVReceiver(
-            self._transfer,
-            runner.layout,
-            pages,
-            slots,
-            self.member,
-            clock,
-            ReceiverMetrics(registry),
-            self._loop.transfer_event,
-            self._on_death,
-        )
-        await self._receiver.start()
-        self._receiver.add_to(self._listener.server)
-        self._loop.start(self._receiver)
-        service = DecodeService(self._loop, self.member, self._config.liveness_timeout_s)
-        decode_pb2_grpc.add_DecodeServicer_to_server(service, self._listener.server)
-        await self._listener.start()
+        """Load, register memory, listen; ready when it returns. Raises ConfigError and its kin, and then leaves nothing behind."""
+        async with contextlib.AsyncExitStack() as parts:
+            listener = Listener(self._host, self._port)
+            parts.push_async_callback(listener.stop, STOP_GRACE_S)
+            runner = await asyncio.to_thread(self._new_runner)
+            clock, registry = SystemClock(), new_registry()
+            endpoint = MetricsEndpoint(registry, self._host)
+            parts.push_async_callback(asyncio.to_thread, endpoint.close)
+            self.member = Member(
+                role="decode",
+                replica=self._replica,
+                rank=self._rank,
+                address=f"{self._host}:{listener.port}",
+                incarnation=new_incarnation(),
+                fingerprint=runner.layout.fingerprint(),
+                max_model_len=runner.max_model_len,
+                metrics_address=endpoint.address,
+            )
+            metrics, lease_s = DecodeMetrics(registry), self._transfer.lease_s
+            self._loop = DecodeLoop(runner, self._config, lease_s, metrics, self.member, clock, self._on_death)
+            pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
+            receiver = KVReceiver(
+                self._transfer,
+                runner.layout,
+                pages,
+                slots,
+                self.member,
+                clock,
+                ReceiverMetrics(registry),
+                self._loop.transfer_event,
+                self._on_death,
+            )
+            await receiver.start()
+            parts.push_async_callback(receiver.close)
+            receiver.add_to(listener.server)
+            self._loop.start(receiver)
+            parts.push_async_callback(asyncio.to_thread, self._loop.stop)
+            service = DecodeService(self._loop, self.member, self._config.liveness_timeout_s)
+            decode_pb2_grpc.add_DecodeServicer_to_server(service, listener.server)
+            await listener.start()
+            parts.push_async_callback(listener.stop, STOP_GRACE_S)
+            self._parts = parts.pop_all()
         log.info("decode.ready", member=self.member.name, address=self.member.address, incarnation=self.member.incarnation)
         return self.member
 
@@ -108,13 +117,8 @@ class DecodeWorker:
         return self._loop.is_idle
 
     async def stop(self) -> None:
-        """End everything; whatever was running is lost to its routers, which run it again elsewhere."""
-        await self._listener.stop(STOP_GRACE_S)
-        await asyncio.to_thread(self._loop.stop)
-        await self._receiver.close()
-        self._metrics_server.shutdown()
-        self._metrics_server.server_close()
-        self._metrics_thread.join()
+        """End everything; whatever was running is lost to its routers, which run it again elsewhere. Harmless when not started."""
+        await self._parts.aclose()
 
 
 def _region(memory: torch.Tensor) -> Region:

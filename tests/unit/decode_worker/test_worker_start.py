@@ -1,0 +1,86 @@
+"""Ranks of both roles: starting, failing to start, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from core.errors import CheckpointError, ConfigError
+from decode_worker.config import DecodeConfig
+from decode_worker.worker import DecodeWorker
+from engine.config import EngineConfig
+from engine.null import NullRunner
+from engine.runner import Runner
+from kv_transfer.config import TransferConfig
+from prefill_worker.config import PrefillConfig
+from prefill_worker.worker import PrefillWorker
+
+ROLES: dict[str, Callable[..., PrefillWorker | DecodeWorker]] = {
+    "prefill": lambda **options: PrefillWorker(config=PrefillConfig(num_pages=8, num_slots=2), **options),
+    "decode": lambda **options: DecodeWorker(config=DecodeConfig(num_pages=8, num_slots=2), **options),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def new_worker(role: str, new_runner: Callable[[], Runner] = lambda: NullRunner(num_pages=8, num_slots=2), **options: Any) -> Any:
+    transfer = TransferConfig(transport=options.pop("transport", "memory"))
+    return ROLES[role](model_path=pathlib.Path("none"), engine=EngineConfig(), transfer=transfer, new_runner=new_runner, **options)
+
+
+def fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url) as answer:
+        page: bytes = answer.read()
+        return page
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_stopped_rank_leaves_no_thread_and_its_port_can_be_taken_again(role: str) -> None:
+    before, port = threading.active_count(), free_port()
+
+    async def live() -> None:
+        for _ in range(2):
+            worker = new_worker(role, port=port)
+            member = await worker.start()
+            assert member.address == f"127.0.0.1:{port}"
+            page = await asyncio.to_thread(fetch, f"http://{member.metrics_address}/metrics")
+            assert f"baton_{role}_".encode() in page
+            await worker.stop()
+            await worker.stop()
+
+    asyncio.run(live())
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_rank_that_cannot_start_says_why_and_leaves_nothing_behind(role: str) -> None:
+    before, port = threading.active_count(), free_port()
+
+    def broken() -> Runner:
+        raise CheckpointError("model-1.safetensors: truncated")
+
+    async def live() -> None:
+        worker = new_worker(role, broken, port=port)
+        with pytest.raises(CheckpointError, match="truncated"):
+            await worker.start()
+        await worker.stop()
+        again = new_worker(role, port=port)
+        await again.start()
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+            await new_worker(role, broken, port=port).start()  # the port is looked at before the model
+        await again.stop()
+
+    asyncio.run(live())
+    assert threading.active_count() == before
