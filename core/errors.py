@@ -15,7 +15,8 @@
     |   |-- MemberLost         the session to a rank broke                                         retryable
     |   |-- Draining           the rank takes no new work                                          retryable
     |   |-- Preempted          decode gave up the sequence's pages; run it again                   retryable
-    |   `-- TransferFailed     pages did not arrive                                                retryable
+    |   |-- TransferFailed     pages did not arrive                                                retryable
+    |   `-- GroupLost          a rank of a group died or did not answer; the group restarts        retryable
     |-- Mismatch               two workers do not fit each other (layout, version, role)      500
     `-- InternalError          a bug of ours, confined to one request                         500
 
@@ -109,6 +110,10 @@ class Preempted(Unavailable):
 
 
 class TransferFailed(Unavailable):
+    pass
+
+
+class GroupLost(Unavailable):
     pass
 
 

@@ -24,6 +24,7 @@ from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.shards import checkpoint_identity
 from engine.model.weights import dummy_weights, load_weights
 from engine.ops.registry import BoundOps, bind
+from engine.parallel.experts import ExpertShare, Sharing
 from engine.runner import ChunkResult, ModelRunner
 from engine.scheduler.decode import DecodePlanner
 from engine.scheduler.pages import PageAllocator, SlotAllocator
@@ -43,10 +44,13 @@ class LoadedModel:
     layout: KVLayout
     ops: BoundOps
     device: torch.device
+    share: ExpertShare | None = None
+    """In a group: which of the experts are here."""
 
     @staticmethod
-    def load(folder: pathlib.Path, engine: EngineConfig) -> LoadedModel:
-        """Raises CheckpointError or ConfigError before any weight is read. Prints nothing; logs the chosen backends."""
+    def load(folder: pathlib.Path, engine: EngineConfig, sharing: Sharing | None = None) -> LoadedModel:
+        """`sharing`: load one rank's part of a group's model. Raises CheckpointError or ConfigError before any weight is read. Prints
+        nothing; logs the chosen backends."""
         model = ModelConfig.from_folder(folder)
         device = resolve_device(engine.device)
         if engine.max_model_len > model.max_position_embeddings:
@@ -56,11 +60,13 @@ class LoadedModel:
         layout = build_layout(model, engine, f"{folder.resolve().name}@{'dummy' if is_dummy else checkpoint_identity(folder)}")
         ops = bind(engine.ops, device)
         torch.set_num_threads(engine.threads)
-        weights = dummy_weights(model) if is_dummy else load_weights(folder, model)
+        share = None if sharing is None else ExpertShare.open(sharing, model, ops, device)
+        wanted = _all if share is None else share.is_wanted
+        weights = dummy_weights(model, wanted=wanted) if is_dummy else load_weights(folder, model, wanted)
         log.info("engine.loaded", model=layout.model, device=device, fingerprint=layout.fingerprint())
         for line in ops.table().splitlines():
             log.debug("engine.op", choice=line)
-        return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops), layout, ops, device)
+        return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops, share), layout, ops, device, share)
 
     def memory_plan(self, num_pages: int, num_slots: int) -> MemoryPlan:
         weights_bytes = tensor_bytes(self.network)
@@ -73,6 +79,10 @@ class LoadedModel:
             log.info("engine.memory", plan=line)
         plan.check()
         return ModelCaches(Arena(self.layout, num_pages, num_slots, self.device), self.model)
+
+
+def _all(name: str) -> bool:
+    return True
 
 
 def resolve_device(wanted: str) -> torch.device:

@@ -43,7 +43,7 @@ class Runner(Protocol):
         ...
 
     def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
-        """Results in the order of the chunks, which must not be empty."""
+        """Results in the order of the chunks. Without chunks, which only a rank of a group may ask for, it serves its peers."""
         ...
 
 
@@ -70,6 +70,10 @@ class ModelRunner:
         self._caches.clear_slot(slot_id)
 
     def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
+        if not chunks:
+            assert self._loaded.share is not None, "a step needs at least one chunk"
+            self._loaded.network.join()
+            return []
         batch = build_batch(chunks, self._loaded.device)
         logits = self._loaded.network.forward(batch, self._caches)
         ends, row = [], 0

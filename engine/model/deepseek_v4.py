@@ -20,6 +20,7 @@ from engine.model.moe import MoE
 from engine.model.quantized import Weight
 from engine.model.step import Step, StepMaker
 from engine.ops.registry import BoundOps
+from engine.parallel.experts import ExpertShare
 
 
 class HyperConnection:
@@ -56,13 +57,25 @@ class Block:
         x, post, comb = self._ffn_hc.pre(h)
         return self._ffn_hc.post(self._moe.forward(x, step.batch.token_ids_T), h, post, comb)
 
+    def join(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Serve the peers' tokens with the experts held here; x: [0, d]."""
+        self._moe.forward(x, token_ids)
+
 
 class DeepseekV4:
     """The main model. Weights are packed for the bound backends at construction; `mtp_weights` are kept as read, for the drafter."""
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, weights: Mapping[str, Weight], ops: BoundOps) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        engine: EngineConfig,
+        weights: Mapping[str, Weight],
+        ops: BoundOps,
+        share: ExpertShare | None = None,
+    ) -> None:
+        """`share`: this rank's part of the experts, in a group."""
         dtype = torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
-        build = Build(model, ops, weights, dtype)
+        build = Build(model, ops, weights, dtype, share)
         self._model, self._ops, self._dtype = model, ops, dtype
         self._embed = build.tensor("embed.weight").to(dtype)
         self._new_step = StepMaker(model, self._embed.device)
@@ -86,3 +99,11 @@ class DeepseekV4:
         x = self._ops.hc_head(h, *self._head_hc, self._model.rms_norm_eps, self._model.hc_eps)
         logits: torch.Tensor = self._head(self._ops.rms_norm(x, self._norm, self._model.rms_norm_eps))
         return logits
+
+    @torch.inference_mode()
+    def join(self) -> None:
+        """A step without tokens of one's own: what a rank of a group does while its peers have work."""
+        token_ids = torch.zeros(0, dtype=torch.int64, device=self._embed.device)
+        x = self._embed[token_ids]
+        for layer in self._layers:
+            layer.join(x, token_ids)

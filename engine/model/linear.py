@@ -10,6 +10,7 @@ import torch
 from engine.config import ModelConfig
 from engine.model.quantized import QuantizedWeight, Weight, to_float64
 from engine.ops.registry import BoundOps
+from engine.parallel.experts import ExpertShare
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Build:
     """By published name."""
     dtype: torch.dtype
     """Of activations: bfloat16, or float32 for comparison with other implementations."""
+    share: ExpertShare | None = None
+    """The experts of this rank, in a group; None: all are here."""
 
     @property
     def quantize(self) -> bool:

@@ -15,16 +15,23 @@ class MoE:
         self._gate = Linear(build, f"{prefix}.gate.weight", torch.float32)
         self._bias = None if is_hash else build.tensor(f"{prefix}.gate.bias").float()
         self._table = build.tensor(f"{prefix}.gate.tid2eid").long() if is_hash else None
-        experts = [f"{prefix}.experts.{index}" for index in range(model.n_routed_experts)]
+        self._share = None if build.share is None else build.share.layers[prefix]
+        held = range(model.n_routed_experts) if self._share is None else self._share.held
+        experts = [f"{prefix}.experts.{index}" for index in held]
         w1, w2, w3 = ([build.weights[f"{expert}.{name}.weight"] for expert in experts] for name in ("w1", "w2", "w3"))
         self._experts = build.ops.pack["moe_experts"](w1, w2, w3, build.quantize)
         self._w1, self._w2, self._w3 = (Linear(build, f"{prefix}.shared_experts.{name}.weight") for name in ("w1", "w2", "w3"))
 
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """x: [T, d] after ffn_norm; token_ids: int64 [T]. Returns [T, d] in x's dtype."""
+        """x: [T, d] after ffn_norm; token_ids: int64 [T]. Returns [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
         fixed = None if self._table is None else self._table[token_ids]
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, fixed, self._topk, self._scaling)
-        routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
+        if self._share is None:
+            routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
+        else:
+            arrived = self._share.dispatch(x, ids, weights)
+            rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit)
+            routed = self._share.exchange.combine(rows, arrived)
         hidden = self._ops.swiglu(self._w1(x).float(), self._w3(x).float(), self._limit, x.dtype)
         total: torch.Tensor = (routed + self._w2(hidden).float()).to(x.dtype)
         return total

@@ -28,6 +28,7 @@ from core.errors import ConfigError
 OP_NAMES = (
     "compress_c128",
     "compress_c4",
+    "expert_exchange",
     "fp8_linear",
     "grouped_linear",
     "hc_head",

@@ -14,7 +14,7 @@ from engine.ops.swiglu import swiglu
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
-    """Weights of the experts held here, as the reference wants them: float64, dequantised."""
+    """Weights of the experts held here (in a group a part of all), as the reference wants them: float64, dequantised."""
 
     w13: torch.Tensor
     """[E, 2 I, d]: gate rows, then up rows."""
@@ -25,14 +25,14 @@ class PackedExperts:
 
 
 def moe_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float) -> torch.Tensor:
-    """x: [T, d]; ids: int64 [T, k]; weights: fp32 [T, k]. Returns fp32 [T, d], the sum over k.
+    """x: [T, d]; ids: int64 [T, k], places in `experts`, -1 for none; weights: fp32 [T, k]. Returns fp32 [T, d], the sum over k.
 
     Products are rounded to x's dtype; the weight is applied in fp32, before W2.
     """
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     quantize = act_quant if experts.quantize_activations else torch.Tensor.double
     inputs = quantize(x)
-    for expert in torch.unique(ids).tolist():
+    for expert in torch.unique(ids[ids >= 0]).tolist():
         tokens, place = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = (inputs[tokens] @ experts.w13[expert].T).to(x.dtype).float().chunk(2, dim=1)
         hidden = swiglu(gate, up, limit, torch.float32) * weights[tokens, place, None]

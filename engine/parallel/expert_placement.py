@@ -1,0 +1,122 @@
+"""Which rank of a group holds which experts. Pure.
+
+    slots      [ 0 1 2 3 | 4 5 6 7 ]      two ranks with four slots each; rank r holds slots [r n, (r + 1) n)
+    experts    [ 0 1 2 0 | 3 4 5 2 ]      experts 0 and 2 have two copies: redundant ones, for experts with much to do
+
+A token may go to any copy of its expert: all copies are the same bytes, so the choice changes where the work is done and no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlacement:
+    """One layer's."""
+
+    experts: tuple[int, ...]
+    """The expert in each slot; every expert has at least one."""
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        assert len(self.experts) % self.num_ranks == 0, f"{len(self.experts)} slots on {self.num_ranks} ranks"
+        assert set(self.experts) == set(range(self.num_experts)), "an expert has no slot"
+        for rank in range(self.num_ranks):
+            assert len(set(self.local(rank))) == self.slots_per_rank, f"rank {rank} holds an expert twice: {self.local(rank)}"
+
+    @property
+    def num_experts(self) -> int:
+        return max(self.experts) + 1
+
+    @property
+    def slots_per_rank(self) -> int:
+        return len(self.experts) // self.num_ranks
+
+    def local(self, rank: int) -> tuple[int, ...]:
+        """The experts of a rank, by slot."""
+        return self.experts[rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
+
+    def copies(self) -> list[list[int]]:
+        """The slots of each expert."""
+        found: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for slot, expert in enumerate(self.experts):
+            found[expert].append(slot)
+        return found
+
+
+class SlotChoice:
+    """Expert ids -> slots, as a table on a device: rank r's tokens use copy r mod copies first, then take turns."""
+
+    def __init__(self, placement: ExpertPlacement, rank: int, device: torch.device | str = "cpu") -> None:
+        copies = placement.copies()
+        widest = max(map(len, copies))
+        rows = [[slots[(rank + turn) % len(slots)] for turn in range(widest)] for slots in copies]
+        self._table = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._turns = torch.tensor([len(slots) for slots in copies], dtype=torch.int64, device=device)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: int64 [T, k] -> int64 [T, k]."""
+        if self._table.shape[1] == 1:
+            return self._table[:, 0][ids]
+        turn = torch.arange(len(ids), device=ids.device)[:, None] % self._turns[ids]
+        return self._table[ids, turn]
+
+
+def even_placement(num_experts: int, num_ranks: int, num_redundant: int = 0) -> ExpertPlacement:
+    """Before any load is known: ceil((experts + redundant) / ranks) slots a rank; slots left over hold second copies."""
+    slots_per_rank = -(-(num_experts + num_redundant) // num_ranks)
+    if slots_per_rank * num_ranks == num_experts:
+        return ExpertPlacement(tuple(range(num_experts)), num_ranks)
+    return balanced_placement([1.0] * num_experts, num_ranks, slots_per_rank)
+
+
+def balanced_placement(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> ExpertPlacement:
+    """From measured load (tokens of each expert), make the busiest rank as idle as two greedy rules can:
+
+    copies     one each; every further slot goes to the expert with the most load a copy (at most one copy a rank)
+    ranks      copies from the heaviest to the lightest, each to the least loaded rank with a free slot and without that expert
+
+    Needs num_ranks * slots_per_rank >= len(load). The same load gives the same placement on every rank.
+    """
+    num_slots = num_ranks * slots_per_rank
+    assert len(load) <= num_slots <= len(load) * num_ranks, f"{len(load)} experts in {num_slots} slots of {num_ranks} ranks"
+    copies = [1] * len(load)
+    for _ in range(num_slots - len(load)):
+        growing = [expert for expert in range(len(load)) if copies[expert] < num_ranks]
+        copies[max(growing, key=lambda expert: (load[expert] / copies[expert], -expert))] += 1
+    pieces = [(load[expert] / count, expert) for expert, count in enumerate(copies) for _ in range(count)]
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    for weight, expert in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
+        free = [rank for rank in range(num_ranks) if len(ranks[rank]) < slots_per_rank]
+        fitting = [rank for rank in free if expert not in ranks[rank]]
+        if not fitting:
+            fitting = [_make_room(ranks, totals, [load[e] / copies[e] for e in range(len(load))], expert, free[0])]
+        rank = min(fitting, key=lambda rank: (totals[rank], rank))
+        ranks[rank].append(expert)
+        totals[rank] += weight
+    return ExpertPlacement(tuple(expert for held in ranks for expert in sorted(held)), num_ranks)
+
+
+def _make_room(ranks: list[list[int]], totals: list[float], weights: Sequence[float], expert: int, free: int) -> int:
+    """All ranks with a free slot hold `expert` already: move a light expert from a rank without it to rank `free`. That rank."""
+    movable = [
+        (weights[moved], rank, moved) for rank, held in enumerate(ranks) if expert not in held for moved in held if moved not in ranks[free]
+    ]
+    weight, giver, moved = min(movable)
+    ranks[giver].remove(moved)
+    ranks[free].append(moved)
+    totals[giver] -= weight
+    totals[free] += weight
+    return giver
+
+
+def imbalance(load: Sequence[float], placement: ExpertPlacement) -> float:
+    """Busiest rank over the mean, if every expert's tokens spread evenly over its copies: 1 is perfect. `load` must not be all 0."""
+    copies = placement.copies()
+    totals = [sum(load[expert] / len(copies[expert]) for expert in placement.local(rank)) for rank in range(placement.num_ranks)]
+    return max(totals) * placement.num_ranks / sum(totals)

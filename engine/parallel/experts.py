@@ -1,0 +1,87 @@
+"""A rank's part of its group's experts: which ones are here, how to reach the others, and how much each is used."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from core.errors import ConfigError
+from engine.config import ModelConfig
+from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.registry import BoundOps
+from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
+from engine.parallel.group import Group
+
+_EXPERT = re.compile(r"(.*\.ffn)\.experts\.(\d+)\..*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharing:
+    """How a group is going to use its model."""
+
+    group: Group
+    max_tokens: int
+    """Most tokens of one rank in a step."""
+    is_latency_bound: bool
+    """Decode."""
+    num_redundant: int = 0
+    """Further copies of experts in each layer, over the whole group."""
+
+
+class LayerShare:
+    """One layer's."""
+
+    def __init__(self, placement: ExpertPlacement, rank: int, exchange: ExpertExchange, device: torch.device) -> None:
+        self.placement, self.exchange = placement, exchange
+        self.held = placement.local(rank)
+        """Experts of this rank, by place."""
+        self.load = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
+        """Tokens of this rank's sequences that each expert has had, since the start."""
+        self._choose = SlotChoice(placement, rank, device)
+
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Arrived:
+        flat = ids.flatten()
+        self.load.index_add_(0, flat, torch.ones_like(flat))
+        return self.exchange.dispatch(x, ids, self._choose(ids), weights)
+
+
+class ExpertShare:
+    """All layers'."""
+
+    def __init__(self, layers: dict[str, LayerShare], exchange: ExpertExchange) -> None:
+        self.layers = layers
+        """By the prefix of their tensors: "layers.0.ffn", and so on, then "mtp.0.ffn"."""
+        self._exchange = exchange
+
+    @staticmethod
+    def open(sharing: Sharing, model: ModelConfig, ops: BoundOps, device: torch.device) -> ExpertShare:
+        """Collective: all ranks, with equal arguments. Raises ConfigError if the experts do not spread so, GroupLost."""
+        group, experts = sharing.group, model.n_routed_experts
+        slots = -(-(experts + sharing.num_redundant) // group.size) * group.size
+        if group.size > experts or slots > experts * group.size:
+            raise ConfigError(f"{group.seat.name}: {experts} experts in {slots} places do not spread over {group.size} ranks")
+        placement = even_placement(experts, group.size, sharing.num_redundant)
+        shape = ExchangeShape(
+            hidden_size=model.hidden_size,
+            num_slots=slots,
+            max_tokens=sharing.max_tokens,
+            is_latency_bound=sharing.is_latency_bound,
+        )
+        exchange: ExpertExchange = ops.expert_exchange(group, shape)
+        prefixes = [f"layers.{layer}.ffn" for layer in range(model.num_hidden_layers)]
+        prefixes += [f"mtp.{index}.ffn" for index in range(model.num_nextn_predict_layers)]
+        return ExpertShare({prefix: LayerShare(placement, group.rank, exchange, device) for prefix in prefixes}, exchange)
+
+    def is_wanted(self, name: str) -> bool:
+        """Whether this rank needs a tensor of the checkpoint: all but other ranks' experts."""
+        found = _EXPERT.fullmatch(name)
+        return found is None or int(found[2]) in self.layers[found[1]].held
+
+    def load(self) -> torch.Tensor:
+        """int64 [layers, experts] on the CPU: tokens of this rank's sequences by expert, since the start."""
+        return torch.stack([layer.load for layer in self.layers.values()]).cpu()
+
+    def close(self) -> None:
+        self._exchange.close()

@@ -1,0 +1,61 @@
+"""Where experts and their copies go: every expert somewhere, none twice on a rank, the busiest rank as idle as it can be."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, balanced_placement, even_placement, imbalance
+
+
+def test_without_redundancy_experts_keep_their_order() -> None:
+    assert even_placement(8, 2).experts == tuple(range(8)) and even_placement(8, 2).local(1) == (4, 5, 6, 7)
+
+
+def test_experts_that_do_not_divide_are_filled_up_with_copies() -> None:
+    placement = even_placement(384, 40)  # 9.6 experts a rank
+    assert placement.slots_per_rank == 10 and placement.num_experts == 384
+    assert sorted(len(slots) for slots in placement.copies()) == [1] * 368 + [2] * 16
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_load_is_placed_and_copies_never_make_it_worse(seed: int) -> None:
+    rng = random.Random(seed)
+    num_ranks = rng.choice([1, 2, 3, 4, 8, 16])
+    num_experts = rng.randint(num_ranks, 6 * num_ranks)
+    slots_per_rank = rng.randint(-(-num_experts // num_ranks), min(num_experts, -(-num_experts // num_ranks) + 3))
+    load = [rng.expovariate(1.0) ** 3 for _ in range(num_experts)]
+    placement = balanced_placement(load, num_ranks, slots_per_rank)  # its own checks: all experts, none twice on a rank
+    assert placement == balanced_placement(load, num_ranks, slots_per_rank)
+    assert len(placement.experts) == num_ranks * slots_per_rank
+    # Never over the mean by more than the heaviest copy: what greedy packing promises while slots are free.
+    copies = placement.copies()
+    heaviest = max(load[expert] / len(slots) for expert, slots in enumerate(copies))
+    if slots_per_rank * num_ranks >= 2 * num_experts:
+        assert imbalance(load, placement) <= 1 + heaviest * num_ranks / sum(load) + 1e-9
+
+
+def test_a_skewed_load_is_evened_out_by_redundant_experts() -> None:
+    load = [1.0 / (rank + 1) for rank in range(256)]  # the busiest expert has 256 times the load of the idlest
+    plain, redundant = even_placement(256, 16), balanced_placement(load, 16, 18)
+    assert imbalance(load, plain) > 8
+    assert imbalance(load, redundant) < 1.05
+
+
+def test_a_placement_that_loses_an_expert_or_holds_one_twice_is_a_mistake_of_ours() -> None:
+    with pytest.raises(AssertionError, match="an expert has no slot"):
+        ExpertPlacement((0, 2), 2)
+    with pytest.raises(AssertionError, match="rank 0 holds an expert twice"):
+        ExpertPlacement((0, 0, 1, 0), 2)
+
+
+def test_tokens_take_turns_over_the_copies_of_their_expert() -> None:
+    placement = ExpertPlacement((0, 1, 0, 2, 0, 3), 3)
+    ids = torch.tensor([[0, 1]] * 6)
+    chosen = [SlotChoice(placement, rank)(ids) for rank in range(3)]
+    for rank, slots in enumerate(chosen):
+        assert torch.equal(torch.tensor(placement.experts)[slots], ids)
+        assert slots[0, 0] == 2 * rank  # one's own copy, or one's neighbour's, first
+        assert sorted(slots[:, 0].tolist()) == [0, 0, 2, 2, 4, 4]
