@@ -3,8 +3,9 @@
     spec = load_config(pathlib.Path("cluster.yaml"), ClusterSpec, overrides=["prefill.replicas=2"])
 
 The dataclasses are the schema: keys are fields, a field without a default is required. Types: bool, int, float, str, nested
-dataclasses, `tuple[X, ...]`, `dict[str, X]`, `X | None`. Scalars are read by the declared type (`no` is text where text is wanted,
-1e-6 is a number, quoted digits are not), so none of YAML's surprises apply. Anchors, tags and several documents are refused.
+dataclasses, `tuple[X, ...]`, `dict[str, X]`, `X | None`, and `Any` for what another reader checks, which becomes None. Scalars are read
+by the declared type (`no` is text where text is wanted, 1e-6 is a number, quoted digits are not), so none of YAML's surprises apply.
+Anchors, tags and several documents are refused.
 """
 
 from __future__ import annotations
@@ -212,6 +213,8 @@ def _relocate(node: _Node, where: str) -> None:
 
 def _build(node: _Node, kind: Any, path: str, root: _Node) -> Any:
     """`node` as a value of the annotated type `kind`; `path` is its dotted name, "" for the file."""
+    if kind is Any:
+        return None
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if node.is_null:

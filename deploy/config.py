@@ -1,18 +1,10 @@
-"""The sections `model` and `placement` of the cluster file; the others belong to the folders that read them."""
+"""The section `placement` of the cluster file; the others belong to the folders that read them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from core.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSection:
-    path: str
-    """Folder of the checkpoint (config.json, tokenizer.json, *.safetensors). A relative one starts at the cluster file's folder."""
-    served_name: str = ""
-    """Name that clients ask for; empty: the folder's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

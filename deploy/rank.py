@@ -7,7 +7,6 @@ It builds the worker of its role, starts it, reports on it, and ends with it. Da
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import pathlib
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from core.clock import SystemClock
 from core.log import get_logger, set_up_logging
 from core.request import Load, Member
 from deploy.spec import ClusterSpec
-from kv_transfer.config import TransferConfig
 
 log = get_logger("rank")
 
@@ -116,11 +114,6 @@ class RankActor:
         log.info("rank.done", member=self._assignment.name)
 
 
-def on_loopback(transfer: TransferConfig) -> TransferConfig:
-    """UCX listens on every network device unless told otherwise; one machine needs none but lo (beside shared memory and NVLink)."""
-    return transfer if transfer.ucx_net_devices else dataclasses.replace(transfer, ucx_net_devices="lo")
-
-
 def send_output_to(path: pathlib.Path) -> None:
     """Make `path` the standard output and error of this process, native libraries included."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +135,7 @@ def _new_worker(assignment: Assignment) -> Worker:
     common: dict[str, Any] = {
         "model_path": spec.model_path,
         "engine": spec.engine,
-        "transfer": on_loopback(spec.transfer) if is_embedded else spec.transfer,
+        "transfer": spec.transfer.on_loopback() if is_embedded else spec.transfer,
         "host": host,
         "replica": assignment.index,
         "rank": assignment.rank,

@@ -16,8 +16,9 @@ from typing import Any
 from core.config import load_config, to_yaml
 from core.errors import ConfigError
 from core.kv_layout import PAGE_TOKENS
+from core.model_section import ModelSection
 from decode_worker.config import DecodeConfig
-from deploy.config import ModelSection, PlacementConfig
+from deploy.config import PlacementConfig
 from engine.config import EngineConfig, ModelConfig
 from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
@@ -68,7 +69,7 @@ class ClusterSpec:
 
     @property
     def served_name(self) -> str:
-        return self.model.served_name or self.model_path.name
+        return self.model.public_name
 
     @property
     def namespace(self) -> str:
@@ -111,12 +112,7 @@ def load_spec(path: pathlib.Path, overrides: Sequence[str] = ()) -> ClusterSpec:
     """Read a cluster file; relative paths in it become absolute, from the file's folder. Raises ConfigError with file and line."""
     spec = load_config(path, ClusterSpec, overrides)
     base = path.resolve().parent
-    keys = spec.router.api_keys_file
-    return dataclasses.replace(
-        spec,
-        model=dataclasses.replace(spec.model, path=str((base / spec.model.path).resolve())),
-        router=dataclasses.replace(spec.router, api_keys_file=str((base / keys).resolve()) if keys else ""),
-    )
+    return dataclasses.replace(spec, model=spec.model.relative_to(base), router=spec.router.relative_to(base))
 
 
 def check_files(spec: ClusterSpec) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -73,6 +74,10 @@ class TransferConfig:
                 f"transfer.quarantine_s is {self.quarantine_s}; it must exceed liveness_timeout_s + tcp_user_timeout_s = "
                 f"{self.liveness_timeout_s + self.tcp_user_timeout_s:g}"
             )
+
+    def on_loopback(self) -> TransferConfig:
+        """UCX listens on every network device unless told otherwise; one machine needs none but lo (beside shared memory and NVLink)."""
+        return self if self.ucx_net_devices else dataclasses.replace(self, ucx_net_devices="lo")
 
     def apply_to_environment(self) -> None:
         """UCX and NIXL read their settings from the environment when an agent is created; what is set there already is overruled."""

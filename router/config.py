@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class RouterConfig:
                 raise ConfigError(f"router.{key} is {getattr(self, key)}; it must be above 0")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"router.port is {self.port}; it must be in [0, 65535]")
+
+    def relative_to(self, folder: pathlib.Path) -> RouterConfig:
+        """With an absolute path of the key file, if there is one."""
+        keys = self.api_keys_file
+        return dataclasses.replace(self, api_keys_file=str((folder / keys).resolve()) if keys else "")
 
     def read_api_keys(self) -> tuple[str, ...]:
         """Raises ConfigError if a configured source has none: an empty file must not open the door."""

@@ -1,0 +1,23 @@
+"""The `model` section of the cluster file, which every role reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    path: str
+    """Folder of the checkpoint (config.json, tokenizer.json, *.safetensors). A relative one starts at the cluster file's folder."""
+    served_name: str = ""
+    """Name that clients ask for; empty: the folder's name."""
+
+    @property
+    def public_name(self) -> str:
+        return self.served_name or pathlib.Path(self.path).name
+
+    def relative_to(self, folder: pathlib.Path) -> ModelSection:
+        """With an absolute path."""
+        return dataclasses.replace(self, path=str((folder / self.path).resolve()))
