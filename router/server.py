@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import uvicorn
 
@@ -27,10 +29,20 @@ log = get_logger("router")
 
 class Router:
     def __init__(
-        self, *, config: RouterConfig, served_name: str, model_path: pathlib.Path, max_model_len: int, members: list[Member] | None = None
+        self,
+        *,
+        config: RouterConfig,
+        served_name: str,
+        model_path: pathlib.Path,
+        max_model_len: int,
+        watch: Callable[[Members], Coroutine[Any, Any, None]] | None = None,
+        members: list[Member] | None = None,
     ) -> None:
-        """`members`: a fixed list in place of the controller's. Raises ConfigError for a bad tokenizer or key file."""
-        self._config, self._served_name, self._max_model_len, self._fixed = config, served_name, max_model_len, members
+        """`watch` keeps the members up to date for as long as the router lives; without one the controller's list does. `members`: a
+        fixed list in place of both. Raises ConfigError for a bad tokenizer or key file."""
+        self._config, self._served_name, self._max_model_len = config, served_name, max_model_len
+        self._follow = watch or (lambda members: watch_controller(config.control_address, members))
+        self._fixed = members
         self._codec = TextCodec(model_path)
         self._api_keys = config.read_api_keys()
 
@@ -60,7 +72,7 @@ class Router:
         if self._fixed is not None:
             self.members.update(self._fixed)
         else:
-            self._watch = asyncio.create_task(watch_controller(config.control_address, self.members))
+            self._watch = asyncio.create_task(self._follow(self.members))
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:
             if self._serving.done():

@@ -1,0 +1,71 @@
+"""What `python -m prefill_worker`, `python -m decode_worker` and `python -m router` have in common: arguments, file, signals.
+
+Each reads its own sections of the cluster file and takes the others as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from core.errors import BatonError
+from core.log import get_logger, set_up_logging
+
+log = get_logger("process")
+
+
+class Part(Protocol):
+    """What a process runs: a rank or a router."""
+
+    async def start(self) -> Any: ...
+
+    async def stop(self) -> None: ...
+
+
+def new_parser(folder: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {folder}", description=description)
+    parser.add_argument("file", type=pathlib.Path, help="cluster file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change keys of the file")
+    return parser
+
+
+def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on, and for others to connect to (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="0: any free one; the log names it")
+    parser.add_argument("--replica", type=int, default=0, help="number in the rank's name, e.g. decode/0.0")
+
+
+async def serve(part: Part) -> None:
+    """Run the part until SIGTERM or SIGINT."""
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    await part.start()
+    await told.wait()
+    log.info("process.stopping", pid=os.getpid())
+    await part.stop()
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Exit status: 0 stopped by a signal, 1 with the reason on standard error."""
+    set_up_logging()
+    try:
+        asyncio.run(main())
+    except BatonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before it served
+        return 130
+    return 0
+
+
+def die(reason: str) -> None:
+    """`on_death` of a rank that is a process of its own: whoever started it sees it end."""
+    log.error("process.failed", reason=reason)
+    os._exit(1)

@@ -1,0 +1,53 @@
+"""python -m router FILE [KEY=VALUE ...] --prefill HOST:PORT --decode HOST:PORT: a router alone, with ranks at fixed addresses."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.config import load_config
+from core.model_section import ModelSection
+from core.process import new_parser, run, serve
+from router.addresses import Address, follow_addresses, wait_for_ranks
+from router.config import RouterConfig
+from router.server import Router
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sections:
+    """The cluster file as this process reads it."""
+
+    model: ModelSection
+    router: RouterConfig = field(default_factory=RouterConfig)
+    name: Any = None
+    engine: Any = None
+    prefill: Any = None
+    decode: Any = None
+    transfer: Any = None
+    placement: Any = None
+
+
+async def main() -> None:
+    parser = new_parser("router", "Run one router process for ranks at fixed addresses.")
+    for role in ("prefill", "decode"):
+        parser.add_argument(f"--{role}", action="append", required=True, metavar="HOST:PORT", help=f"a {role} rank; may be repeated")
+    options = parser.parse_args()
+    base = options.file.resolve().parent
+    sections = load_config(options.file, Sections, options.overrides)
+    model = sections.model.relative_to(base)
+    addresses = [Address("prefill", text) for text in options.prefill] + [Address("decode", text) for text in options.decode]
+    ranks = await wait_for_ranks(addresses)
+    router = Router(
+        config=sections.router.relative_to(base),
+        served_name=model.public_name,
+        model_path=pathlib.Path(model.path),
+        max_model_len=min(rank.max_model_len for rank in ranks),
+        watch=lambda members: follow_addresses(addresses, members),
+    )
+    await serve(router)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
