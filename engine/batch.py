@@ -51,6 +51,12 @@ class TokenPlaces:
         """int64 [N] page ids that hold entries `numbers` of the sequences of rows `rows`, `per_page` entries a page."""
         return self.page_table_SP[self.sequences_T[rows_N], numbers_N // per_page].long()
 
+    def rows_of(self, numbers_TK: torch.Tensor, per_page: int) -> torch.Tensor:
+        """Entry numbers of each token's sequence (int32 [T, K], -1 unused) -> rows page * per_page + r of the pool, int32 [T, K]."""
+        used = numbers_TK.clamp(min=0).long()
+        pages = self.page_table_SP[self.sequences_T[:, None], used // per_page]
+        return torch.where(numbers_TK >= 0, pages * per_page + used % per_page, -1).int()
+
     def of_rows(self, rows: slice) -> TokenPlaces:
         """The same for some rows; the page table stays whole."""
         tokens = (self.positions_T[rows], self.sequences_T[rows], self.starts_T[rows], self.slots_T[rows])

@@ -58,7 +58,7 @@ class LoadedModel:
             raise ConfigError(f"engine.max_model_len is {engine.max_model_len}; the model's max_position_embeddings is {limit}")
         is_dummy = engine.load == "dummy"
         layout = build_layout(model, engine, f"{folder.resolve().name}@{'dummy' if is_dummy else checkpoint_identity(folder)}")
-        ops = bind(engine.ops, device)
+        ops = bind(engine, device)
         torch.set_num_threads(engine.threads)
         share = None if sharing is None else ExpertShare.open(sharing, model, ops, device)
         wanted = _all if share is None else share.is_wanted

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from engine.cache.arena import LayerCache
-from engine.cache.layout import WINDOW_ROWS
+from engine.cache.layout import C4_ROWS_PER_PAGE, WINDOW_ROWS
 from engine.model.compressor import Compressor
 from engine.model.indexer import Indexer
 from engine.model.linear import Build, Linear
@@ -51,7 +51,7 @@ class Attention:
             self._compressor.store(x, step, pending, cache.entries)
             chosen = step.dense if self._indexer is None else self._indexer.select(x, qr, step, cache)
         if step.places.is_decode:
-            o = self._ops.sparse_attn_decode(q, cache.window, cache.entries, chosen, step.places, self._sink, self._scale)
+            o = self._decode(q, chosen, step, cache)
         else:
             parts, first = [], 0
             for number, length in enumerate(step.batch.lengths_S):
@@ -61,6 +61,15 @@ class Attention:
             o = torch.cat(parts)
         o = self._ops.output_derotate(o, cos, sin).flatten(1).unflatten(1, (self._groups, -1))
         return self._wo_b(self._ops.grouped_linear(o, self._wo_a).flatten(1))
+
+    def _decode(self, q: torch.Tensor, chosen: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+        """[S, H, D] -> o [S, H, D], over rings and pages where they lie. chosen: int32 [S, K]."""
+        rows = step.places.rows_of(chosen, C4_ROWS_PER_PAGE) if self._ratio == 4 else step.dense_rows if self._ratio else chosen
+        memo = step.memo.setdefault(self._ratio, {})
+        o: torch.Tensor = self._ops.sparse_attn_decode(
+            q, cache.window, step.window_rows, cache.entries, rows, step.counts[self._ratio], self._sink, self._scale, memo
+        )
+        return o
 
     def _window_before(self, step: Step, number: int, cache: LayerCache) -> torch.Tensor:
         """Rows [n, D] of the up to 127 tokens before a chunk, which the chunk's own rows will overwrite."""

@@ -8,7 +8,7 @@ where `reference` is the definition: its signature, docstring, semantics and CPU
 `run` with the same signature. `requires(device)` answers None, or the reason why the backend cannot run there. The layout of
 weights belongs to the backend: an op with weights has a `pack` function (the backend module its own), called once at load.
 
-    ops = bind({"rms_norm": "triton"}, device)   # explicit choices; the rest: first usable backend, else the reference
+    ops = bind(engine, device)   # engine.ops names choices; the rest: first usable backend, else the reference
     ops.rms_norm(x, weight, eps)
     weight = ops.pack["fp8_linear"](checkpoint_weight)
 """
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from core.errors import ConfigError
+from engine.config import EngineConfig
 
 OP_NAMES = (
     "compress_c128",
@@ -51,12 +52,18 @@ OP_NAMES = (
 """Every folder beside this file, in alphabetical order (a test compares)."""
 
 
+def _any_format(engine: EngineConfig) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Impl:
     module: str
     """Imported only when chosen."""
     requires: Callable[[torch.device], str | None]
     """None if it can run on the device, else the reason why not."""
+    suits: Callable[[EngineConfig], str | None] = _any_format
+    """None if it can run with these formats, else the reason why not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,33 +119,32 @@ def load_backend(op: Op, backend: str) -> tuple[Callable[..., Any], Callable[...
     return run, module.pack if op.pack else None
 
 
-def bind(overrides: Mapping[str, str], device: torch.device) -> BoundOps:
-    """Choose a backend for every op. Raises ConfigError for an unknown op or backend, or an explicit one that cannot run."""
-    for name in overrides:
+def bind(engine: EngineConfig, device: torch.device) -> BoundOps:
+    """Choose a backend for every op: the one that engine.ops names, else the first that can run here. In float32 mode, which is for
+    comparison, only named ones replace the reference. Raises ConfigError for an unknown op or backend, or a named one that cannot run.
+    """
+    for name in engine.ops:
         if name not in OP_NAMES:
             raise ConfigError(f"engine.ops: unknown op {name!r}; known: {', '.join(OP_NAMES)}")
     functions, packs, choices = {}, {}, []
     for name in OP_NAMES:
         op = get_op(name)
-        reasons: list[str] = []
-        wanted = overrides.get(name)
-        if wanted is not None and wanted != "reference":
-            if wanted not in op.backends:
-                allowed = ", ".join(("reference", *op.backends))
-                raise ConfigError(f"engine.ops.{name}: unknown backend {wanted!r}; allowed: {allowed}")
-            reason = op.backends[wanted].requires(device)
-            if reason is not None:
-                raise ConfigError(f"engine.ops.{name}: backend {wanted!r} cannot run here: {reason}")
-        chosen = wanted or "reference"
+        reasons = {backend: impl.requires(device) or impl.suits(engine) for backend, impl in op.backends.items()}
+        wanted = engine.ops.get(name)
         if wanted is None:
-            for backend, impl in op.backends.items():
-                reason = impl.requires(device)
-                if reason is None:
-                    chosen = backend
-                    break
-                reasons.append(f"{backend}: {reason}")
+            usable = [backend for backend, reason in reasons.items() if reason is None and engine.dtype == "bfloat16"]
+            chosen = usable[0] if usable else "reference"
+        elif wanted == "reference" or (wanted in op.backends and reasons[wanted] is None):
+            chosen = wanted
+        elif wanted not in op.backends:
+            allowed = ", ".join(("reference", *op.backends))
+            raise ConfigError(f"engine.ops.{name}: unknown backend {wanted!r}; allowed: {allowed}")
+        else:
+            raise ConfigError(f"engine.ops.{name}: backend {wanted!r} cannot run here: {reasons[wanted]}")
         functions[name], pack = load_backend(op, chosen)
         if pack is not None:
             packs[name] = pack
-        choices.append(Choice(name, chosen, tuple(reasons)))
+        known = list(reasons)
+        passed_over = known[: known.index(chosen)] if chosen in known else known
+        choices.append(Choice(name, chosen, tuple(f"{backend}: {reasons[backend] or 'not asked for'}" for backend in passed_over)))
     return BoundOps(functions, packs, tuple(choices))

@@ -6,6 +6,8 @@ import importlib.util
 
 import torch
 
+from engine.config import EngineConfig
+
 OLDEST_CAPABILITY = (9, 0)
 """Hopper: FP8 matrix instructions with 2-way accumulation in fp32 and the register file the tile tables assume."""
 
@@ -26,3 +28,12 @@ def triton(device: torch.device) -> str | None:
 def deep_gemm(device: torch.device) -> str | None:
     reason = cuda(device)
     return reason if reason is not None or importlib.util.find_spec("deep_gemm") else "deep_gemm is not installed"
+
+
+def flash_mla(device: torch.device) -> str | None:
+    reason = cuda(device)
+    return reason if reason is not None or importlib.util.find_spec("flash_mla") else "flash_mla is not installed"
+
+
+def fp8_rows(engine: EngineConfig) -> str | None:
+    return None if engine.kv_format == "fp8" else f"needs kv_format fp8, not {engine.kv_format}"

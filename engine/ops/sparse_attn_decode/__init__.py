@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def sparse_attn_decode(
     q: torch.Tensor,
     window: RowPool,
+    window_rows: torch.Tensor,
     entries: RowPool | None,
-    chosen: torch.Tensor,
-    places: TokenPlaces,
+    entry_rows: torch.Tensor,
+    num_entries: torch.Tensor,
     sink: torch.Tensor,
     scale: float,
+    memo: dict[str, Any],
 ) -> torch.Tensor:
-    """q: [S, H, D], one token of each of S sequences, whose own row is in the window already. Window: the last 128 positions, this one
-    included, at row p mod 128 of the ring of its slot. Entries: numbers chosen[s, k] (int32 [S, K], -1 unused, K may be 0) of the
-    sequence, found through its page table. sink: fp32 [H]. Returns [S, H, D] in q's dtype; a filler row's is zero.
+    """q: [S, H, D], one token of each of S sequences. Each sees rows window_rows[s] of the window and entry_rows[s] of the entries: int32
+    [S, 128] and [S, K] (K may be 0), numbers unit * R + r in a pool of R rows a unit; used ones first, then -1. num_entries: int32 [S],
+    how many of entry_rows are used. sink: fp32 [H], a logit with value 0, not scaled. memo: what a backend keeps from layer to layer
+    of one step; empty at its start. Returns [S, H, D] in q's dtype; without rows the result is zero.
     """
-    ring = window.data.shape[1]
-    row = torch.arange(ring, device=q.device)
-    rows = window.read(places.slots_T[:, None], row[None, :])
-    visible = row[None, :] <= places.positions_T[:, None]  # before the ring is full only rows 0..p were written
-    if entries is not None and chosen.shape[1]:
-        per_page = entries.data.shape[1]
-        number = chosen.clamp(min=0).long()
-        pages = places.page_table_SP[places.sequences_T].long().gather(1, number // per_page).clamp(min=0)
-        rows = torch.cat((rows, entries.read(pages, number % per_page)), dim=1)
-        visible = torch.cat((visible, chosen >= 0), dim=1)
-    rows64 = rows.double().masked_fill(~visible[..., None], 0.0)  # an unused row may hold NaN bytes
+    rows, used = _read(window, window_rows), window_rows >= 0
+    if entries is not None and entry_rows.shape[1]:
+        rows = torch.cat((rows, _read(entries, entry_rows)), dim=1)
+        used = torch.cat((used, entry_rows >= 0), dim=1)
+    rows64 = rows.double().masked_fill(~used[..., None], 0.0)  # an unused row may hold NaN bytes
     scores = (q.double() @ rows64.transpose(1, 2)) * scale
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    scores = scores.masked_fill(~used[:, None], -torch.inf)
     bottom = sink.double()[None, :, None]
     top = torch.maximum(scores.amax(-1, keepdim=True), bottom)
     weight = torch.exp(scores - top)
@@ -42,4 +41,16 @@ def sparse_attn_decode(
     return ((weight / total) @ rows64).to(q.dtype)
 
 
-OP = Op("sparse_attn_decode", sparse_attn_decode)
+def _read(pool: RowPool, rows: torch.Tensor) -> torch.Tensor:
+    place = rows.clamp(min=0).long()
+    return pool.read(place // pool.data.shape[1], place % pool.data.shape[1])
+
+
+OP = Op(
+    "sparse_attn_decode",
+    sparse_attn_decode,
+    backends={
+        "flash_mla": Impl("engine.ops.sparse_attn_decode.flash_mla", requires.flash_mla, requires.fp8_rows),
+        "triton": Impl("engine.ops.sparse_attn_decode.triton", requires.triton),
+    },
+)

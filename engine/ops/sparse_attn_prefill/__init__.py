@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 QUERY_BLOCK = 64
 
@@ -34,4 +35,11 @@ def sparse_attn_prefill(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor
     return out
 
 
-OP = Op("sparse_attn_prefill", sparse_attn_prefill)
+OP = Op(
+    "sparse_attn_prefill",
+    sparse_attn_prefill,
+    backends={
+        "flash_mla": Impl("engine.ops.sparse_attn_prefill.flash_mla", requires.flash_mla, requires.fp8_rows),
+        "triton": Impl("engine.ops.sparse_attn_prefill.triton", requires.triton),
+    },
+)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from core.errors import ConfigError
+from engine.config import EngineConfig
 from engine.ops.registry import OP_NAMES, Impl, Op, bind, get_op, load_backend
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def test_every_folder_is_an_op_and_every_op_a_folder() -> None:
 
 
 def test_all_ops_are_bound_and_the_table_names_them() -> None:
-    ops = bind({"rms_norm": "reference"}, CPU)
+    ops = bind(EngineConfig(ops={"rms_norm": "reference"}), CPU)
     assert {choice.op for choice in ops.choices} == set(OP_NAMES)
     assert all(name in ops.table() for name in OP_NAMES)
     x = torch.randn(3, 8)
@@ -31,7 +32,7 @@ def test_all_ops_are_bound_and_the_table_names_them() -> None:
 @pytest.mark.parametrize(("overrides", "words"), [({"rms_nrm": "reference"}, "unknown op"), ({"rms_norm": "tpu"}, "unknown backend")])
 def test_unknown_choices_are_refused(overrides: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        bind(overrides, CPU)
+        bind(EngineConfig(ops=overrides), CPU)
 
 
 def test_an_explicit_backend_that_cannot_run_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +40,8 @@ def test_an_explicit_backend_that_cannot_run_is_refused_with_its_reason(monkeypa
     broken = Op(op.name, op.reference, op.pack, {"triton": Impl("no.such.module", lambda device: "needs a GPU")})
     monkeypatch.setattr("engine.ops.rms_norm.OP", broken)
     with pytest.raises(ConfigError, match="cannot run here: needs a GPU"):
-        bind({"rms_norm": "triton"}, CPU)
-    (choice,) = [choice for choice in bind({}, CPU).choices if choice.op == "rms_norm"]
+        bind(EngineConfig(ops={"rms_norm": "triton"}), CPU)
+    (choice,) = [choice for choice in bind(EngineConfig(), CPU).choices if choice.op == "rms_norm"]
     assert (choice.backend, choice.reasons) == ("reference", ("triton: needs a GPU",))
 
 

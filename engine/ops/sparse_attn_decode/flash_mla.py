@@ -1,0 +1,65 @@
+"""FlashMLA's sparse decode kernel over the pools where they lie: window and entries in one call.
+
+Its tile schedule depends on the lengths alone, so it is worked out in the step's first layer of each kind and kept in the memo.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flash_mla
+import torch
+
+from engine.cache.arena import RowPool
+
+HEADS = (64, 128)
+"""Numbers of query heads that the kernel knows; fewer are filled up."""
+ROWS = 64
+"""It takes rows by so many."""
+
+
+def run(
+    q: torch.Tensor,
+    window: RowPool,
+    window_rows: torch.Tensor,
+    entries: RowPool | None,
+    entry_rows: torch.Tensor,
+    num_entries: torch.Tensor,
+    sink: torch.Tensor,
+    scale: float,
+    memo: dict[str, Any],
+) -> torch.Tensor:
+    sequences, heads, width = q.shape
+    if not sequences:
+        return torch.empty_like(q)
+    missing = next(known for known in HEADS if known >= heads) - heads
+    if missing:
+        q, sink = torch.nn.functional.pad(q, (0, 0, 0, missing)), torch.nn.functional.pad(sink, (0, missing))
+    more: dict[str, Any] = {}
+    if entries is not None and entry_rows.shape[1]:
+        rows = torch.nn.functional.pad(entry_rows, (0, -entry_rows.shape[1] % ROWS), value=-1) if entry_rows.shape[1] % ROWS else entry_rows
+        more = {"extra_k_cache": _blocks(entries), "extra_indices_in_kvcache": rows[:, None], "extra_topk_length": num_entries}
+    if "schedule" not in memo:
+        memo["schedule"], _ = flash_mla.get_mla_metadata()
+    out, _ = flash_mla.flash_mla_with_kvcache(
+        q[:, None],
+        _blocks(window),
+        None,
+        None,
+        width,
+        memo["schedule"],
+        softmax_scale=scale,
+        indices=window_rows[:, None],
+        attn_sink=sink,
+        use_legacy=True,
+        kv_format="V4",
+        **more,
+    )
+    return out[:, 0, :heads]
+
+
+def _blocks(pool: RowPool) -> torch.Tensor:
+    """uint8 [units, R, 1, bytes of a row]: data rows, then scale rows, as they lie in each unit."""
+    units, rows, data_bytes = pool.data.shape
+    row_bytes = data_bytes + pool.scale.shape[2]
+    return pool.data.as_strided((units, rows, 1, row_bytes), (pool.data.stride(0), row_bytes, row_bytes, 1))
