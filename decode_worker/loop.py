@@ -5,14 +5,13 @@ Everything that happens to a request happens in this thread: commands and transf
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from core.clock import Clock
 from core.codec import encode_failure, encode_reservation, encode_stages, encode_tokens
 from core.errors import BatonError, Draining, InternalError, InvalidRequest, Preempted, TransferFailed
+from core.inbox import InboxThread
 from core.log import get_logger
 from core.request import Load, Member, Request, Reservation, Tokens
 from core.session import Outbox
@@ -71,8 +70,7 @@ class DecodeLoop:
         self._jobs: dict[str, Job] = {}
         self._running: list[Sequence] = []
         """In the order in which they became ready."""
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
+        self._thread = InboxThread("decode-loop", self._turn, self._died)
         self._failed_steps, self._steps, self._tokens = 0, 0, 0
         self.is_draining = False
         self.load = Load()
@@ -85,7 +83,7 @@ class DecodeLoop:
 
     def stop(self) -> None:
         """Returns when the thread has ended; jobs are dropped."""
-        self._inbox.put(None)
+        self._thread.end()
         self._thread.join()
 
     @property
@@ -93,10 +91,10 @@ class DecodeLoop:
         return not self._jobs and not self._reservations.num_quarantined
 
     def reserve(self, request: Request, outbox: Outbox) -> None:
-        self._inbox.put(lambda: self._reserve(request, outbox))
+        self._thread.put(lambda: self._reserve(request, outbox))
 
     def cancel(self, request_id: str, outbox: Outbox) -> None:
-        self._inbox.put(lambda: self._cancel(request_id, outbox))
+        self._thread.put(lambda: self._cancel(request_id, outbox))
 
     def session_closed(self, outbox: Outbox) -> None:
         """Cancel everything that came over a session."""
@@ -105,36 +103,25 @@ class DecodeLoop:
             for request_id in [name for name, job in self._jobs.items() if job.outbox is outbox]:
                 self._end(request_id, "cancelled")
 
-        self._inbox.put(closed)
+        self._thread.put(closed)
 
     def transfer_event(self, event: Event) -> None:
-        self._inbox.put(lambda: self._transfer_event(event))
+        self._thread.put(lambda: self._transfer_event(event))
 
     # -- the thread ------------------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while self._take_orders(block=not self._running):
-                self._expire()
-                if self._running:
-                    self._step()
-                else:
-                    self._reservations.check_integrity()
-                self._refresh_load()
-        except Exception as error:  # the loop's own state can no longer be trusted
-            log.exception("decode.died", error=repr(error))
-            self._on_death(repr(error))
+    def _turn(self) -> float:
+        self._expire()
+        if self._running:
+            self._step()
+        else:
+            self._reservations.check_integrity()
+        self._refresh_load()
+        return 0.0 if self._running else IDLE_S
 
-    def _take_orders(self, *, block: bool) -> bool:
-        """Run what came in; False when told to stop."""
-        try:
-            order = self._inbox.get(timeout=IDLE_S) if block else self._inbox.get_nowait()
-            while order is not None:
-                order()
-                order = self._inbox.get_nowait()
-            return False
-        except queue.Empty:
-            return True
+    def _died(self, error: Exception) -> None:
+        log.exception("decode.died", error=repr(error))
+        self._on_death(repr(error))
 
     def _reserve(self, request: Request, outbox: Outbox) -> None:
         now = self._clock.now()

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import queue
-import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from google.protobuf.message import DecodeError
 from core.clock import Clock
 from core.codec import encode_error
 from core.errors import BatonError, Mismatch, Unavailable
+from core.inbox import InboxThread
 from core.kv_layout import WIRE_VERSION, KVLayout
 from core.log import get_logger
 from core.request import Member
@@ -87,13 +86,13 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         self._state = Receiver(incarnation=member.incarnation, quarantine_s=config.quarantine_s, answer_s=answer_s)
         self._places: dict[int, tuple[tuple[int, ...], int]] = {}
         """Epoch -> page ids and slot id, for checked mode."""
-        self._inbox: queue.SimpleQueue[Callable[[], list[Action]] | None] = queue.SimpleQueue()
         self._sessions: dict[str, _Session] = {}
         """Added and removed on the event loop, read by the thread."""
         self._num_sessions = 0
-        self._thread = threading.Thread(target=self._run, name="kv-receiver", daemon=True)
-        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = InboxThread("kv-receiver", self._turn, self._died)
+        self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._agent = b""
+        self._next_tick = clock.now() + TICK_S
 
     # -- for the worker --------------------------------------------------------------------------------------------------------
 
@@ -103,24 +102,24 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
     async def start(self) -> None:
         """To be called on the worker's event loop, where the sessions will run. Raises what keeps the transport from starting."""
         self._loop = asyncio.get_running_loop()
+        self._thread.put(self._open_transport)
         self._thread.start()
-        await asyncio.wrap_future(self._started)
+        await asyncio.wrap_future(self._opened)
 
     async def close(self) -> None:
-        self._inbox.put(None)
+        self._thread.end()
         for session in list(self._sessions.values()):
             session.outbox.close()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._join)
 
     def expect(self, epoch: int, request_id: str, page_ids: tuple[int, ...], slot_id: int, num_tokens: int) -> None:
         """Let a sender open this epoch."""
 
-        def expected() -> list[Action]:
+        def expected() -> None:
             self._places[epoch] = (page_ids, slot_id)
             self._state.expect(epoch, request_id, len(page_ids), num_tokens)
-            return []
 
-        self._inbox.put(expected)
+        self._thread.put(expected)
 
     def release(self, epoch: int) -> None:
         """The sequence took its first step: its sender may free its pages."""
@@ -129,53 +128,48 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             self._places.pop(epoch, None)
             return self._state.release(epoch)
 
-        self._inbox.put(released)
+        self._order(released)
 
     def revoke(self, epoch: int) -> None:
         """Have the sender stop. Quiesced follows when nothing of it can land any more."""
-        self._inbox.put(lambda: self._state.revoke(epoch, self._clock.now()))
+        self._order(lambda: self._state.revoke(epoch, self._clock.now()))
 
     # -- the thread ------------------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _order(self, order: Callable[[], list[Action]]) -> None:
+        self._thread.put(lambda: self._perform(order()))
+
+    def _join(self) -> None:
+        self._thread.join()
+        self._transport.close()
+
+    def _open_transport(self) -> None:
+        name = f"{self._member.name}#{self._member.incarnation}"
         try:
-            name = f"{self._member.name}#{self._member.incarnation}"
             self._transport, self._agent = open_transport(self._config, name, self._pages, self._slots)
-        except BatonError as error:  # for whoever waits in `start`
-            self._started.set_exception(error)
-            return
-        self._started.set_result(None)
-        try:
-            self._receive()
-        except Exception as error:  # outermost: who may write where can no longer be told
-            log.exception("receiver.died", error=repr(error))
-            self._on_death(f"kv receiver: {error!r}")
-        finally:
-            self._transport.close()
+        except Exception as error:  # whatever it is, `start` raises it
+            self._thread.end()
+            self._opened.set_exception(error)
+        else:
+            self._opened.set_result(None)
 
-    def _receive(self) -> None:
-        next_tick = self._clock.now() + TICK_S
-        while self._take_orders():
-            now = self._clock.now()
-            if self._state.num_open or now >= next_tick:
-                for note in self._transport.poll().notifications:
-                    self._perform(self._commit(note))
-            if now >= next_tick:
-                next_tick = now + TICK_S
-                self._perform(self._state.tick(now))
-                self._metrics.open_epochs.set(self._state.num_open)
-                self._metrics.quarantined.set(self._state.num_quarantined_pages)
+    def _turn(self) -> float:
+        now = self._clock.now()
+        if self._state.num_open or now >= self._next_tick:
+            for note in self._transport.poll().notifications:
+                self._perform(self._commit(note))
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_S
+            self._perform(self._state.tick(now))
+            self._metrics.open_epochs.set(self._state.num_open)
+            self._metrics.quarantined.set(self._state.num_quarantined_pages)
+        return self._config.poll_interval_ms / 1000 if self._state.num_open else TICK_S
 
-    def _take_orders(self) -> bool:
-        """Run what came in, waiting for it as long as the transport need not be polled; False when told to stop."""
-        try:
-            order = self._inbox.get(timeout=self._config.poll_interval_ms / 1000 if self._state.num_open else TICK_S)
-            while order is not None:
-                self._perform(order())
-                order = self._inbox.get_nowait()
-            return False
-        except queue.Empty:
-            return True
+    def _died(self, error: Exception) -> None:
+        """Who may write where can no longer be told."""
+        log.exception("receiver.died", error=repr(error))
+        self._transport.close()
+        self._on_death(f"kv receiver: {error!r}")
 
     def _commit(self, note: bytes) -> list[Action]:
         try:
@@ -261,7 +255,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
                 return  # over: a ping must not be answered any more
             session.heard_at, session.ping = self._clock.now(), message.ping
             if message.renew or message.last_write_out:
-                self._inbox.put(lambda: self._heard(session.key, message))
+                self._order(lambda: self._heard(session.key, message))
 
         def finish(update: transfer_pb2.ReceiverMessage) -> None:
             if session.ping:
@@ -313,7 +307,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         was_silent = self._clock.now() - session.heard_at > SILENT_S
         log.warning("transfer.sender_lost", sender=session.key, reason=reason, was_silent=was_silent)
         self._metrics.senders_lost.inc()
-        self._inbox.put(lambda: self._state.sender_lost(session.key, self._clock.now(), was_silent=was_silent))
+        self._order(lambda: self._state.sender_lost(session.key, self._clock.now(), was_silent=was_silent))
 
     def _heard(self, sender: str, message: transfer_pb2.SenderMessage) -> list[Action]:
         actions: list[Action] = []

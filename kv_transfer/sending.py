@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
-import queue
-import threading
 from collections.abc import Callable
 
 from core.clock import Clock
 from core.errors import BatonError, MemberLost
+from core.inbox import InboxThread
 from core.kv_layout import KVLayout
 from core.log import get_logger
 from core.request import Member, Reservation
@@ -63,7 +62,6 @@ class KVSender:
                 drain_s=config.tcp_user_timeout_s,
             )
         )
-        self._inbox: queue.SimpleQueue[Callable[[], list[Action] | None] | None] = queue.SimpleQueue()
         self._sessions: dict[str, PeerSession] = {}
         """By link; owned by the thread."""
         self._links: dict[tuple[str, int], str] = {}
@@ -71,9 +69,10 @@ class KVSender:
         self._num_links = 0
         self._writes: dict[int, str] = {}
         """Write id -> request."""
-        self._thread = threading.Thread(target=self._run, name="kv-sender", daemon=True)
-        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = InboxThread("kv-sender", self._turn, self._died)
+        self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._agent = b""
+        self._next_tick = clock.now() + TICK_S
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- for the worker --------------------------------------------------------------------------------------------------------
@@ -81,13 +80,14 @@ class KVSender:
     async def start(self) -> None:
         """To be called on the worker's event loop, where the sessions will run. Raises what keeps the transport from starting."""
         self._loop = asyncio.get_running_loop()
+        self._thread.put(self._open_transport)
         self._thread.start()
-        await asyncio.wrap_future(self._started)
+        await asyncio.wrap_future(self._opened)
 
     async def close(self) -> None:
         """End the thread and its transport, then all sessions. Hand-offs under way are lost to their receivers."""
-        self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        self._thread.end()
+        await asyncio.to_thread(self._join)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -98,63 +98,57 @@ class KVSender:
 
     def open(self, request_id: str, reservation: Reservation) -> None:
         """Begin a hand-off. Its pages may be pushed at once; Closed says when they may be freed."""
-        self._inbox.put(lambda: self._open(request_id, reservation))
+        self._order(lambda: self._open(request_id, reservation))
 
     def push_pages(self, request_id: str, first_page: int, local_page_ids: list[int]) -> None:
         """Pages first_page, first_page + 1, ... of the sequence are final."""
-        self._inbox.put(functools.partial(self._state.push, request_id, first_page, local_page_ids))
+        self._thread.put(functools.partial(self._state.push, request_id, first_page, local_page_ids))
 
     def commit(self, request_id: str, order: CommitOrder) -> None:
         """All pages of the sequence, the last partial one included, have been pushed."""
-        self._inbox.put(functools.partial(self._state.commit, request_id, order, self._clock.now()))
+        self._thread.put(functools.partial(self._state.commit, request_id, order, self._clock.now()))
 
     def abort(self, request_id: str) -> None:
         """Closed follows as soon as nothing of it is in flight."""
-        self._inbox.put(lambda: self._state.abort(request_id))
+        self._order(lambda: self._state.abort(request_id))
 
     # -- the thread ------------------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _order(self, order: Callable[[], list[Action]]) -> None:
+        self._thread.put(lambda: self._perform(order()))
+
+    def _join(self) -> None:
+        self._thread.join()
+        self._transport.close()
+
+    def _open_transport(self) -> None:
+        name = f"{self._member.name}#{self._member.incarnation}"
         try:
-            name = f"{self._member.name}#{self._member.incarnation}"
             self._transport, self._agent = open_transport(self._config, name, self._pages, self._slots)
-        except BatonError as error:  # for whoever waits in `start`
-            self._started.set_exception(error)
-            return
-        self._started.set_result(None)
-        try:
-            self._send()
-        except Exception as error:  # outermost: what is in flight can no longer be told
-            log.exception("sender.died", error=repr(error))
-            self._on_death(f"kv sender: {error!r}")
-        finally:
-            self._transport.close()
+        except Exception as error:  # whatever it is, `start` raises it
+            self._thread.end()
+            self._opened.set_exception(error)
+        else:
+            self._opened.set_result(None)
 
-    def _send(self) -> None:
-        next_tick = self._clock.now() + TICK_S
-        while self._take_orders():
-            self._fence()
-            now = self._clock.now()
-            if self._state.needs_progress or now >= next_tick:
-                self._poll()
-            if now >= next_tick:
-                next_tick = now + TICK_S
-                self._perform(self._state.tick(now))
-                self._metrics.open_hand_offs.set(self._state.num_open)
-                self._metrics.bytes_in_flight.set(self._state.bytes_in_flight)
-            self._write()
+    def _turn(self) -> float:
+        self._fence()
+        now = self._clock.now()
+        if self._state.needs_progress or now >= self._next_tick:
+            self._poll()
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_S
+            self._perform(self._state.tick(now))
+            self._metrics.open_hand_offs.set(self._state.num_open)
+            self._metrics.bytes_in_flight.set(self._state.bytes_in_flight)
+        self._write()
+        return self._config.poll_interval_ms / 1000 if self._state.needs_progress else TICK_S
 
-    def _take_orders(self) -> bool:
-        """Run what came in, waiting for it as long as the transport need not be polled; False when told to stop."""
-        try:
-            order = self._inbox.get(timeout=self._config.poll_interval_ms / 1000 if self._state.needs_progress else TICK_S)
-            self._fence()
-            while order is not None:
-                self._perform(order() or [])
-                order = self._inbox.get_nowait()
-            return False
-        except queue.Empty:
-            return True
+    def _died(self, error: Exception) -> None:
+        """What is in flight can no longer be told."""
+        log.exception("sender.died", error=repr(error))
+        self._transport.close()
+        self._on_death(f"kv sender: {error!r}")
 
     def _fence(self) -> None:
         self._perform(self._state.fence(self._clock.now()))
@@ -267,7 +261,8 @@ class KVSender:
         """Have the thread connect the transport."""
         connected: concurrent.futures.Future[None] = concurrent.futures.Future()
 
-        def connect() -> list[Action]:
+        def connect() -> None:
+            self._fence()
             try:
                 if not self._state.is_usable(link):
                     raise MemberLost(f"{link} was given up")
@@ -276,16 +271,15 @@ class KVSender:
                 connected.set_exception(error)
             else:
                 connected.set_result(None)
-            return []
 
-        self._inbox.put(connect)
+        self._thread.put(connect)
         return connected
 
     def session_heard(self, link: str, message: transfer_pb2.ReceiverMessage) -> None:
-        self._inbox.put(lambda: self._heard(link, message))
+        self._order(lambda: self._heard(link, message))
 
     def session_ended(self, link: str, error: BatonError) -> None:
-        self._inbox.put(lambda: self._state.peer_lost(link, error))
+        self._order(lambda: self._state.peer_lost(link, error))
 
 
 def _region(wire: transfer_pb2.Region) -> Region:

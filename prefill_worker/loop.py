@@ -8,18 +8,18 @@ Everything that happens to a job happens in this thread: commands and transfer e
 from __future__ import annotations
 
 import enum
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from core.clock import Clock
 from core.codec import encode_failure, encode_logprobs, encode_stages, encode_tokens
 from core.errors import BatonError, DeadlineExceeded, Draining, InternalError, InvalidRequest, Overloaded
+from core.inbox import InboxThread
 from core.kv_layout import PAGE_TOKENS
 from core.log import get_logger
 from core.request import Load, Request, Reservation, Tokens
 from core.session import Outbox
+from engine.batch import Chunk
 from engine.runner import ChunkResult, Runner
 from engine.scheduler.pages import PageAllocator, SlotAllocator
 from engine.scheduler.prefill import PrefillPlanner
@@ -74,8 +74,7 @@ class PrefillLoop:
         self._pages, self._slots = PageAllocator(config.num_pages), SlotAllocator(config.num_slots)
         self._planner = PrefillPlanner(chunk_tokens=config.chunk_tokens, max_sequences=config.num_slots)
         self._jobs: dict[str, Job] = {}
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="prefill-loop", daemon=True)
+        self._thread = InboxThread("prefill-loop", self._turn, self._died)
         self._failed_steps = 0
         self._transfer_bytes, self._transfer_seconds, self._steps, self._tokens = 0, 0.0, 0, 0
         self.is_draining = False
@@ -89,7 +88,7 @@ class PrefillLoop:
 
     def stop(self) -> None:
         """Returns when the thread has ended; jobs are dropped."""
-        self._inbox.put(None)
+        self._thread.end()
         self._thread.join()
 
     @property
@@ -97,66 +96,55 @@ class PrefillLoop:
         return not self._jobs
 
     def run(self, request: Request, reservation: Reservation, outbox: Outbox) -> None:
-        self._inbox.put(lambda: self._accept(request, reservation, outbox))
+        self._thread.put(lambda: self._accept(request, reservation, outbox))
 
     def cancel(self, request_id: str, outbox: Outbox) -> None:
-        self._inbox.put(lambda: self._cancel(request_id, outbox))
+        self._thread.put(lambda: self._cancel(request_id, outbox))
 
     def session_closed(self, outbox: Outbox) -> None:
         """Cancel everything that came over a session."""
-        self._inbox.put(lambda: self._drop_session(outbox))
+        self._thread.put(lambda: self._drop_session(outbox))
 
     def _drop_session(self, outbox: Outbox) -> None:
         for job in [job for job in self._jobs.values() if job.outbox is outbox]:
             self._drop(job, None)
 
     def transfer_event(self, event: HandedOff | Closed) -> None:
-        self._inbox.put(lambda: self._handed_off(event) if isinstance(event, HandedOff) else self._closed(event))
+        self._thread.put(lambda: self._handed_off(event) if isinstance(event, HandedOff) else self._closed(event))
 
     # -- the thread ------------------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while self._take_orders(block=not self._has_work()):
-                self._expire()
-                self._admit()
-                chunks = self._planner.plan([j.sequence for j in self._jobs.values() if j.state is State.COMPUTING])
-                if chunks:
-                    began = self._clock.now()
-                    try:
-                        results = self._runner.step(chunks)
-                        self._failed_steps = 0
-                    except Exception as error:  # a bug or a broken device: confined to the requests of this step
-                        self._step_failed([chunk.sequence.request_id for chunk in chunks], error)
-                        continue
-                    self._metrics.step_seconds.observe(self._clock.now() - began)
-                    self._steps += 1
-                    self._tokens += sum(chunk.length for chunk in chunks)
-                    self._metrics.steps.inc()
-                    self._metrics.tokens.inc(sum(chunk.length for chunk in chunks))
-                    for result in results:
-                        self._advance(self._jobs[result.sequence.request_id], result)
-                elif not self._jobs:
-                    self._pages.check_integrity()
-                    self._slots.check_integrity()
-                self._refresh_load()
-        except Exception as error:  # the loop's own state can no longer be trusted
-            log.exception("prefill.died", error=repr(error))
-            self._on_death(repr(error))
+    def _turn(self) -> float:
+        self._expire()
+        self._admit()
+        chunks = self._planner.plan([j.sequence for j in self._jobs.values() if j.state is State.COMPUTING])
+        if chunks:
+            self._step(chunks)
+        elif not self._jobs:
+            self._pages.check_integrity()
+            self._slots.check_integrity()
+        self._refresh_load()
+        return 0.0 if any(job.state is State.COMPUTING for job in self._jobs.values()) else IDLE_S
 
-    def _has_work(self) -> bool:
-        return any(job.state is State.COMPUTING for job in self._jobs.values())
+    def _died(self, error: Exception) -> None:
+        log.exception("prefill.died", error=repr(error))
+        self._on_death(repr(error))
 
-    def _take_orders(self, *, block: bool) -> bool:
-        """Run what came in; False when told to stop."""
+    def _step(self, chunks: list[Chunk]) -> None:
+        began = self._clock.now()
         try:
-            order = self._inbox.get(timeout=IDLE_S) if block else self._inbox.get_nowait()
-            while order is not None:
-                order()
-                order = self._inbox.get_nowait()
-            return False
-        except queue.Empty:
-            return True
+            results = self._runner.step(chunks)
+            self._failed_steps = 0
+        except Exception as error:  # a bug or a broken device: confined to the requests of this step
+            self._step_failed([chunk.sequence.request_id for chunk in chunks], error)
+            return
+        self._metrics.step_seconds.observe(self._clock.now() - began)
+        self._steps += 1
+        self._tokens += sum(chunk.length for chunk in chunks)
+        self._metrics.steps.inc()
+        self._metrics.tokens.inc(sum(chunk.length for chunk in chunks))
+        for result in results:
+            self._advance(self._jobs[result.sequence.request_id], result)
 
     def _accept(self, request: Request, reservation: Reservation, outbox: Outbox) -> None:
         try:
