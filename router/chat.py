@@ -142,7 +142,8 @@ class Chat:
         sampling = dataclasses.replace(self._request.sampling, seed=(self._request.sampling.seed + index) % 2**64)
         usage = recipe.PromptUsage(prompt_tokens=len(self._request.prompt))
         opening = processor.push(recipe.InferenceChunk.ready(prompt_usage=usage))  # held: until a token is there, errors have a status
-        async with aclosing(self._service.sequence(f"{self.id}-{index}", self._request.prompt, sampling)) as outputs:
+        journey = self._service.new_journey(f"{self.id}-{index}", len(self._request.prompt))
+        async with aclosing(self._service.sequence(journey, self._request.prompt, sampling)) as outputs:
             async for output in outputs:
                 for chunk in opening:
                     yield chunk
@@ -157,7 +158,8 @@ class Chat:
                     for chunk in processor.push(recipe.InferenceChunk.tokens(ids, logprobs)):
                         yield chunk
                 if processor.finished:
-                    return  # a stop sequence
+                    journey.finish_reason = FinishReason.STOP  # at a stop sequence
+                    return
                 if output.finish_reason is not None:
                     is_stop = output.finish_reason is FinishReason.STOP
                     reason = recipe.InferenceFinishReason.Stop if is_stop else recipe.InferenceFinishReason.Length

@@ -217,7 +217,8 @@ class Completion:
             else:
                 self._add_logprobs(choice, prompt[:1], (None,))
                 choice.offset += len(codec.spelling(prompt[0]))
-        async with aclosing(self._service.sequence(f"{self.id}-{choice.index}", prompt, sampling)) as outputs:
+        journey = self._service.new_journey(f"{self.id}-{choice.index}", len(prompt))
+        async with aclosing(self._service.sequence(journey, prompt, sampling)) as outputs:
             async for output in outputs:
                 if output.prompt_logprobs:
                     start = output.prompt_start
@@ -226,11 +227,11 @@ class Completion:
                         choice.offset += len(codec.spelling(token))
                     continue
                 if request.echo_only:
-                    choice.finish_reason = "length"
+                    choice.finish_reason, journey.finish_reason = "length", FinishReason.LENGTH
                     break
                 self._add(choice, output, text, matcher)
                 if matcher.matched is not None:
-                    choice.finish_reason = "stop"
+                    choice.finish_reason, journey.finish_reason = "stop", FinishReason.STOP
                 if choice.text or choice.tokens or choice.finish_reason:
                     yield choice.take()
                 if choice.finish_reason:

@@ -60,6 +60,8 @@ class Journey:
     num_output_tokens: int = 0
     first_token_at: float | None = None
     last_token_at: float | None = None
+    finish_reason: FinishReason | None = None
+    """What the client is told: the ranks' reason, or STOP where the reader cut the text at a stop string."""
 
     def add(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds

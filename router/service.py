@@ -56,18 +56,21 @@ class Service:
             self._admission.leave(num_sequences)
             self.metrics.in_progress.set(self._admission.num_requests)
 
-    async def sequence(self, public_id: str, token_ids: tuple[int, ...], sampling: SamplingParams) -> AsyncGenerator[Output, None]:
-        """Outputs of one sequence until its finish_reason. Raises the error that ended it; closing it cancels everywhere."""
-        began = self._clock.now()
-        journey = Journey(public_id, len(token_ids), began)
+    def new_journey(self, public_id: str, num_prompt_tokens: int) -> Journey:
+        """Of a sequence that begins now."""
+        return Journey(public_id, num_prompt_tokens, self._clock.now())
+
+    async def sequence(self, journey: Journey, token_ids: tuple[int, ...], sampling: SamplingParams) -> AsyncGenerator[Output, None]:
+        """Outputs of one sequence until its finish_reason. Raises the error that ended it; closing it cancels everywhere. A reader
+        that has what it wants before that sets the journey's finish_reason."""
         request = Request(
-            request_id=f"{public_id}.{uuid.uuid4().hex[:8]}",
+            request_id=f"{journey.request_id}.{uuid.uuid4().hex[:8]}",
             token_ids=token_ids,
             prompt_len=len(token_ids),
             sampling=sampling,
             deadline_s=self.config.request_timeout_s,
         )
-        status, is_waiting = "cancelled", True
+        failure, is_waiting = "", True
         try:
             async with aclosing(self._relay.generate(request, journey)) as outputs:
                 async for output in outputs:
@@ -75,19 +78,15 @@ class Service:
                         is_waiting = False
                         self._admission.first_token(len(token_ids))
                     self._note_tokens(journey, len(output.token_ids))
-                    if output.finish_reason is not None:
-                        status = "ok"
+                    journey.finish_reason = output.finish_reason
                     yield output
         except BatonError as error:
-            status = error.code
-            raise
-        except GeneratorExit:  # the reader has what it wants: a stop string, or its client left
-            status = "ok" if status == "ok" else "stopped"
+            failure = error.code
             raise
         finally:
             if is_waiting:
                 self._admission.first_token(len(token_ids))
-            self._note_end(journey, status)
+            self._note_end(journey, failure or ("ok" if journey.finish_reason else "cancelled"))
 
     def _note_tokens(self, journey: Journey, count: int) -> None:
         now = self._clock.now()
@@ -113,6 +112,7 @@ class Service:
             id=journey.request_id,
             model=self.model,
             status=status,
+            finish_reason=journey.finish_reason.value if journey.finish_reason else "none",
             prompt_tokens=journey.num_prompt_tokens,
             output_tokens=journey.num_output_tokens,
             ttft_s=first - journey.began if first is not None else "none",

@@ -1,0 +1,109 @@
+"""The request log: how a sequence ended, as the client was told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pathlib
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from core.clock import SystemClock
+from core.errors import MemberLost
+from core.request import FinishReason, Request
+from router import completions
+from router.chat import CHAT, Chat, ChatFormat
+from router.config import RouterConfig
+from router.metrics import RouterMetrics
+from router.relay import Journey, Output, Relay
+from router.service import Service
+from router.tokens import TextCodec
+
+MODEL = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "demo_model" / "checkpoint"
+CODEC = TextCodec(MODEL)
+SAID = tuple(CODEC.encode("the red fox has the lamp. The owl has the"))
+
+
+class Said:
+    """A relay that says SAID, one token a time, and then `ending`."""
+
+    def __init__(self, ending: FinishReason | BaseException) -> None:
+        self.ending = ending
+
+    async def generate(self, request: Request, journey: Journey) -> AsyncGenerator[Output, None]:
+        for place, token in enumerate(SAID):
+            await asyncio.sleep(0)
+            is_last = place == len(SAID) - 1
+            if is_last and isinstance(self.ending, BaseException):
+                raise self.ending
+            reason = self.ending if is_last and isinstance(self.ending, FinishReason) else None
+            yield Output(token_ids=(token,), finish_reason=reason)
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+    logger, found = logging.getLogger("baton.request"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def new_service(ending: FinishReason | BaseException) -> Service:
+    metrics = RouterMetrics(CollectorRegistry(), "r")
+    return Service(RouterConfig(), "demo", 512, CODEC, cast(Relay, Said(ending)), metrics, SystemClock())
+
+
+async def complete(service: Service, leave_after: int = 10**6, **body: Any) -> None:
+    parsed = completions.parse({"model": "demo", "prompt": "a", "max_tokens": 64, **body}, service)
+    async with aclosing(completions.Completion(service, parsed).choices()) as items:
+        async for _ in items:
+            leave_after -= 1
+            if leave_after == 0:
+                return
+
+
+def fields(line: str) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+
+
+@pytest.mark.parametrize(
+    ("ending", "body", "status", "reason"),
+    [
+        (FinishReason.LENGTH, {}, "ok", "length"),
+        (FinishReason.STOP, {}, "ok", "stop"),
+        (FinishReason.LENGTH, {"stop": ["lamp"]}, "ok", "stop"),
+        (FinishReason.LENGTH, {"stop": ["owl has the"]}, "ok", "stop"),
+        (FinishReason.LENGTH, {"stop": ["dragon"]}, "ok", "length"),
+        (FinishReason.LENGTH, {"leave_after": 2}, "cancelled", "none"),
+        (MemberLost("gone"), {}, "MemberLost", "none"),
+    ],
+)
+def test_the_log_names_the_finish_reason_that_the_client_was_told(
+    lines: list[str], ending: FinishReason | BaseException, body: dict[str, Any], status: str, reason: str
+) -> None:
+    service = new_service(ending)
+    try:
+        asyncio.run(complete(service, **body))
+    except MemberLost:
+        assert isinstance(ending, MemberLost)
+    (line,) = lines
+    assert (fields(line)["status"], fields(line)["finish_reason"]) == (status, reason), line
+    assert service.num_requests == 0
+
+
+def test_a_stop_sequence_of_a_chat_is_logged_as_stop(lines: list[str]) -> None:
+    service = new_service(FinishReason.LENGTH)
+    form = ChatFormat(service, default_thinking=False)
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "stop": ["lamp"]}
+    answer = asyncio.run(Chat(service, form, CHAT, form.parse(body, CHAT)).response())
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert (fields(lines[0])["status"], fields(lines[0])["finish_reason"]) == ("ok", "stop")
