@@ -145,5 +145,5 @@ class Group:
 def _lost(seat: Seat, what: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what torch.distributed raises for closed connections and deadlines alike
+    except (RuntimeError, OSError) as error:  # torch.distributed raises RuntimeError for closed connections and deadlines alike
         raise GroupLost(f"{seat.member}: the group of {seat.size} {what}: {str(error).splitlines()[0][:200]}") from error
