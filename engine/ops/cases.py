@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from engine.cache.arena import RowPool
 from engine.ops.registry import Op, load_backend
 
 Draw = Callable[[torch.device, int], tuple[Any, ...]]
@@ -39,7 +40,7 @@ class Case:
     small: bool = False
     """Small enough for Triton's interpreter on CPU (well under a second)."""
     written: tuple[int, ...] = ()
-    """Arguments that the op writes to: compared after it, beside what it returns."""
+    """Arguments that the op writes to: compared after it, beside what it returns; a RowPool as its data, then its scales."""
     check: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None] | None = None
     """In place of the comparison by tolerance: (outputs, outputs of the reference); raises AssertionError."""
 
@@ -96,7 +97,11 @@ def outputs_of(op: Op, backend: str, case: Case, device: torch.device, seed: int
     run, args = prepared(op, backend, case.draw(device, seed))
     result = run(*args)
     returned = () if result is None else result if isinstance(result, tuple) else (result,)
-    return [*returned, *(args[index] for index in case.written)]
+    written: list[torch.Tensor] = []
+    for index in case.written:
+        arg = args[index]
+        written += (arg.data, arg.scale) if isinstance(arg, RowPool) else (arg,)
+    return [*returned, *written]
 
 
 def compare(case: Case, outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> list[float]:

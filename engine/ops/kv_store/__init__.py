@@ -6,7 +6,8 @@ import torch
 
 from engine.cache.arena import RowPool
 from engine.model.rope import rotate
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def norm_rope(
@@ -38,4 +39,4 @@ def kv_store(
     return pool.form.decode(data, scale)
 
 
-OP = Op("kv_store", kv_store)
+OP = Op("kv_store", kv_store, backends={"triton": Impl("engine.ops.kv_store.triton", requires.triton)})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from engine.model.rope import rotate
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def q_norm_rope(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
@@ -14,4 +15,4 @@ def q_norm_rope(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: floa
     return rotate(q64 * torch.rsqrt(q64.square().mean(-1, keepdim=True) + eps), cos, sin).to(q.dtype)
 
 
-OP = Op("q_norm_rope", q_norm_rope)
+OP = Op("q_norm_rope", q_norm_rope, backends={"triton": Impl("engine.ops.q_norm_rope.triton", requires.triton)})

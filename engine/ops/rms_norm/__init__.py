@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -17,4 +18,4 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (normed * weight.double()).to(x.dtype)
 
 
-OP = Op("rms_norm", rms_norm)
+OP = Op("rms_norm", rms_norm, backends={"triton": Impl("engine.ops.rms_norm.triton", requires.triton)})

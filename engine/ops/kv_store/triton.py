@@ -1,0 +1,107 @@
+"""kv_store in one pass: a program norms, rotates, rounds, quantises and stores a few tokens, and returns their values as stored."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.cache.arena import RowPool
+from engine.cache.rows import Fp8KvRows, PlainRows
+
+
+@triton.jit
+def ceil_exponent(scale):
+    """uint8 exponent (bias 127) of the smallest power of two >= scale: int32, from fp32 > 0."""
+    bits = scale.to(tl.int32, bitcast=True)
+    return (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
+
+
+@triton.jit
+def kv_store_kernel(
+    kv_ptr, weight_ptr, cos_ptr, sin_ptr, data_ptr, scale_ptr, units_ptr, rows_ptr, out_ptr, tokens, eps,
+    unit_stride, row_stride, scale_unit_stride, scale_row_stride,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    alive = token < tokens
+    channel = tl.arange(0, DIM)
+    at = token[:, None] * DIM + channel[None, :]
+    x = tl.load(kv_ptr + at, mask=alive[:, None], other=0.0).to(tl.float32)
+    unit = tl.load(units_ptr + token, mask=alive, other=-1)
+    row = tl.load(rows_ptr + token, mask=alive, other=0)
+    x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None] * tl.load(weight_ptr + channel).to(tl.float32)[None, :]
+    pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
+    turned = alive[:, None] & (pair >= 0)[None, :]
+    angle = token[:, None] * (ROPE // 2) + pair[None, :]
+    c = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+    s = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+    even, odd = tl.split(tl.reshape(x, [TOKENS, DIM // 2, 2]))
+    x = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [TOKENS, DIM]).to(kv_ptr.dtype.element_ty)
+    stored = (unit >= 0)[:, None] & (channel >= 0)[None, :]
+    base = data_ptr + (unit * unit_stride + row * row_stride)[:, None]
+    if FP8:
+        GROUPS: tl.constexpr = DIM // 64
+        x = x.to(tl.bfloat16).to(tl.float32)
+        groups = tl.reshape(x, [TOKENS, GROUPS, 64])
+        exponent = ceil_exponent(tl.math.div_rn(tl.maximum(tl.max(tl.abs(groups), 2), 1e-4), 448.0))
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        power = (exponent << 23).to(tl.float32, bitcast=True)
+        codes = tl.clamp(groups * inverse[:, :, None], -448.0, 448.0).to(tl.float8e4nv)
+        values = tl.reshape(codes.to(tl.float32) * power[:, :, None], [TOKENS, DIM])
+        nope = (channel < DIM - ROPE)[None, :]
+        tl.store(base + channel[None, :], tl.reshape(codes, [TOKENS, DIM]).to(tl.uint8, bitcast=True), mask=stored & nope)
+        rope_base = (base + (DIM - ROPE)).to(tl.pointer_type(tl.bfloat16))
+        tl.store(rope_base + (channel[None, :] - (DIM - ROPE)), x.to(tl.bfloat16), mask=stored & ~nope)
+        group = tl.arange(0, GROUPS)  # the last group is the rope channels: its byte is padding, zero
+        bytes = tl.where((group < GROUPS - 1)[None, :], exponent, 0).to(tl.uint8)
+        scale_base = scale_ptr + (unit * scale_unit_stride + row * scale_row_stride)[:, None]
+        tl.store(scale_base + group[None, :], bytes, mask=(unit >= 0)[:, None] & (group >= 0)[None, :])
+        x = tl.where(nope, values, x)
+    else:
+        tl.store(base.to(tl.pointer_type(out_ptr.dtype.element_ty)) + channel[None, :], x.to(out_ptr.dtype.element_ty), mask=stored)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=alive[:, None])
+
+
+def run(
+    kv: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    pool: RowPool,
+    units: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """As the reference; D and the rope width powers of two, tensors contiguous."""
+    tokens, dim = kv.shape
+    rope = 2 * cos.shape[1]
+    assert all(tensor.is_contiguous() for tensor in (kv, weight, cos, sin, units, rows)) and pool.data.stride(2) == 1
+    assert dim & (dim - 1) == 0 and rope & (rope - 1) == 0 and isinstance(pool.form, Fp8KvRows | PlainRows), f"{dim=} {rope=} {pool.form}"
+    out = torch.empty(tokens, dim, dtype=pool.form.dtype, device=kv.device)
+    if tokens:
+        block = 1 if tokens <= 1024 else 4
+        kv_store_kernel[(triton.cdiv(tokens, block),)](
+            kv, weight, cos, sin, pool.data, pool.scale, units, rows, out, tokens, eps, *pool.data.stride()[:2], *pool.scale.stride()[:2],
+            TOKENS=block, DIM=dim, ROPE=rope, FP8=isinstance(pool.form, Fp8KvRows), num_warps=block,
+        )  # fmt: skip
+    return out
+
+
+_TYPES = dict.fromkeys(("data_ptr", "scale_ptr"), "*u8") | dict.fromkeys(("units_ptr", "rows_ptr"), "*i64")
+_TYPES |= dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32") | {"tokens": "i32", "eps": "fp32", "weight_ptr": "*bf16"}
+_TYPES |= dict.fromkeys(("unit_stride", "row_stride"), "i32:16") | dict.fromkeys(("scale_unit_stride", "scale_row_stride"), "i32")
+AOT = [
+    (
+        kv_store_kernel,
+        _TYPES | {"kv_ptr": dtype, "out_ptr": dtype},
+        {"TOKENS": block, "DIM": dim, "ROPE": rope, "FP8": fp8},
+        {"num_warps": block},
+    )
+    for dtype, block, dim, rope, fp8 in (
+        ("*bf16", 1, 512, 64, True),
+        ("*bf16", 4, 512, 64, True),
+        ("*bf16", 4, 512, 64, False),
+        ("*fp32", 1, 64, 16, False),
+    )
+]
