@@ -1,13 +1,15 @@
 """DeepSeek-V4, top to bottom (deepseek-v4 spec, section 2.0).
 
 e = Embed[ids]; h = 4 streams of e
-for each layer:   attention sublayer, then MoE sublayer, each between hc_pre (mix the streams, norm) and hc_post (spread)
+for each layer:   attention sublayer, then MoE sublayer, each between hc_pre (mix the streams, norm) and hc_post (spread); the post
+                  of one sublayer and the pre of the next are one op
 hc_head -> RMSNorm -> logits
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -23,39 +25,49 @@ from engine.ops.registry import BoundOps
 from engine.parallel.experts import ExpertShare
 
 
-class HyperConnection:
-    """The parameters of one sublayer's connection to the streams."""
+@dataclass(frozen=True, slots=True)
+class Unspread:
+    """What a sublayer leaves: its output y [T, d], to be spread over the streams h [T, M, d] that fed it, with its gates."""
 
-    def __init__(self, build: Build, prefix: str, sublayer: str) -> None:
+    y: torch.Tensor
+    h: torch.Tensor
+    post: torch.Tensor
+    comb: torch.Tensor
+
+
+class HyperConnection:
+    """The parameters of one sublayer's connection to the streams. The first sublayer of all starts from streams, the others from what
+    the one before leaves: spreading that is fused with making the next input."""
+
+    def __init__(self, build: Build, prefix: str, sublayer: str, is_first: bool) -> None:
         model = build.model
         self._ops, self._eps, self._hc_eps, self._iters = build.ops, model.rms_norm_eps, model.hc_eps, model.hc_sinkhorn_iters
-        self._fn, self._base, self._scale = (build.tensor(f"{prefix}.hc_{sublayer}_{part}").float() for part in ("fn", "base", "scale"))
+        self._fn = build.ops.pack["hc_pre" if is_first else "hc_post_pre"](build.tensor(f"{prefix}.hc_{sublayer}_fn"))
+        self._base, self._scale = (build.tensor(f"{prefix}.hc_{sublayer}_{part}").float() for part in ("base", "scale"))
         self._norm = build.tensor(f"{prefix}.{sublayer}_norm.weight")
 
-    def pre(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[T, M, d] -> normed input of the sublayer [T, d], and what `post` needs."""
-        mixed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self._ops.hc_pre(
-            h, self._fn, self._base, self._scale, self._norm, self._eps, self._hc_eps, self._iters
-        )
-        return mixed
-
-    def post(self, y: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
-        streams: torch.Tensor = self._ops.hc_post(y, h, post, comb)
-        return streams
+    def run(self, last: torch.Tensor | Unspread, sublayer: Callable[[torch.Tensor], torch.Tensor]) -> Unspread:
+        """`sublayer`: normed input [T, d] -> output [T, d]."""
+        constants = (self._fn, self._base, self._scale, self._norm, self._eps, self._hc_eps, self._iters)
+        if isinstance(last, Unspread):
+            h, x, post, comb = self._ops.hc_post_pre(last.y, last.h, last.post, last.comb, *constants)
+        else:
+            h, (x, post, comb) = last, self._ops.hc_pre(last, *constants)
+        return Unspread(sublayer(x), h, post, comb)
 
 
 class Block:
-    def __init__(self, build: Build, prefix: str, ratio: int, is_hash: bool) -> None:
-        self._attn_hc, self._ffn_hc = HyperConnection(build, prefix, "attn"), HyperConnection(build, prefix, "ffn")
+    def __init__(self, build: Build, layer: int, ratio: int, is_hash: bool) -> None:
+        prefix = f"layers.{layer}"
+        self._attn_hc = HyperConnection(build, prefix, "attn", is_first=layer == 0)
+        self._ffn_hc = HyperConnection(build, prefix, "ffn", is_first=False)
         self._attention = Attention(build, f"{prefix}.attn", ratio)
         self._moe = MoE(build, f"{prefix}.ffn", is_hash)
 
-    def forward(self, h: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """Streams [T, M, d] -> streams."""
-        x, post, comb = self._attn_hc.pre(h)
-        h = self._attn_hc.post(self._attention.forward(x, step, cache), h, post, comb)
-        x, post, comb = self._ffn_hc.pre(h)
-        return self._ffn_hc.post(self._moe.forward(x, step.batch.token_ids_T), h, post, comb)
+    def forward(self, last: torch.Tensor | Unspread, step: Step, cache: LayerCache) -> Unspread:
+        """`last`: of the block before; the streams in the first."""
+        last = self._attn_hc.run(last, lambda x: self._attention.forward(x, step, cache))
+        return self._ffn_hc.run(last, lambda x: self._moe.forward(x, step.batch.token_ids_T))
 
     def join(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Serve the peers' tokens with the experts held here; x: [0, d]."""
@@ -79,10 +91,9 @@ class DeepseekV4:
         self._model, self._ops, self._dtype = model, ops, dtype
         self._embed = build.tensor("embed.weight").to(dtype)
         self._new_step = StepMaker(model, self._embed.device)
-        self._layers = [
-            Block(build, f"layers.{layer}", ratio, layer < model.num_hash_layers) for layer, ratio in enumerate(model.compress_ratios)
-        ]
-        self._head_hc = tuple(build.tensor(f"hc_head_{part}").float() for part in ("fn", "base", "scale"))
+        self._layers = [Block(build, layer, ratio, layer < model.num_hash_layers) for layer, ratio in enumerate(model.compress_ratios)]
+        self._head_fn = ops.pack["hc_head"](build.tensor("hc_head_fn"))
+        self._head_base, self._head_scale = (build.tensor(f"hc_head_{part}").float() for part in ("base", "scale"))
         self._norm = build.tensor("norm.weight")
         self._head = Linear(build, "head.weight", torch.float32)
         self.mtp_weights = {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
@@ -90,13 +101,16 @@ class DeepseekV4:
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: ModelCaches) -> torch.Tensor:
         """Run the batch's tokens; returns fp32 logits [R, vocab] of the rows it asks for. The caches then hold their state."""
-        h = self._embed[batch.token_ids_T].unsqueeze(1).repeat(1, self._model.hc_mult, 1)
+        last: torch.Tensor | Unspread = self._embed[batch.token_ids_T].unsqueeze(1).repeat(1, self._model.hc_mult, 1)
         step = self._new_step(batch)
         for layer, cache in zip(self._layers, caches.layers, strict=True):
-            h = layer.forward(h, step, cache)
+            last = layer.forward(last, step, cache)
+        assert isinstance(last, Unspread)
+        parts: tuple[torch.Tensor, ...] = (last.y, last.h, last.post, last.comb)
         if batch.logits_rows_R is not None:
-            h = h[batch.logits_rows_R]
-        x = self._ops.hc_head(h, *self._head_hc, self._model.rms_norm_eps, self._model.hc_eps)
+            parts = tuple(part[batch.logits_rows_R] for part in parts)
+        h = self._ops.hc_post(*parts)
+        x = self._ops.hc_head(h, self._head_fn, self._head_base, self._head_scale, self._model.rms_norm_eps, self._model.hc_eps)
         logits: torch.Tensor = self._head(self._ops.rms_norm(x, self._norm, self._model.rms_norm_eps))
         return logits
 

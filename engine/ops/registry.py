@@ -34,6 +34,7 @@ OP_NAMES = (
     "grouped_linear",
     "hc_head",
     "hc_post",
+    "hc_post_pre",
     "hc_pre",
     "index_logits",
     "index_query",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.hc_pre import pack
+from engine.ops.registry import Impl, Op
 
 
 def hc_head(h: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float) -> torch.Tensor:
@@ -15,4 +17,4 @@ def hc_head(h: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.
     return torch.einsum("tm,tmd->td", pre, h.double()).to(h.dtype)
 
 
-OP = Op("hc_head", hc_head)
+OP = Op("hc_head", hc_head, pack, {"triton": Impl("engine.ops.hc_head.triton", requires.triton)})

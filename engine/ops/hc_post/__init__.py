@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def hc_post(y: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
@@ -16,4 +17,4 @@ def hc_post(y: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Te
     return (mixed + post.double().unsqueeze(2) * y.double().unsqueeze(1)).to(h.dtype)
 
 
-OP = Op("hc_post", hc_post)
+OP = Op("hc_post", hc_post, backends={"triton": Impl("engine.ops.hc_post.triton", requires.triton)})

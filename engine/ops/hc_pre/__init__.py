@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
+
+
+def pack(fn: torch.Tensor) -> torch.Tensor:
+    """fn of a checkpoint -> fp32."""
+    return fn.float()
 
 
 def hc_pre(
@@ -39,4 +45,4 @@ def hc_pre(
     return x.to(h.dtype), post.float(), comb.float()
 
 
-OP = Op("hc_pre", hc_pre)
+OP = Op("hc_pre", hc_pre, pack, {"triton": Impl("engine.ops.hc_pre.triton", requires.triton)})

@@ -1,0 +1,33 @@
+"""Hyper-connections between two sublayers: the post of one and the pre of the next, in one op (spec 2.1)."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.ops import requires
+from engine.ops.hc_post import hc_post
+from engine.ops.hc_pre import hc_pre, pack
+from engine.ops.registry import Impl, Op
+
+
+def hc_post_pre(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`hc_post(y, h, post, comb)`, then `hc_pre` of its result with the next sublayer's parameters.
+
+    Returns (streams [T, M, d], x [T, d], post [T, M], comb [T, M, M]), the last three for the next sublayer."""
+    streams = hc_post(y, h, post, comb)
+    return streams, *hc_pre(streams, fn, base, scale, norm_weight, norm_eps, hc_eps, sinkhorn_iters)
+
+
+OP = Op("hc_post_pre", hc_post_pre, pack, {"triton": Impl("engine.ops.hc_post_pre.triton", requires.triton)})

@@ -1,0 +1,57 @@
+"""hc_post_pre at the shapes of hc_pre."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.ops.cases import Bench, Draw, randn
+from engine.ops.hc_pre.cases import EPS, HC_EPS, ITERATIONS, OUTPUTS, STREAMS, case, last_gates, norm_weight, parameters
+
+
+def _draw(tokens: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Draw:
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        y = randn(device, seed, tokens, dim, dtype=dtype)
+        h = randn(device, seed + 1, tokens, STREAMS, dim, dtype=dtype)
+        norm = norm_weight(device, seed + 7, dim)
+        return y, h, *last_gates(device, seed + 2, tokens), *parameters(device, seed + 4, dim), norm, EPS, HC_EPS, ITERATIONS
+
+    return draw
+
+
+CASES = (
+    case("no tokens", _draw(0, 256), small=True),
+    case("one token in fp32", _draw(1, 256, torch.float32), small=True),
+    case("odd width in fp32", _draw(3, 48, torch.float32), small=True),
+    case("one token", _draw(1, 4096)),
+    case("Pro one token", _draw(1, 7168)),
+    case("demo batch", _draw(17, 256)),
+    case("batch 33", _draw(33, 4096)),
+    case("Pro batch 64", _draw(64, 7168)),
+    case("batch 129", _draw(129, 4096)),
+    case("Flash prefill", _draw(4097, 4096)),
+    case("Pro prefill", _draw(1500, 7168)),
+    case("fp32 prefill", _draw(300, 1024, torch.float32)),
+)
+
+
+def _bench(tokens: int, dim: int) -> Bench:
+    gates = 2 * tokens * (STREAMS + STREAMS * STREAMS) * 4
+    num_bytes = tokens * (2 * STREAMS + 2) * dim * 2 + OUTPUTS * STREAMS * dim * 4 + gates
+    return Bench(f"T={tokens} d={dim}", _draw(tokens, dim), num_bytes)
+
+
+BENCH = tuple(
+    _bench(tokens, dim)
+    for tokens, dim in (
+        (1, 4096),
+        (8, 4096),
+        (32, 4096),
+        (64, 4096),
+        (128, 4096),
+        (1, 7168),
+        (128, 7168),
+        (1024, 4096),
+        (8192, 4096),
+        (8192, 7168),
+    )
+)
