@@ -151,7 +151,7 @@ class EngineConfig:
     """How the model is run; equal for prefill and decode ranks (each role adds its own sizes)."""
 
     device: str = "auto"
-    """"cpu" or "auto" (the same until GPU backends are there); "cuda" is refused for now."""
+    """"cpu", "cuda", or "auto": the GPU if there is one."""
     load: str = "checkpoint"
     """"checkpoint" reads the model folder; "dummy" draws weights of the right shapes and formats from a fixed seed."""
     dtype: str = "bfloat16"

@@ -22,7 +22,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.memory_plan import MemoryPlan, tensor_bytes
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.shards import checkpoint_identity
-from engine.model.weights import dummy_weights, load_weights
+from engine.model.weights import dummy_weights, open_weights
 from engine.ops.registry import BoundOps, bind
 from engine.parallel.experts import ExpertShare, Sharing
 from engine.runner import ChunkResult, ModelRunner
@@ -62,7 +62,7 @@ class LoadedModel:
         torch.set_num_threads(engine.threads)
         share = None if sharing is None else ExpertShare.open(sharing, model, ops, device)
         wanted = _all if share is None else share.is_wanted
-        weights = dummy_weights(model, wanted=wanted) if is_dummy else load_weights(folder, model, wanted)
+        weights = dummy_weights(model, device, wanted=wanted) if is_dummy else open_weights(folder, model, device, wanted)
         log.info("engine.loaded", model=layout.model, device=device, fingerprint=layout.fingerprint())
         for line in ops.table().splitlines():
             log.debug("engine.op", choice=line)
@@ -86,10 +86,11 @@ def _all(name: str) -> bool:
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """ "auto" is the CPU until there are GPU backends. Raises ConfigError for "cuda"."""
-    if wanted == "cuda":
-        raise ConfigError("engine.device is 'cuda', which has no backends yet: only the CPU reference path is there; use 'cpu' or 'auto'")
-    return torch.device("cpu")
+    """ "auto" is the GPU if there is one. Raises ConfigError for "cuda" without one."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError(f"engine.device is 'cuda', but torch {torch.__version__} finds no GPU here; use 'cpu' or 'auto'")
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu and wanted != "cpu" else torch.device("cpu")
 
 
 def check_fits(request: Request, model: ModelConfig, max_model_len: int) -> None:

@@ -96,7 +96,7 @@ class DeepseekV4:
         self._head_base, self._head_scale = (build.tensor(f"hc_head_{part}").float() for part in ("base", "scale"))
         self._norm = build.tensor("norm.weight")
         self._head = Linear(build, "head.weight", torch.float32)
-        self.mtp_weights = {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
+        self.mtp_weights = {name: weights[name] for name in weights if name.startswith("mtp.")}
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: ModelCaches) -> torch.Tensor:

@@ -38,6 +38,9 @@ class QuantizedWeight:
     def num_bytes(self) -> int:
         return self.data.nbytes + self.scale.nbytes
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        return QuantizedWeight(self.kind, self.data.to(device), self.scale.to(device))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[N, K]; exact in float32, and in bfloat16 too (both codes have at most 4 significant bits)."""
         return dequantize_fp8(self.data, self.scale, dtype) if self.kind == "fp8" else dequantize_mxfp4(self.data, self.scale, dtype)

@@ -7,8 +7,9 @@ a shard that is cut off. `load: dummy` draws weights of the same shapes and form
 from __future__ import annotations
 
 import hashlib
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from core.errors import CheckpointError
 from core.log import get_logger
 from engine.config import ModelConfig
-from engine.model.quantized import FP4_GROUP, FP8_BLOCK, QuantizedWeight, Weight, quantize_fp8, quantize_mxfp4
+from engine.model.quantized import FP4_GROUP, FP8_BLOCK, QuantizedWeight, Weight
 from engine.model.shards import DTYPES, Entry, find_tensors
 
 log = get_logger("weights")
@@ -167,12 +168,40 @@ def check_checkpoint(folder: pathlib.Path, model: ModelConfig) -> dict[str, Entr
     return found
 
 
-def load_weights(folder: pathlib.Path, model: ModelConfig, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Weight]:
-    """Check the whole checkpoint, then read the tensors whose published name is `wanted` (an expert-parallel rank leaves out the
-    other ranks' experts). Raises CheckpointError, for all that headers can tell before anything is read."""
+class WeightSource(Mapping[str, Weight]):
+    """Weights by published name, each read onto a device when it is asked for, and not kept: a model packs them one by one."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Weight], device: torch.device) -> None:
+        self._names, self._read, self._device = dict.fromkeys(names), read, device
+
+    def __getitem__(self, name: str) -> Weight:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name).to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+CPU = torch.device("cpu")
+
+
+def open_weights(
+    folder: pathlib.Path, model: ModelConfig, device: torch.device = CPU, wanted: Callable[[str], bool] = lambda name: True
+) -> WeightSource:
+    """Check the whole checkpoint; then the tensors whose published name is `wanted` (an expert-parallel rank leaves out the other
+    ranks' experts) can be read, in the order of the shards if iterated. Raises CheckpointError, for all that headers can tell."""
     found = check_checkpoint(folder, model)
     names = sorted(filter(wanted, expected_tensors(model)), key=lambda name: (found[name].path, found[name].start))
-    return {name: _read(name, found, model) for name in names}
+    return WeightSource(names, lambda name: _read(name, found, model), device)
+
+
+def load_weights(folder: pathlib.Path, model: ModelConfig, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Weight]:
+    """`open_weights`, all read, on the CPU."""
+    return dict(open_weights(folder, model, CPU, wanted))
 
 
 def _read(name: str, found: Mapping[str, Entry], model: ModelConfig) -> Weight:
@@ -188,27 +217,44 @@ def _read(name: str, found: Mapping[str, Entry], model: ModelConfig) -> Weight:
     return QuantizedWeight("fp8" if entry.dtype == "F8_E4M3" else "mxfp4", value, scale)
 
 
-def dummy_weights(model: ModelConfig, seed: int = 0, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Weight]:
-    """Random weights in the formats of the published checkpoints: MXFP4 routed experts, FP8 linears, the rest bf16 or fp32. Each
-    tensor depends on its name and the seed alone."""
-    return {name: _dummy(name, spec.shape, model, seed) for name, spec in expected_tensors(model).items() if wanted(name)}
+def dummy_weights(
+    model: ModelConfig, device: torch.device = CPU, seed: int = 0, wanted: Callable[[str], bool] = lambda name: True
+) -> WeightSource:
+    """Random weights in the formats of the published checkpoints, drawn on the device: MXFP4 routed experts, FP8 linears, the rest bf16
+    or fp32. Each tensor depends on its name, the seed and the kind of device alone."""
+    specs = expected_tensors(model)
+    return WeightSource(filter(wanted, specs), lambda name: _dummy(name, specs[name].shape, model, device, seed), device)
 
 
-def _dummy(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Weight:
+def _dummy(name: str, shape: tuple[int, ...], model: ModelConfig, device: torch.device, seed: int) -> Weight:
     """Scaled so that activations stay of order one, and nothing degenerate: sinks, ape, biases and norms vary too."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) >> 1)
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) >> 1
+    generator = torch.Generator(device).manual_seed(key)
     form = published_format(name)
     if form == "int64":  # distinct experts in each row
-        return torch.rand((shape[0], model.n_routed_experts), generator=generator).argsort(1)[:, : shape[1]].contiguous()
-    values = torch.randn(shape, generator=generator)
+        return torch.rand((shape[0], model.n_routed_experts), generator=generator, device=device).argsort(1)[:, : shape[1]].contiguous()
+    if form == "mxfp4":
+        return _dummy_mxfp4(shape, generator)
+    values = torch.randn(shape, generator=generator, device=device)
+    if form == "fp8":
+        blocks = [-(-size // FP8_BLOCK) for size in shape]
+        scale = torch.full(blocks, 127 + round(-math.log2(shape[-1]) / 2), dtype=torch.uint8, device=device)
+        return QuantizedWeight("fp8", values.to(torch.float8_e4m3fn), scale)
     if name.endswith("norm.weight"):
         return (1 + 0.1 * values).bfloat16()
     if form == "fp32" and (len(shape) == 1 or name.endswith(".ape")):
         return 0.2 * values
-    values *= shape[-1] ** -0.5
-    if form == "mxfp4":
-        return quantize_mxfp4(values)
-    return quantize_fp8(values) if form == "fp8" else values.to({"bf16": torch.bfloat16, "fp32": torch.float32}[form])
+    return (values * shape[-1] ** -0.5).to({"bf16": torch.bfloat16, "fp32": torch.float32}[form])
+
+
+def _dummy_mxfp4(shape: tuple[int, ...], generator: torch.Generator) -> QuantizedWeight:
+    """All codes equally often (their root mean square is 2.9), and scales that vary."""
+    rows, columns = shape
+    data = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator, device=generator.device)
+    least = 127 + round(-math.log2(columns) / 2 - math.log2(2.9) - 0.5)
+    sizes = (rows, columns // FP4_GROUP)
+    scale = torch.randint(least, least + 2, sizes, dtype=torch.uint8, generator=generator, device=generator.device)
+    return QuantizedWeight("mxfp4", data, scale)
 
 
 def published_format(name: str) -> str:

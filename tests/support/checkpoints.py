@@ -83,7 +83,7 @@ SMALL: dict[str, Any] = _SHARED | {
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Float values of every tensor, none degenerate: sinks, ape, gate bias, norms and hyper-connections are random too."""
-    weights = dummy_weights(ModelConfig.from_dict(config), seed)
+    weights = dict(dummy_weights(ModelConfig.from_dict(config), seed=seed))
     return {name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in weights.items()}
 
 

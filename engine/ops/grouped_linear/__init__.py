@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -17,4 +18,4 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return weight.double()
 
 
-OP = Op("grouped_linear", grouped_linear, pack)
+OP = Op("grouped_linear", grouped_linear, pack, {"torch": Impl("engine.ops.grouped_linear.torch", requires.cuda)})

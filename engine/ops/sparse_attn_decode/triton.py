@@ -150,8 +150,8 @@ def run(
 
 _KERNEL = {
     "q_ptr": "*bf16", "window_ptr": "*u8", "window_scale_ptr": "*u8", "window_stride": "i64", "window_rows_ptr": "*i32",
-    "num_window": "i32", "entries_ptr": "*u8", "entries_scale_ptr": "*u8", "entries_stride": "i64", "entry_rows_ptr": "*i32", "entry_row_stride": "i64",
-    "num_entries_ptr": "*i32", "partial_ptr": "*fp32", "stats_ptr": "*fp32", "num_heads": "i32", "scale": "fp32",
+    "num_window": "i32", "entries_ptr": "*u8", "entries_scale_ptr": "*u8", "entries_stride": "i64", "entry_rows_ptr": "*i32",
+    "entry_row_stride": "i64", "num_entries_ptr": "*i32", "partial_ptr": "*fp32", "stats_ptr": "*fp32", "num_heads": "i32", "scale": "fp32",
 }  # fmt: skip
 _COMBINE = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "sink_ptr": "*fp32", "out_ptr": "*bf16", "num_heads": "i32", "splits": "i32"}
 AOT = [

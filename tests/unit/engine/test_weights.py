@@ -192,8 +192,8 @@ def test_identity_tells_checkpoints_apart(tmp_path: pathlib.Path, single: pathli
 
 
 def test_dummy_weights_depend_on_seed_and_name_alone() -> None:
-    assert same(dummy_weights(MODEL)["head.weight"], dummy_weights(MODEL, 0, lambda name: name == "head.weight")["head.weight"])
-    assert not same(dummy_weights(MODEL)["head.weight"], dummy_weights(MODEL, 1)["head.weight"])
+    assert same(dummy_weights(MODEL)["head.weight"], dummy_weights(MODEL, wanted=lambda name: name == "head.weight")["head.weight"])
+    assert not same(dummy_weights(MODEL)["head.weight"], dummy_weights(MODEL, seed=1)["head.weight"])
 
 
 def test_rows_of_a_hash_table_name_distinct_experts() -> None:
