@@ -6,6 +6,10 @@ process is noticed too. Messages carry whole prompts, hence the size limit.
 
 from __future__ import annotations
 
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Any
+
 import grpc
 import grpc.aio
 
@@ -30,9 +34,39 @@ _OPTIONS = (
 )
 
 
-def new_server() -> grpc.aio.Server:
-    """An asyncio server; the port is not shared with other processes, so a taken one is an error."""
-    return grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", 0)))
+class TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Refuses every call that does not carry the token, before its method is looked up; compared in constant time."""
+
+    def __init__(self, token: str) -> None:
+        assert token, "an empty token would let everyone in"
+        self._wanted = _bearer(token).encode()
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        offered = [value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"]
+        matches = [hmac.compare_digest(value.encode() if isinstance(value, str) else value, self._wanted) for value in offered]
+        if any(matches):
+            return await continuation(handler_call_details)
+        return grpc.unary_unary_rpc_method_handler(_refuse)
+
+
+async def _refuse(request: Any, context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the call carries no token, or not the right one")
+
+
+def token_metadata(token: str) -> tuple[tuple[str, str], ...]:
+    """What a call must carry to pass TokenCheck."""
+    return (("authorization", _bearer(token)),)
+
+
+def _bearer(token: str) -> str:
+    return f"Bearer {token}"
+
+
+def new_server(token: str = "") -> grpc.aio.Server:
+    """An asyncio server; the port is not shared with other processes, so a taken one is an error. With a token every call must
+    carry it."""
+    interceptors = (TokenCheck(token),) if token else ()
+    return grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, ("grpc.so_reuseport", 0)))
 
 
 class Listener:

@@ -192,7 +192,7 @@ def parse_counts(texts: Sequence[str]) -> dict[str, int]:
 def _client(folder: ClusterFolder) -> ControlClient:
     state = folder.read()
     assert state is not None, "find_cluster returns recorded clusters only"
-    return ControlClient(state.control_address)
+    return ControlClient(state.control_address, folder.read_control_token())
 
 
 def _folder_with_logs(home: pathlib.Path, name: str | None) -> ClusterFolder:

@@ -10,6 +10,7 @@ import grpc
 
 from core.codec import decode_error
 from core.errors import Unavailable
+from core.rpc import token_metadata
 from protos import control_pb2, control_pb2_grpc
 
 T = TypeVar("T")
@@ -18,8 +19,9 @@ T = TypeVar("T")
 class ControlClient:
     """Every call raises Unavailable when the controller cannot be reached, and what the controller refused with."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, token: str) -> None:
+        """`token`: the cluster's own (`ClusterFolder.read_control_token`)."""
+        self._address, self._metadata = address, token_metadata(token)
         self._channel = grpc.insecure_channel(address, options=(("grpc.max_reconnect_backoff_ms", 500),))
         self._stub = control_pb2_grpc.ControlStub(self._channel)
 
@@ -31,23 +33,26 @@ class ControlClient:
 
     def status(self) -> Any:
         """A control_pb2.ClusterStatus."""
-        return self._call(lambda: self._stub.Status(control_pb2.StatusRequest(), timeout=5.0))
+        return self._call(lambda: self._stub.Status(control_pb2.StatusRequest(), timeout=5.0, metadata=self._metadata))
 
     def apply(self, spec_yaml: str = "", replicas: Mapping[str, int] | None = None, *, dry_run: bool = False) -> list[str]:
         """Set the desired state; returns what changes, as lines."""
         request = control_pb2.ApplyRequest(spec_yaml=spec_yaml, replicas=dict(replicas or {}), dry_run=dry_run)
-        return self._changes(self._call(lambda: self._stub.Apply(request, timeout=20.0)))
+        return self._changes(self._call(lambda: self._stub.Apply(request, timeout=20.0, metadata=self._metadata)))
 
     def drain(self, member: str) -> list[str]:
-        return self._changes(self._call(lambda: self._stub.Drain(control_pb2.DrainRequest(member=member), timeout=5.0)))
+        request = control_pb2.DrainRequest(member=member)
+        return self._changes(self._call(lambda: self._stub.Drain(request, timeout=5.0, metadata=self._metadata)))
 
     def shut_down(self) -> None:
-        self._call(lambda: self._stub.Shutdown(control_pb2.ShutdownRequest(), timeout=60.0))
+        self._call(lambda: self._stub.Shutdown(control_pb2.ShutdownRequest(), timeout=60.0, metadata=self._metadata))
 
     def _call(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise Unavailable(f"the controller at {self._address} is not this cluster's: it does not take its token") from error
             raise Unavailable(f"the controller at {self._address} does not answer ({error.code().name})") from error
 
     def _changes(self, reply: Any) -> list[str]:

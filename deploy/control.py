@@ -30,14 +30,15 @@ WATCH_INTERVAL_S = 2.0
 
 
 class ControlService(control_pb2_grpc.ControlServicer):
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
+    def __init__(self, controller: Controller, token: str) -> None:
+        """`token`: what every call must carry."""
+        self._controller, self._token = controller, token
         self._started: asyncio.Future[grpc.aio.Server] = asyncio.get_running_loop().create_future()
 
     async def start(self, address: str) -> None:
         """Listen; a controller that died a moment ago may still hold the port for a while. Raises ConfigError if it stays taken."""
         for attempt in range(BIND_ATTEMPTS):
-            server = new_server()
+            server = new_server(self._token)
             control_pb2_grpc.add_ControlServicer_to_server(self, server)
             try:
                 server.add_insecure_port(address)

@@ -42,9 +42,9 @@ MAX_EVENTS = 200
 class Controller:
     """Owner of the desired state, the fleet and every replica's life."""
 
-    async def __init__(self, spec_yaml: str, logs: str) -> None:  # type: ignore[misc]  # Ray awaits an actor's __init__
-        """`spec_yaml` counts for the first life only."""
-        self.logs = pathlib.Path(logs)
+    async def __init__(self, spec_yaml: str, logs: str, token: str) -> None:  # type: ignore[misc]  # Ray awaits an actor's __init__
+        """`spec_yaml` counts for the first life only. `token`: what callers of its service must carry."""
+        self.logs, self.token = pathlib.Path(logs), token
         send_output_to(self.logs / "controller.log")
         set_up_logging()
         self.clock = SystemClock()
@@ -60,7 +60,7 @@ class Controller:
         self.fleet = Fleet(self.spec.placement)
         self._nodes: list[Node] = []
         self._jobs: set[asyncio.Task[None]] = set()
-        self._service = ControlService(self)
+        self._service = ControlService(self, token)
         self._loop = asyncio.create_task(self._run())
 
     async def begin(self) -> None:
@@ -118,8 +118,11 @@ class Controller:
                 self._spawn(self._stop(action.role, action.index))
 
     def _start(self, role: str, index: int) -> None:
-        life = self.lives[role, index] = ReplicaLife(self.spec, role, index, self.logs, self.fleet, self.clock)
+        life = self.lives[role, index] = self._life(role, index)
         life.begin(lambda ranks: self._plan(life, ranks))
+
+    def _life(self, role: str, index: int) -> ReplicaLife:
+        return ReplicaLife(self.spec, role, index, self.logs, self.token, self.fleet, self.clock)
 
     def _plan(self, life: ReplicaLife, ranks: int) -> Plan:
         if life.role == "router":  # all routers share one port, so they share a host: this one
@@ -138,7 +141,7 @@ class Controller:
         found = {name.rpartition(".")[0] for actor in living_actors(self.spec.namespace) if "/" in (name := actor["name"])}
         for name in sorted(found):
             role, _, index = name.partition("/")
-            life = ReplicaLife(self.spec, role, int(index), self.logs, self.fleet, self.clock)
+            life = self._life(role, int(index))
             if await life.adopt():
                 self.lives[role, int(index)] = life
                 phase = Phase.DRAINING if any(report.is_draining for report in life.reports) else Phase.READY
@@ -202,7 +205,7 @@ class Controller:
             _end_process()
 
 
-def start_controller(spec: ClusterSpec, logs: pathlib.Path) -> None:
+def start_controller(spec: ClusterSpec, logs: pathlib.Path, token: str) -> None:
     """Create the actor in the Ray cluster that this process is connected to; returns when it serves. Raises ConfigError."""
     actor: Any = ray.remote(Controller).options(
         name=ACTOR_NAME,
@@ -213,7 +216,7 @@ def start_controller(spec: ClusterSpec, logs: pathlib.Path) -> None:
         num_cpus=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(_node_of(spec.router.control_address), soft=False),
     )
-    handle = actor.remote(spec.to_yaml(), str(logs))
+    handle = actor.remote(spec.to_yaml(), str(logs), token)
     try:
         ray.get(handle.begin.remote(), timeout=60)
     except (RayError, BatonError) as error:

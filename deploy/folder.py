@@ -1,8 +1,8 @@
 """The folder of one cluster, `.baton/<name>/`: what the command must remember between two calls, and nothing outside it.
 
 cluster.json   who it is: marker, keeper's pid, addresses      cluster.yaml   the file as started, paths absolute
-ray_token      secret that Ray's processes ask of each other    logs/          one file a member, kept after `baton down`
-ray/           Ray's own files, while it runs
+ray_token      secret that Ray's processes ask of each other    control_token  secret that the controller asks of its callers
+ray/           Ray's own files, while it runs                   logs/          one file a member, kept after `baton down`
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import time
@@ -48,7 +49,8 @@ class ClusterFolder:
         self.name, self.path = name, home.resolve() / name
         self.logs = self.path / "logs"
         self.spec_path = self.path / "cluster.yaml"
-        self.token_path = self.path / "ray_token"
+        self.ray_token_path = self.path / "ray_token"
+        self.control_token_path = self.path / "control_token"
         self.keeper_log = self.logs / "ray.log"
         self._state_path = self.path / "cluster.json"
 
@@ -64,9 +66,15 @@ class ClusterFolder:
     def write(self, state: ClusterState) -> None:
         self._state_path.write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
 
+    def read_control_token(self) -> str:
+        try:
+            return self.control_token_path.read_text()
+        except OSError as error:
+            raise ConfigError(f"{self.control_token_path}: {error.strerror}; without it the controller takes no orders") from error
+
     def forget(self) -> None:
         """Remove everything but the logs."""
-        for path in (self._state_path, self.spec_path, self.token_path, self.path / "metrics_targets.json"):
+        for path in (self._state_path, self.spec_path, self.ray_token_path, self.control_token_path, self.path / "metrics_targets.json"):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.path / "ray", ignore_errors=True)
 
@@ -80,6 +88,15 @@ class ClusterFolder:
             except BlockingIOError:
                 raise ConfigError(f"another baton command is starting or stopping {self.name!r}") from None
             yield
+
+
+def new_secret(path: pathlib.Path) -> str:
+    """A random token in a new file that only its owner may read; an older one is replaced."""
+    path.unlink(missing_ok=True)
+    token = secrets.token_hex(32)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token)
+    return token
 
 
 def find_cluster(home: pathlib.Path, name: str | None) -> ClusterFolder:

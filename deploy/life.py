@@ -38,12 +38,14 @@ END_TIMEOUT_S = 30.0
 class ReplicaLife:
     """Owner of the replica's actors and placement group. `begin` or `adopt` once, `stop` once."""
 
-    def __init__(self, spec: ClusterSpec, role: str, index: int, logs: pathlib.Path, fleet: Fleet, clock: Clock) -> None:
+    def __init__(
+        self, spec: ClusterSpec, role: str, index: int, logs: pathlib.Path, control_token: str, fleet: Fleet, clock: Clock
+    ) -> None:
         self.role, self.index = role, index
         self.reports: list[Report] = []
         """The latest of each rank; empty until the replica is ready."""
         self.plan: Plan | None = None
-        self._spec, self._logs, self._fleet, self._clock = spec, logs, fleet, clock
+        self._spec, self._logs, self._control_token, self._fleet, self._clock = spec, logs, control_token, fleet, clock
         self._actors: list[Any] = []
         self._group: PlacementGroup | None = None
         self._task: asyncio.Task[None] | None = None
@@ -201,6 +203,7 @@ class ReplicaLife:
             rank=rank,
             revision=self._spec.revision(self.role),
             logs=self._logs,
+            control_token=self._control_token,
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from core.config import differences, parse_config
 from core.errors import ConfigError, DeadlineExceeded, Unavailable
 from deploy.client import ControlClient
-from deploy.folder import ClusterFolder, ClusterState, end_processes, processes_of
+from deploy.folder import ClusterFolder, ClusterState, end_processes, new_secret, processes_of
 from deploy.local import choose_ray_dir, launch
 from deploy.spec import ClusterSpec, check_files
 
@@ -64,7 +64,7 @@ def start(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
         say(f"  ({folder.path} is too long for unix sockets; {ray_dir} is removed by `baton down`)")
     keeper, state = launch(folder, spec, ray_dir)
     deadline = time.monotonic() + KEEPER_TIMEOUT_S
-    with ControlClient(state.control_address) as client:
+    with ControlClient(state.control_address, folder.read_control_token()) as client:
         while True:
             with contextlib.suppress(Unavailable):
                 client.status()
@@ -96,7 +96,7 @@ def start_on_existing(folder: ClusterFolder, spec: ClusterSpec) -> None:
         folder.forget()
         raise Unavailable(f"placement.ray: no Ray cluster answers at {spec.placement.ray}: {error}") from error
     try:
-        start_controller(spec, folder.logs)
+        start_controller(spec, folder.logs, new_secret(folder.control_token_path))
     except BaseException:
         folder.forget()
         raise
@@ -113,7 +113,7 @@ def stop(folder: ClusterFolder) -> list[str]:
         # Where no process is left, whoever answers at the address is another cluster.
         if not state.marker or processes_of(state.marker):
             _shut_down(folder, state)
-    except Unavailable as error:
+    except (Unavailable, ConfigError) as error:
         remarks.append(f"the controller could not be asked to stop: {error}")
         if not state.marker:
             raise Unavailable(f"{error}; the ranks on the Ray cluster go on running: try again, or kill them through Ray") from error
@@ -127,7 +127,7 @@ def stop(folder: ClusterFolder) -> list[str]:
 
 
 def _shut_down(folder: ClusterFolder, state: ClusterState) -> None:
-    with ControlClient(state.control_address) as client:
+    with ControlClient(state.control_address, folder.read_control_token()) as client:
         if (name := client.status().name) != folder.name:
             raise Unavailable(f"the controller at {state.control_address} is that of {name!r}")
         client.shut_down()
@@ -140,7 +140,7 @@ def is_running(folder: ClusterFolder) -> bool:
     if state.marker and not processes_of(state.marker):
         return False
     try:
-        with ControlClient(state.control_address) as client:
+        with ControlClient(state.control_address, folder.read_control_token()) as client:
             return bool(client.status().name == folder.name)
     except Unavailable:
         return False
@@ -156,7 +156,7 @@ def refuse_other_spec(folder: ClusterFolder, spec: ClusterSpec) -> None:
     """Raises ConfigError with the differences if the cluster runs with another specification."""
     state = folder.read()
     assert state is not None, "only a running cluster is asked"
-    with ControlClient(state.control_address) as client:
+    with ControlClient(state.control_address, folder.read_control_token()) as client:
         running = running_spec(client)
     if changes := differences(running, spec):
         lines = "\n  ".join(changes)
@@ -188,7 +188,7 @@ def wait_until_settled(folder: ClusterFolder, timeout_s: float, say: Say) -> Non
     assert state is not None, "only a started cluster is waited for"
     deadline = time.monotonic() + timeout_s
     seen: dict[str, str] = {}
-    with ControlClient(state.control_address) as client:
+    with ControlClient(state.control_address, folder.read_control_token()) as client:
         while True:
             try:
                 status = client.status()

@@ -19,7 +19,7 @@ import threading
 
 from core.config import load_config
 from core.errors import BatonError
-from deploy.folder import MARKER, ClusterFolder, ClusterState
+from deploy.folder import MARKER, ClusterFolder, ClusterState, new_secret
 from deploy.spec import ClusterSpec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -56,13 +56,13 @@ def launch(folder: ClusterFolder, spec: ClusterSpec, ray_dir: pathlib.Path) -> t
     for old in folder.logs.glob("*.log"):
         old.unlink()
     folder.spec_path.write_text(spec.to_yaml())
-    folder.token_path.touch(mode=0o600)
-    folder.token_path.write_text(secrets.token_hex(32))
+    new_secret(folder.ray_token_path)
+    new_secret(folder.control_token_path)
     marker = secrets.token_hex(8)
     environment = os.environ | {
         MARKER: marker,
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder.token_path),
+        "RAY_AUTH_TOKEN_PATH": str(folder.ray_token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Otherwise Ray replaces 127.0.0.1 by the machine's address and listens on all of them.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -114,7 +114,7 @@ def keep(path: pathlib.Path) -> None:
     )
     is_told_to_end = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: is_told_to_end.set())
-    start_controller(spec, folder.logs)
+    start_controller(spec, folder.logs, folder.read_control_token())
     is_told_to_end.wait()
     ray.shutdown()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
@@ -47,6 +47,8 @@ class Assignment:
     revision: str
     logs: pathlib.Path
     """Folder for its log file, made if it is not there."""
+    control_token: str = field(repr=False)
+    """What the controller's service asks of a router."""
 
     @property
     def name(self) -> str:
@@ -131,7 +133,7 @@ def _new_worker(assignment: Assignment) -> Worker:
     if assignment.role == "router":
         from deploy.router_worker import RouterWorker
 
-        return RouterWorker(spec, assignment.index)
+        return RouterWorker(spec, assignment.index, assignment.control_token)
     common: dict[str, Any] = {
         "model_path": spec.model_path,
         "engine": spec.engine,

@@ -5,18 +5,23 @@ from __future__ import annotations
 from core.clock import new_incarnation
 from core.request import Load, Member
 from deploy.spec import ClusterSpec
+from router.members import watch_controller
 from router.server import Router
 
 
 class RouterWorker:
-    def __init__(self, spec: ClusterSpec, index: int) -> None:
-        self._spec, self._index = spec, index
+    def __init__(self, spec: ClusterSpec, index: int, control_token: str) -> None:
+        self._spec, self._index, self._control_token = spec, index, control_token
         self._is_stopped = False
 
     async def start(self) -> Member:
         spec = self._spec
         self._router = Router(
-            config=spec.router, served_name=spec.served_name, model_path=spec.model_path, max_model_len=spec.engine.max_model_len
+            config=spec.router,
+            served_name=spec.served_name,
+            model_path=spec.model_path,
+            max_model_len=spec.engine.max_model_len,
+            watch=lambda members: watch_controller(spec.router.control_address, self._control_token, members),
         )
         await self._router.start()
         address = f"{spec.router.host}:{self._router.port}"

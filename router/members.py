@@ -10,7 +10,7 @@ from core.clock import new_incarnation
 from core.codec import decode_member
 from core.log import get_logger
 from core.request import Member
-from core.rpc import new_channel
+from core.rpc import new_channel, token_metadata
 from protos import control_pb2, control_pb2_grpc
 from router.session import RankSession
 
@@ -50,14 +50,15 @@ class Members:
         await asyncio.gather(*self._closing)
 
 
-async def watch_controller(address: str, members: Members) -> None:
+async def watch_controller(address: str, token: str, members: Members) -> None:
     """Follow the controller's list for ever. While it is away, the last list stays in force."""
     away = False
     while True:
         channel = new_channel(address)
         try:
             stub = control_pb2_grpc.ControlStub(channel)
-            async for update in stub.Watch(control_pb2.WatchRequest(name=members.router_name)):
+            request = control_pb2.WatchRequest(name=members.router_name)
+            async for update in stub.Watch(request, metadata=token_metadata(token)):
                 away = False
                 members.update([decode_member(member) for member in update.members])
         except grpc.aio.AioRpcError as error:

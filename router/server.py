@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import uvicorn
@@ -18,7 +18,7 @@ from core.request import Member
 from router.app import create_app
 from router.chat import ChatFormat
 from router.config import RouterConfig
-from router.members import Members, watch_controller
+from router.members import Members
 from router.metrics import RankCollector, RouterMetrics
 from router.relay import Relay
 from router.service import Service
@@ -36,13 +36,12 @@ class Router:
         model_path: pathlib.Path,
         max_model_len: int,
         watch: Callable[[Members], Coroutine[Any, Any, None]] | None = None,
-        members: list[Member] | None = None,
+        members: Sequence[Member] = (),
     ) -> None:
-        """`watch` keeps the members up to date for as long as the router lives; without one the controller's list does. `members`: a
-        fixed list in place of both. Raises ConfigError for a bad tokenizer or key file."""
+        """`members`: those known at the start. `watch` keeps them up to date for as long as the router lives. Raises ConfigError for a
+        bad tokenizer or key file."""
         self._config, self._served_name, self._max_model_len = config, served_name, max_model_len
-        self._follow = watch or (lambda members: watch_controller(config.control_address, members))
-        self._fixed = members
+        self._follow, self._first_members = watch, members
         self._codec = TextCodec(model_path)
         self._api_keys = config.read_api_keys()
 
@@ -69,9 +68,8 @@ class Router:
             )
         )
         self._watch: asyncio.Task[None] | None = None
-        if self._fixed is not None:
-            self.members.update(self._fixed)
-        else:
+        self.members.update(list(self._first_members))
+        if self._follow is not None:
             self._watch = asyncio.create_task(self._follow(self.members))
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:

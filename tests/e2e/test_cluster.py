@@ -16,6 +16,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from core.errors import Unavailable
+from deploy.client import ControlClient
 from deploy.folder import processes_of
 from tests.support.cluster import MODEL, ROOT, Cluster, kill
 
@@ -111,6 +113,19 @@ def test_another_specification_is_refused_by_up_and_shown_by_apply(settled: Clus
     assert settled.baton("apply", str(settled.file)) == "baton: nothing changes\n"
     output = settled.baton("apply", str(settled.file), "router.control_address=127.0.0.1:1", expect=1)
     assert "router.control_address cannot change while the cluster runs" in output
+
+
+def test_a_stranger_gets_nothing_from_the_controller(settled: Cluster) -> None:
+    with ControlClient(settled.state.control_address, "a guess") as stranger:
+        for ask in (
+            stranger.status,
+            lambda: stranger.apply(replicas={"prefill": 0}),
+            lambda: stranger.drain("decode/0"),
+            stranger.shut_down,
+        ):
+            with pytest.raises(Unavailable, match="does not take its token"):
+                ask()
+    assert settled.status().desired_replicas["prefill"] == 1
 
 
 def test_status_shows_every_member(settled: Cluster) -> None:

@@ -71,7 +71,7 @@ class Cluster:
         return state
 
     def status(self) -> Any:
-        with ControlClient(self.state.control_address) as client:
+        with ControlClient(self.state.control_address, self.folder.read_control_token()) as client:
             return client.status()
 
     def rows(self) -> dict[str, Any]:

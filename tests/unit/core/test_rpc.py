@@ -1,14 +1,18 @@
-"""A listener's port."""
+"""A listener's port, and who a server with a token lets in."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from typing import Any
 
+import grpc
 import pytest
 
 from core.errors import ConfigError
-from core.rpc import Listener
+from core.rpc import Listener, new_server, token_metadata
+from protos import control_pb2, control_pb2_grpc
 
 
 def is_free(port: int) -> bool:
@@ -48,5 +52,60 @@ def test_an_address_that_cannot_be_had_is_a_config_error_naming_it(host: str) ->
             port = taken.getsockname()[1]
             with pytest.raises(ConfigError, match=f"{host}:{port}"):
                 Listener(host, port)
+
+    asyncio.run(live())
+
+
+def call(port: int, metadata: tuple[tuple[str, str], ...], method: str) -> grpc.StatusCode:
+    """The status of a call with this metadata; a stream is read to its first message."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = control_pb2_grpc.ControlStub(channel)
+        try:
+            if method == "Watch":
+                next(stub.Watch(control_pb2.WatchRequest(), metadata=metadata, timeout=10))
+            else:
+                stub.Status(control_pb2.StatusRequest(), metadata=metadata, timeout=10)
+        except grpc.RpcError as error:
+            status: grpc.StatusCode = error.code()
+            return status
+    return grpc.StatusCode.OK
+
+
+class Answers(control_pb2_grpc.ControlServicer):
+    async def Status(self, request: Any, context: Any) -> Any:
+        return control_pb2.ClusterStatus()
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        yield control_pb2.Members()
+
+
+@pytest.mark.parametrize("method", ["Status", "Watch"])
+@pytest.mark.parametrize(
+    ("metadata", "is_let_in"),
+    [
+        (token_metadata("right"), True),
+        ((*token_metadata("wrong"), *token_metadata("right")), True),
+        ((), False),
+        (token_metadata("wrong"), False),
+        (token_metadata(""), False),
+        (token_metadata("righ"), False),
+        (token_metadata("rightt"), False),
+        ((("authorization", "right"),), False),
+        ((("token", "Bearer right"),), False),
+    ],
+)
+def test_a_server_with_a_token_answers_only_calls_that_carry_it(
+    metadata: tuple[tuple[str, str], ...], is_let_in: bool, method: str
+) -> None:
+    async def live() -> None:
+        server = new_server("right")
+        control_pb2_grpc.add_ControlServicer_to_server(Answers(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            status = await asyncio.to_thread(call, port, metadata, method)
+        finally:
+            await server.stop(None)
+        assert status is (grpc.StatusCode.OK if is_let_in else grpc.StatusCode.UNAUTHENTICATED)
 
     asyncio.run(live())

@@ -16,7 +16,7 @@ from core.request import Member
 from deploy import lifecycle
 from deploy.cli import main, parse_counts
 from deploy.control import misfits
-from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, processes_of
+from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, new_secret, processes_of
 from deploy.local import SOCKET_PATH_BYTES, SOCKET_TAIL, choose_ray_dir
 from deploy.logs import choose
 from deploy.spec import load_spec
@@ -231,3 +231,17 @@ def test_the_command_starts_quickly_and_without_torch_or_ray() -> None:
     began = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]" and time.monotonic() - began < 10
+
+
+def test_the_control_token_is_new_for_each_start_and_the_owners_alone(tmp_path: pathlib.Path) -> None:
+    folder = recorded(tmp_path, "a")
+    with pytest.raises(ConfigError, match="control_token"):
+        folder.read_control_token()
+    folder.control_token_path.write_text("old and readable by all")
+    folder.control_token_path.chmod(0o644)
+    tokens = {new_secret(folder.control_token_path) for _ in range(3)}
+    assert len(tokens) == 3 and all(len(token) == 64 for token in tokens)
+    assert folder.read_control_token() in tokens
+    assert folder.control_token_path.stat().st_mode & 0o777 == 0o600
+    folder.forget()
+    assert not folder.control_token_path.exists()
