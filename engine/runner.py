@@ -9,6 +9,7 @@ from core.kv_layout import KVLayout
 from core.request import FinishReason, TokenLogprobs
 from engine.batch import Chunk, build_batch
 from engine.cache.arena import Arena
+from engine.graphs import DecodeGraphs
 from engine.logprobs import logprobs_of
 from engine.sampler import sample
 from engine.sequence import Sequence
@@ -58,9 +59,13 @@ def finish_reason_of(sequence: Sequence, eos_token_id: int) -> FinishReason | No
 class ModelRunner:
     """The real one."""
 
-    def __init__(self, loaded: LoadedModel, num_pages: int, num_slots: int) -> None:
+    def __init__(self, loaded: LoadedModel, num_pages: int, num_slots: int, max_decode: int = 0) -> None:
+        """`max_decode`: sequences of the largest decode step, which is a CUDA graph on a GPU; 0: no graphs."""
         self._loaded = loaded
         self._caches = loaded.new_caches(num_pages, num_slots)
+        self._graphs: DecodeGraphs | None = None
+        if max_decode and loaded.device.type == "cuda":
+            self._graphs = DecodeGraphs(loaded.network, self._caches, max_decode, loaded.engine.max_model_len)
         self.arena = self._caches.arena
         self.layout = loaded.layout
         self.vocab_size = loaded.model.vocab_size
@@ -74,8 +79,10 @@ class ModelRunner:
             assert self._loaded.share is not None, "a step needs at least one chunk"
             self._loaded.network.join()
             return []
-        batch = build_batch(chunks, self._loaded.device)
-        logits = self._loaded.network.forward(batch, self._caches)
+        if self._graphs is not None and self._graphs.holds(chunks):
+            logits = self._graphs.run(chunks)
+        else:
+            logits = self._loaded.network.forward(build_batch(chunks, self._loaded.device), self._caches)
         ends, row = [], 0
         for chunk in chunks:
             row += {"last": 1, "all": chunk.length, "none": 0}[chunk.logits]
