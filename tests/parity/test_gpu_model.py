@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pathlib
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -48,8 +47,8 @@ def ids() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def expected(ids: list[int]) -> Iterator[np.ndarray]:
-    yield score(LoadedModel.load(MODEL, EngineConfig(device="cpu", threads=8)), ids, chunk=CHUNK)
+def expected(ids: list[int]) -> np.ndarray:
+    return score(LoadedModel.load(MODEL, EngineConfig(device="cpu", threads=8)), ids, chunk=CHUNK)
 
 
 def compare(logits: np.ndarray, expected: np.ndarray, what: str) -> None:

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 from engine.parallel.group import Group
 
 
@@ -117,4 +118,4 @@ def expert_exchange(group: Group, shape: ExchangeShape) -> ExpertExchange:
     return RowExchange(group, shape)
 
 
-OP = Op("expert_exchange", expert_exchange)
+OP = Op("expert_exchange", expert_exchange, backends={"gather": Impl("engine.ops.expert_exchange.gather", requires.cuda)})
