@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from engine.model.quantized import FP8_BLOCK, FP8_MAX, QuantizedWeight, ceil_exponent_byte, exp2_of_byte
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 AMAX_FLOOR = 1e-4
 
@@ -29,4 +30,12 @@ def pack(weight: QuantizedWeight) -> torch.Tensor:
     return weight.dequantize(torch.float64)
 
 
-OP = Op("fp8_linear", fp8_linear, pack)
+OP = Op(
+    "fp8_linear",
+    fp8_linear,
+    pack,
+    backends={
+        "deep_gemm": Impl("engine.ops.fp8_linear.deep_gemm", requires.deep_gemm),
+        "triton": Impl("engine.ops.fp8_linear.triton", requires.triton),
+    },
+)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -18,4 +19,4 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return weight.double()
 
 
-OP = Op("linear", linear, pack)
+OP = Op("linear", linear, pack, backends={"cublas": Impl("engine.ops.linear.cublas", requires.cuda)})

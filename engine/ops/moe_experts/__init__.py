@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.model.quantized import Weight, to_float64
+from engine.ops import requires
 from engine.ops.fp8_linear import act_quant
-from engine.ops.registry import Op
+from engine.ops.registry import Impl, Op
 from engine.ops.swiglu import swiglu
 
 
@@ -46,4 +47,4 @@ def pack(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activati
     return PackedExperts(torch.stack(w13), torch.stack([to_float64(down) for down in w2]), quantize_activations)
 
 
-OP = Op("moe_experts", moe_experts, pack)
+OP = Op("moe_experts", moe_experts, pack, backends={"triton": Impl("engine.ops.moe_experts.triton", requires.triton)})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, out_dtype: torch.dtype) -> torch.Tensor:
@@ -13,4 +14,4 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, out_dtype: torch.
     return (gate64 * torch.sigmoid(gate64) * up64).to(out_dtype)
 
 
-OP = Op("swiglu", swiglu)
+OP = Op("swiglu", swiglu, backends={"triton": Impl("engine.ops.swiglu.triton", requires.triton)})

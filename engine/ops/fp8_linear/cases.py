@@ -1,0 +1,72 @@
+"""FP8 linears of V4-Flash and V4-Pro: attention projections, indexer queries, shared expert; one row to a prefill chunk."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.ops.cases import Bench, Case, Draw, Weights, randn
+from engine.ops.moe_experts.cases import fp8
+
+REASON = "bf16 results, half a step of few values; FP8 products accumulate 128 channels with 13 bits below the largest"
+TOLERANCE = 3e-3
+
+
+def _draw(rows: int, n: int, k: int, spread: float = 1.0) -> Draw:
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        return randn(device, seed, rows, k, dtype=torch.bfloat16, scale=spread), Weights((fp8(device, seed + 1, n, k),))
+
+    return draw
+
+
+def _outliers(rows: int, n: int, k: int) -> Draw:
+    """One channel in 50 is 200 times larger, one row is all zeros, one is exactly 448."""
+
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        x = randn(device, seed, rows, k)
+        x[:, ::50] *= 200
+        x[1], x[2] = 0, 448
+        return x.bfloat16(), Weights((fp8(device, seed + 1, n, k),))
+
+    return draw
+
+
+def _batched(device: torch.device, seed: int) -> tuple[object, ...]:
+    return randn(device, seed, 2, 3, 128, dtype=torch.bfloat16), Weights((fp8(device, seed + 1, 128, 128),))
+
+
+def _case(name: str, draw: Draw, small: bool = False) -> Case:
+    return Case(name, draw, TOLERANCE, REASON, small)
+
+
+CASES = (
+    _case("no rows", _draw(0, 256, 256), small=True),
+    _case("one row, split K", _draw(1, 128, 1024), small=True),
+    _case("odd sizes", _draw(5, 100, 200), small=True),
+    _case("odd sizes, many rows", _draw(70, 100, 200), small=True),
+    _case("outliers", _outliers(5, 128, 384), small=True),
+    _case("three dims", _batched, small=True),
+    _case("wq_a", _draw(1, 1024, 4096)),
+    _case("wq_b batch 33", _draw(33, 32768, 1024)),
+    _case("wkv", _draw(17, 512, 4096)),
+    _case("wo_b batch 64", _draw(64, 4096, 8192)),
+    _case("Pro wo_b", _draw(8, 7168, 16384)),
+    _case("small values", _draw(9, 2048, 4096, spread=1e-6)),
+    _case("65 rows", _draw(65, 2048, 4096)),
+    _case("outliers in many rows", _outliers(300, 4096, 2048)),
+    _case("chunk", _draw(2048, 4096, 8192)),
+    _case("chunk of odd length", _draw(1023, 1536, 7168)),
+)
+
+
+def _bench(name: str, rows: int, n: int, k: int) -> Bench:
+    return Bench(f"{name} [{n}, {k}] T={rows}", _draw(rows, n, k), n * k + rows * (n + k) * 2, 2 * rows * n * k, "fp8")
+
+
+BENCH = (
+    *(_bench("wq_a", rows, 1024, 4096) for rows in (1, 32)),
+    *(_bench("wq_b", rows, 32768, 1024) for rows in (1, 16, 32, 64)),
+    *(_bench("wo_b", rows, 4096, 8192) for rows in (1, 16, 32, 64, 128)),
+    *(_bench("w2 shared", rows, 4096, 2048) for rows in (1, 32)),
+    *(_bench("wo_b", rows, 4096, 8192) for rows in (1024, 8192)),
+    _bench("wq_b", 8192, 32768, 1024),
+)

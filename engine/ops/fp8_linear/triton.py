@@ -1,0 +1,256 @@
+"""Block-scaled FP8 products with nothing but Triton: one launch that streams the weight for few rows, two for many.
+
+Few rows (decode is bound by the bytes of the weight): programs split N and K so that all multiprocessors read; each quantises the
+activations of its channels itself, which is cheaper than a launch for it. Partial sums go through fp32 scratch, and the last
+program to arrive at a tile adds them in order: the result does not depend on who was last.
+Many rows: activations are quantised once, then tiles of 128 channels with both scales applied to the fp32 partial product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.model.quantized import FP8_BLOCK, QuantizedWeight, exp2_of_byte
+from engine.ops.triton_rounding import quantize, to_bf16
+
+BLOCK = tl.constexpr(FP8_BLOCK)
+FEW_ROWS = 64
+SMALL_N = 64
+"""Rows of the weight in a tile of the kernel for few rows: the matrix unit's 64."""
+PROGRAMS = 132 * 4
+"""The kernel for few rows splits K until there are about so many programs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    codes: torch.Tensor
+    """e4m3 [N', K']: padded with zeros to multiples of 128."""
+    scale: torch.Tensor
+    """fp32 [N' / 128, K' / 128]."""
+    shape: tuple[int, int]
+    """(N, K)."""
+    arrived: torch.Tensor
+    """int32 [N' / 64], zeros between calls: programs that have finished their part of a tile."""
+
+
+@triton.jit
+def load_rows(x_ptr, row, channel, num_rows, k_size):
+    """fp32 of x at the broadcast of row and channel; zeros outside."""
+    at = x_ptr + row.to(tl.int64) * k_size + channel
+    return tl.load(at, mask=(row < num_rows) & (channel < k_size), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_out(out_ptr, at, value, mask):
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        value = to_bf16(value)
+    tl.store(out_ptr + at, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def fp8_linear_few_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    out_ptr,
+    scratch_ptr,
+    arrived_ptr,
+    num_rows,
+    n_size,
+    k_size,
+    k_tiles,
+    tiles_per_split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Tile [BLOCK_N weight rows, BLOCK_M rows of x]: the weight is the first operand, whose tiles need 64 rows."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    channel = tl.arange(0, BLOCK)
+    first = split * tiles_per_split
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    scale_row = scale_ptr + tile * BLOCK_N // BLOCK * k_tiles
+    weight_row = codes_ptr + n.to(tl.int64)[:, None] * (k_tiles * BLOCK) + channel[None, :]
+    for k in tl.range(first, tl.minimum(first + tiles_per_split, k_tiles), num_stages=NUM_STAGES):
+        weight = tl.load(weight_row + k * BLOCK)
+        weight_scale = tl.load(scale_row + k)
+        x = load_rows(x_ptr, m[None, :], k * BLOCK + channel[:, None], num_rows, k_size)
+        x_codes, x_scale = quantize(x, 0)
+        total += tl.dot(weight, x_codes) * (x_scale * weight_scale)
+    at = m.to(tl.int64)[None, :] * n_size + n[:, None]
+    inside = (m[None, :] < num_rows) & (n[:, None] < n_size)
+    if SPLITS == 1:
+        store_out(out_ptr, at, total, inside)
+    else:
+        own = scratch_ptr + tile * (SPLITS * BLOCK_N * BLOCK_M) + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        tl.store(own + split * (BLOCK_N * BLOCK_M), total)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for other in range(SPLITS):
+                total += tl.load(own + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            store_out(out_ptr, at, total, inside)
+            tl.store(arrived_ptr + tile, 0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "row_stride", "tile_stride"])
+def act_quant_kernel(x_ptr, codes_ptr, scale_ptr, num_rows, k_size, k_tiles, row_stride, tile_stride, BLOCK_M: tl.constexpr):
+    """Rows of 128 channels: codes [num_rows, k_tiles * 128], scale at row * row_stride + tile * tile_stride."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(1)
+    channel = tile * BLOCK + tl.arange(0, BLOCK)
+    codes, scale = quantize(load_rows(x_ptr, row[:, None], channel[None, :], num_rows, k_size), 1)
+    tl.store(codes_ptr + row.to(tl.int64)[:, None] * (k_tiles * BLOCK) + channel[None, :], codes, mask=row[:, None] < num_rows)
+    tl.store(scale_ptr + row[:, None] * row_stride + tile * tile_stride, scale, mask=row[:, None] < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def fp8_linear_many_kernel(
+    x_ptr,
+    x_scale_ptr,
+    codes_ptr,
+    scale_ptr,
+    out_ptr,
+    num_rows,
+    n_size,
+    n_tiles,
+    k_tiles,
+    BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Tile [BLOCK_M, 128]; GROUP row tiles after each other share a tile of the weight in L2."""
+    program, m_tiles = tl.program_id(0), tl.cdiv(num_rows, BLOCK_M)
+    group = program // (GROUP * n_tiles) * GROUP
+    height = tl.minimum(m_tiles - group, GROUP)
+    m = (group + program % (GROUP * n_tiles) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_tile = program % (GROUP * n_tiles) // height
+    n = n_tile * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK)
+    row = tl.minimum(m, num_rows - 1).to(tl.int64)
+    x_row = x_ptr + row[:, None] * (k_tiles * BLOCK) + channel[None, :]
+    weight_row = codes_ptr + n.to(tl.int64)[None, :] * (k_tiles * BLOCK) + channel[:, None]
+    x_scale = tl.load(x_scale_ptr + row)
+    weight_scale = tl.load(scale_ptr + n_tile * k_tiles)
+    total = tl.zeros([BLOCK_M, BLOCK], tl.float32)
+    for k in tl.range(0, k_tiles, num_stages=NUM_STAGES):
+        after = tl.minimum(k + 1, k_tiles - 1)
+        next_x_scale = tl.load(x_scale_ptr + row + after.to(tl.int64) * num_rows)
+        next_weight_scale = tl.load(scale_ptr + n_tile * k_tiles + after)
+        part = tl.dot(tl.load(x_row + k * BLOCK), tl.load(weight_row + k * BLOCK))
+        total += part * (x_scale * weight_scale)[:, None]
+        x_scale, weight_scale = next_x_scale, next_weight_scale
+    store_out(out_ptr, m.to(tl.int64)[:, None] * n_size + n[None, :], total, (m[:, None] < num_rows) & (n[None, :] < n_size))
+
+
+def run(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """As the reference, x in bf16 (or fp32)."""
+    flat = x.flatten(0, -2).contiguous()
+    out = torch.empty(len(flat), weight.shape[0], dtype=x.dtype, device=x.device)
+    if 0 < len(flat) <= FEW_ROWS:
+        run_few(flat, weight, out)
+    elif len(flat):
+        run_many(flat, weight, out)
+    return out.unflatten(0, x.shape[:-1])
+
+
+def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, splits: int = 0, stages: int = 4, warps: int = 4) -> None:
+    """x: [M <= 64, K] contiguous; out: [M, N]."""
+    rows, k_tiles = len(x), weight.codes.shape[1] // FP8_BLOCK
+    tiles, block_m = len(weight.codes) // SMALL_N, max(16, triton.next_power_of_2(rows))
+    splits = splits or max(1, min(k_tiles // 4, PROGRAMS // tiles, 16))
+    per_split = triton.cdiv(k_tiles, splits)
+    splits = triton.cdiv(k_tiles, per_split)
+    scratch = torch.empty(tiles * splits * SMALL_N * block_m if splits > 1 else 1, dtype=torch.float32, device=x.device)
+    fp8_linear_few_kernel[(tiles, splits)](
+        x,
+        weight.codes,
+        weight.scale,
+        out,
+        scratch,
+        weight.arrived,
+        rows,
+        *weight.shape,
+        k_tiles,
+        per_split,
+        BLOCK_M=block_m,
+        BLOCK_N=SMALL_N,
+        SPLITS=splits,
+        NUM_STAGES=stages,
+        num_warps=warps,
+    )
+
+
+def act_quant(x: torch.Tensor, k_tiles: int, column_alignment: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """x: [M, K] contiguous -> (e4m3 codes [M, k_tiles * 128], fp32 scale [M, k_tiles], columns contiguous and aligned)."""
+    rows = len(x)
+    codes = torch.empty(rows, k_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
+    column = -(-rows // column_alignment) * column_alignment
+    scale = torch.empty(k_tiles, column, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(rows, 16), k_tiles)
+    act_quant_kernel[grid](x, codes, scale, rows, x.shape[1], k_tiles, 1, column, BLOCK_M=16, num_warps=4)
+    return codes, scale.T[:rows]
+
+
+def run_many(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, block_m: int = 128, stages: int = 4, warps: int = 8) -> None:
+    """x: [M, K] contiguous; out: [M, N]."""
+    n_tiles, k_tiles = weight.scale.shape
+    codes, scale = act_quant(x, k_tiles)
+    grid = (triton.cdiv(len(x), block_m) * n_tiles,)
+    fp8_linear_many_kernel[grid](
+        codes,
+        scale,
+        weight.codes,
+        weight.scale,
+        out,
+        len(x),
+        weight.shape[0],
+        n_tiles,
+        k_tiles,
+        BLOCK_M=block_m,
+        GROUP=8,
+        NUM_STAGES=stages,
+        num_warps=warps,
+    )
+
+
+def pack(weight: QuantizedWeight) -> PackedWeight:
+    """On the weight's device; no copy where N and K are multiples of 128."""
+    rows, columns = weight.shape
+    padding = (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK)
+    codes = weight.data.contiguous()
+    if any(padding):
+        codes = torch.nn.functional.pad(codes.view(torch.uint8), padding).view(torch.float8_e4m3fn)
+    arrived = torch.zeros(len(codes) // SMALL_N, dtype=torch.int32, device=codes.device)
+    return PackedWeight(codes, exp2_of_byte(weight.scale).contiguous(), weight.shape, arrived)
+
+
+_SIZES = {"num_rows": "i32", "n_size": "i32:16", "k_tiles": "i32:16"}
+_WEIGHT = {"codes_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "out_ptr": "*bf16"}
+_FEW = {**_SIZES, **_WEIGHT, "x_ptr": "*bf16", "scratch_ptr": "*fp32", "arrived_ptr": "*i32", "k_size": "i32:16", "tiles_per_split": "i32"}
+_QUANT = {
+    "x_ptr": "*bf16",
+    "codes_ptr": "*fp8e4nv",
+    "scale_ptr": "*fp32",
+    "num_rows": "i32",
+    "k_size": "i32:16",
+    "k_tiles": "i32:16",
+    "row_stride": "i32",
+    "tile_stride": "i32",
+}
+_MANY = {**_SIZES, **_WEIGHT, "x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "n_tiles": "i32:16"}
+AOT = [
+    *(
+        (fp8_linear_few_kernel, _FEW, {"BLOCK_M": block_m, "BLOCK_N": SMALL_N, "SPLITS": splits, "NUM_STAGES": 4}, {"num_warps": 4})
+        for block_m, splits in ((16, 1), (16, 8), (64, 1), (64, 8))
+    ),
+    (act_quant_kernel, _QUANT, {"BLOCK_M": 16}, {"num_warps": 4}),
+    (fp8_linear_many_kernel, _MANY, {"BLOCK_M": 128, "GROUP": 8, "NUM_STAGES": 4}, {"num_warps": 8}),
+]

@@ -1,0 +1,115 @@
+"""Experts as V4-Flash (d 4096, I 2048, 256 experts, top 6) and V4-Pro (d 7168, I 3072, 384) hold them, and small ones of every kind."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.model.quantized import FP4_GROUP, FP8_BLOCK, QuantizedWeight
+from engine.ops.cases import Bench, Case, Draw, Weights, generator, randn
+
+LIMIT = 10.0
+REASON = (
+    "FP8 products accumulate 128 channels with 13 bits below the largest, and hidden values next to an FP8 rounding border go to the "
+    "other side: 2^-4 of few values"
+)
+TOLERANCE = 5e-3
+
+
+def mxfp4(device: torch.device, seed: int, rows: int, columns: int, low: int = 117, high: int = 121) -> QuantizedWeight:
+    """Random codes, every 40th group all zeros with the smallest scale; scale bytes from [low, high]."""
+    random = generator(device, seed)
+    data = torch.randint(0, 256, (rows, columns // FP4_GROUP, FP4_GROUP // 2), dtype=torch.uint8, generator=random, device=device)
+    scale = torch.randint(low, high + 1, (rows, columns // FP4_GROUP), dtype=torch.uint8, generator=random, device=device)
+    dead = torch.rand(scale.shape, generator=random, device=device) < 1 / 40
+    data[dead], scale[dead] = 0, 0
+    return QuantizedWeight("mxfp4", data.flatten(1), scale)
+
+
+def fp8(device: torch.device, seed: int, rows: int, columns: int) -> QuantizedWeight:
+    random = generator(device, seed)
+    data = torch.randn(rows, columns, generator=random, device=device).mul_(100).to(torch.float8_e4m3fn)
+    shape = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+    return QuantizedWeight("fp8", data, torch.randint(112, 115, shape, dtype=torch.uint8, generator=random, device=device))
+
+
+def routing(device: torch.device, seed: int, tokens: int, num_experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct experts for each token, and weights that sum to 1.5."""
+    scores = torch.rand(tokens, num_experts, generator=generator(device, seed), device=device)
+    weights, ids = scores.topk(top_k, dim=1)
+    return ids, weights / weights.sum(1, keepdim=True) * 1.5
+
+
+def experts(
+    tokens: int,
+    num_experts: int,
+    width: int,
+    inner: int,
+    top_k: int = 6,
+    local: tuple[int, int] | None = None,
+    kind: str = "mxfp4",
+    spread: tuple[int, int] = (117, 121),
+    one_expert: bool = False,
+) -> Draw:
+    """`local`: (first, number) of the experts held here, of num_experts."""
+
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        first, held = local or (0, num_experts)
+
+        def matrix(index: int, rows: int, columns: int) -> QuantizedWeight:
+            return mxfp4(device, seed + index, rows, columns, *spread) if kind == "mxfp4" else fp8(device, seed + index, rows, columns)
+
+        w1 = [matrix(3 * expert, inner, width) for expert in range(held)]
+        w2 = [matrix(3 * expert + 1, width, inner) for expert in range(held)]
+        w3 = [matrix(3 * expert + 2, inner, width) for expert in range(held)]
+        ids, weights = routing(device, seed + 10_000, tokens, num_experts, top_k)
+        ids = torch.where((ids >= first) & (ids < first + held), ids - first, -1)
+        if one_expert:
+            ids = ids % top_k
+        x = randn(device, seed + 10_001, tokens, width, dtype=torch.bfloat16)
+        return x, ids, weights, Weights((w1, w2, w3, True)), LIMIT
+
+    return draw
+
+
+def _case(name: str, draw: Draw, small: bool = False) -> Case:
+    return Case(name, draw, TOLERANCE, REASON, small)
+
+
+CASES = (
+    _case("no tokens", experts(0, 8, 256, 128, 2), small=True),
+    _case("one token", experts(1, 4, 128, 128, 2), small=True),
+    _case("wide scales", experts(3, 4, 256, 128, 2, spread=(110, 121)), small=True),
+    _case("odd sizes", experts(3, 3, 96, 64, 2), small=True),
+    _case("local range", experts(7, 8, 128, 128, 3, local=(2, 3)), small=True),
+    _case("FP8", experts(3, 4, 256, 128, 2, kind="fp8"), small=True),
+    _case("none of them here", experts(4, 8, 256, 256, 2, local=(8, 2))),
+    _case("FP8 of Base", experts(40, 8, 1024, 512, kind="fp8")),
+    _case("clamped", experts(40, 8, 1024, 512, spread=(121, 124))),
+    _case("one expert takes all", experts(300, 8, 1024, 512, 1, one_expert=True)),
+    _case("many rows", experts(2000, 8, 1024, 512)),
+    _case("some hundred rows", experts(300, 16, 1024, 512)),
+    _case("Flash shape, batch 1", experts(1, 16, 4096, 2048)),
+    _case("Flash shape, batch 32", experts(32, 16, 4096, 2048)),
+    _case("Pro shape, batch 9", experts(9, 12, 7168, 3072)),
+    _case("Flash shape, chunk", experts(1024, 32, 4096, 2048, local=(8, 16))),
+)
+
+
+def _bench(
+    name: str, tokens: int, num_experts: int, width: int, inner: int, kind: str = "mxfp4", local: tuple[int, int] | None = None
+) -> Bench:
+    """Bytes: the experts that at least one token goes to, on average over random routing."""
+    held = local[1] if local else num_experts
+    active = held * (1 - (1 - 6 / num_experts) ** tokens)
+    per_weight = 0.5 + 1 / FP4_GROUP if kind == "mxfp4" else 1 + 1 / FP8_BLOCK**2
+    num_bytes = active * 3 * width * inner * per_weight + tokens * width * 6
+    flops = 2 * 3 * width * inner * 6 * tokens * held // num_experts
+    return Bench(name, experts(tokens, num_experts, width, inner, kind=kind, local=local), int(num_bytes), flops, "fp8")
+
+
+BENCH = (
+    *(_bench(f"Flash 256 experts T={tokens}", tokens, 256, 4096, 2048) for tokens in (1, 8, 32, 128, 1024, 8192)),
+    _bench("Flash 32 of 256 experts T=256", 256, 256, 4096, 2048, local=(64, 32)),
+    _bench("Flash FP8 64 experts T=32", 32, 64, 4096, 2048, kind="fp8"),
+    _bench("Pro 48 of 384 experts T=128", 128, 384, 7168, 3072, local=(0, 48)),
+)
