@@ -136,6 +136,7 @@ def encode_reservation(reservation: Reservation) -> common_pb2.Reservation:
         page_ids=reservation.page_ids,
         slot_id=reservation.slot_id,
         lease_s=reservation.lease_s,
+        request_id=reservation.request_id,
     )
 
 
@@ -146,6 +147,7 @@ def decode_reservation(wire: common_pb2.Reservation) -> Reservation:
         page_ids=tuple(wire.page_ids),
         slot_id=wire.slot_id,
         lease_s=wire.lease_s,
+        request_id=wire.request_id,
     )
 
 

@@ -142,6 +142,8 @@ class Reservation:
     `epoch` is unique within the decode incarnation and is in every message about the reservation.
     """
 
+    request_id: str
+    """Under which the decode rank granted it; a hand-off to another rank is granted under another one."""
     decode: Member
     epoch: int
     page_ids: tuple[int, ...]

@@ -138,7 +138,14 @@ class DecodeLoop:
             return
         self._jobs[request.request_id] = Job(request, outbox, now)
         self._receiver.expect(held.epoch, request.request_id, held.page_ids, held.slot_id, len(request.token_ids))
-        grant = Reservation(decode=self._member, epoch=held.epoch, page_ids=held.page_ids, slot_id=held.slot_id, lease_s=self._lease_s)
+        grant = Reservation(
+            request_id=request.request_id,
+            decode=self._member,
+            epoch=held.epoch,
+            page_ids=held.page_ids,
+            slot_id=held.slot_id,
+            lease_s=self._lease_s,
+        )
         reserved = decode_pb2.Reserved(request_id=request.request_id, reservation=encode_reservation(grant))
         outbox.post(decode_pb2.DecodeUpdate(reserved=[reserved]))
 

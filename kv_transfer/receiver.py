@@ -193,7 +193,7 @@ class Receiver:
             return [Quiesced(epoch)]
         if found.phase is Phase.COMMITTED:
             del self._epochs[epoch]
-            return [Release(found.sender, epoch), Quiesced(epoch)]
+            return [Revoke(found.sender, epoch), Quiesced(epoch)]  # not released: no step was taken
         found.phase, found.answer_by = Phase.REVOKED, now + self._answer_s
         return [Revoke(found.sender, epoch)]
 

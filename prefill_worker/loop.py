@@ -1,6 +1,9 @@
 """The prefill rank's engine thread: take requests, compute prompts chunk by chunk, push pages as they finish.
 
-    WAITING (no pages yet) -> COMPUTING -> SENDING (first token is out) -> gone when decode has taken over
+    WAITING (no pages yet) -> COMPUTING -> SENDING (first token is out) -> gone when decode has taken its first step
+
+A hand-off that fails takes nothing with it: the job goes on, keeps its pages, and is handed on when the router has found it another
+decode rank.
 
 Everything that happens to a job happens in this thread: commands and transfer events come in through one inbox.
 """
@@ -12,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.codec import encode_failure, encode_logprobs, encode_stages, encode_tokens
-from core.errors import BatonError, DeadlineExceeded, Draining, InternalError, InvalidRequest, Overloaded
+from core.codec import encode_error, encode_failure, encode_logprobs, encode_stages, encode_tokens
+from core.errors import BatonError, DeadlineExceeded, Draining, InternalError, InvalidRequest, Overloaded, TransferFailed
 from core.inbox import InboxThread
 from core.kv_layout import PAGE_TOKENS
 from core.log import get_logger
@@ -50,12 +53,17 @@ class State(enum.Enum):
 class Job:
     sequence: Sequence
     reservation: Reservation
+    """The latest one."""
     outbox: Outbox
     arrived: float
     state: State = State.WAITING
     started: float = 0.0
+    is_open: bool = False
+    """Whether the sender knows it, under `hand_off`."""
+    hand_off: str = ""
     num_pushed: int = 0
-    """Pages given to the sender."""
+    """Pages given to the sender in this hand-off."""
+    first_token: int | None = None
     stages: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -74,6 +82,8 @@ class PrefillLoop:
         self._pages, self._slots = PageAllocator(config.num_pages), SlotAllocator(config.num_slots)
         self._planner = PrefillPlanner(chunk_tokens=config.chunk_tokens, max_sequences=config.num_slots)
         self._jobs: dict[str, Job] = {}
+        self._by_hand_off: dict[str, Job] = {}
+        """Those that are open."""
         self._thread = InboxThread("prefill-loop", self._turn, self._died)
         self._failed_steps = 0
         self._transfer_bytes, self._transfer_seconds, self._steps, self._tokens = 0, 0.0, 0, 0
@@ -97,6 +107,10 @@ class PrefillLoop:
 
     def run(self, request: Request, reservation: Reservation, outbox: Outbox) -> None:
         self._thread.put(lambda: self._accept(request, reservation, outbox))
+
+    def hand_on(self, request_id: str, reservation: Reservation, outbox: Outbox) -> None:
+        """Hand the request off under this reservation, in place of the one before."""
+        self._thread.put(lambda: self._hand_on(request_id, reservation, outbox))
 
     def cancel(self, request_id: str, outbox: Outbox) -> None:
         self._thread.put(lambda: self._cancel(request_id, outbox))
@@ -154,7 +168,7 @@ class PrefillLoop:
             return
         job = Job(Sequence.from_request(request), reservation, outbox, self._clock.now())
         self._jobs[request.request_id] = job
-        self._sender.open(request.request_id, reservation)  # the handshake goes on while the prompt is computed
+        self._open(job)  # the handshake goes on while the prompt is computed
         log.info("prefill.accepted", request_id=request.request_id, num_tokens=len(request.token_ids))
 
     def _check(self, request: Request, reservation: Reservation) -> None:
@@ -167,8 +181,7 @@ class PrefillLoop:
         num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
         if num_pages > self._pages.num_total or len(request.token_ids) > self._runner.max_model_len:
             raise InvalidRequest(f"prompt of {len(request.token_ids)} tokens does not fit this prefill rank", param="prompt")
-        if len(reservation.page_ids) != num_pages:
-            raise InternalError(f"{len(reservation.page_ids)} pages are reserved, the prompt has {num_pages}")
+        _check_pages(request, reservation)
         waiting = sum(job.state is State.WAITING for job in self._jobs.values())
         if waiting >= self._config.max_waiting:
             raise Overloaded(f"{waiting} requests are waiting on this prefill rank", retry_after_s=1.0)
@@ -189,16 +202,16 @@ class PrefillLoop:
             job.stages["queue"] = job.started - job.arrived
 
     def _advance(self, job: Job, result: ChunkResult) -> None:
-        sequence, request = job.sequence, job.sequence.request
+        sequence = job.sequence
         if result.prompt_logprobs:
             found = prefill_pb2.PromptLogprobs(
                 request_id=job.request_id, start=result.prompt_logprobs_start, logprobs=encode_logprobs(result.prompt_logprobs)
             )
             job.outbox.post(prefill_pb2.PrefillUpdate(prompt_logprobs=[found]))
-        whole = sequence.num_computed // PAGE_TOKENS
         if result.token is None:
-            self._push(job, whole)
+            self._push(job)
             return
+        job.first_token = result.token
         job.stages["prefill"] = self._clock.now() - job.started
         tokens = Tokens(
             request_id=job.request_id,
@@ -215,17 +228,45 @@ class PrefillLoop:
             self._close(job)
             return
         job.state = State.SENDING
-        self._push(job, len(sequence.page_ids))
-        order = CommitOrder(local_slot_id=sequence.slot_id, num_tokens=len(request.token_ids), first_token=result.token)
-        self._sender.commit(job.request_id, order)
+        self._push(job)
 
-    def _push(self, job: Job, end: int) -> None:
+    def _open(self, job: Job) -> None:
+        job.is_open, job.hand_off, job.num_pushed = True, job.reservation.request_id, 0
+        self._by_hand_off[job.hand_off] = job
+        self._sender.open(job.hand_off, job.reservation)
+        self._push(job)
+
+    def _push(self, job: Job) -> None:
+        """Give the sender what is final: whole pages, and with the first token everything."""
+        if not job.is_open:
+            return
+        sequence = job.sequence
+        end = sequence.num_computed // PAGE_TOKENS if job.first_token is None else len(sequence.page_ids)
         if end > job.num_pushed:
-            self._sender.push_pages(job.request_id, job.num_pushed, job.sequence.page_ids[job.num_pushed : end])
+            self._sender.push_pages(job.hand_off, job.num_pushed, sequence.page_ids[job.num_pushed : end])
             job.num_pushed = end
+        if job.first_token is not None:
+            num_tokens = len(sequence.request.token_ids)
+            self._sender.commit(job.hand_off, CommitOrder(sequence.slot_id, num_tokens, job.first_token))
+
+    def _hand_on(self, request_id: str, reservation: Reservation, outbox: Outbox) -> None:
+        job = self._jobs.get(request_id)
+        try:
+            if job is None or job.state is State.CLOSING or job.outbox is not outbox:
+                raise TransferFailed(f"nothing is kept of {request_id}")
+            _check_pages(job.sequence.request, reservation)
+        except BatonError as error:
+            outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(request_id, error)]))
+            return
+        log.info("prefill.handed_on", request_id=request_id, decode=reservation.decode.name, was_open=job.is_open)
+        job.reservation = reservation
+        if job.is_open:
+            self._sender.abort(job.hand_off)  # the next one begins when nothing reads the pages any more
+        else:
+            self._open(job)
 
     def _handed_off(self, event: HandedOff) -> None:
-        job = self._jobs.get(event.request_id)
+        job = self._by_hand_off.get(event.request_id)
         if job is None:
             return
         self._transfer_bytes += event.num_bytes
@@ -234,22 +275,32 @@ class PrefillLoop:
         self._metrics.transfer_seconds.inc(event.seconds)
         self._metrics.stage_seconds.labels("transfer").observe(event.seconds)
         self._metrics.requests.labels("handed_off").inc()
-        log.info("prefill.handed_off", request_id=event.request_id, num_bytes=event.num_bytes, seconds=event.seconds)
+        log.info("prefill.handed_off", request_id=job.request_id, num_bytes=event.num_bytes, seconds=event.seconds)
         done = prefill_pb2.HandedOff(
-            request_id=event.request_id, num_bytes=event.num_bytes, stages=encode_stages({"transfer": event.seconds})
+            request_id=job.request_id,
+            num_bytes=event.num_bytes,
+            stages=encode_stages({"transfer": event.seconds}),
+            reserved_as=event.request_id,
         )
         job.outbox.post(prefill_pb2.PrefillUpdate(handed_off=[done]))
 
     def _closed(self, event: Closed) -> None:
-        job = self._jobs.pop(event.request_id, None)
-        if job is None:
-            return
-        if event.error is not None and job.state is not State.CLOSING:
-            self._metrics.requests.labels("failed").inc()
-            log.warning("prefill.failed", request_id=event.request_id, error=str(event.error))
-            job.outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(event.request_id, event.error)]))
-        self._pages.free(event.request_id)
-        self._slots.free(event.request_id)
+        job = self._by_hand_off.pop(event.request_id)
+        job.is_open = False
+        if event.error is None or job.state is State.CLOSING:
+            self._forget(job)
+        elif job.reservation.request_id != job.hand_off:
+            self._open(job)
+        else:
+            self._metrics.requests.labels("hand_off_failed").inc()
+            log.warning("prefill.hand_off_failed", request_id=job.request_id, error=str(event.error))
+            failed = prefill_pb2.HandOffFailed(request_id=job.request_id, reserved_as=event.request_id, error=encode_error(event.error))
+            job.outbox.post(prefill_pb2.PrefillUpdate(hand_offs_failed=[failed]))
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.request_id]
+        self._pages.free(job.request_id)
+        self._slots.free(job.request_id)
 
     def _cancel(self, request_id: str, outbox: Outbox) -> None:
         job = self._jobs.get(request_id)
@@ -267,13 +318,17 @@ class PrefillLoop:
 
     def _close(self, job: Job) -> None:
         job.state = State.CLOSING
-        self._sender.abort(job.request_id)
+        if job.is_open:
+            self._sender.abort(job.hand_off)
+        else:
+            self._forget(job)
 
     def _expire(self) -> None:
         now = self._clock.now()
         for job in list(self._jobs.values()):
             limit = job.sequence.request.deadline_s
-            if job.state in (State.WAITING, State.COMPUTING) and now - job.arrived > limit:
+            is_kept = job.state is State.SENDING and not job.is_open
+            if (is_kept or job.state in (State.WAITING, State.COMPUTING)) and now - job.arrived > limit:
                 self._drop(job, DeadlineExceeded(f"prefill took over {limit:g} s"))
 
     def _step_failed(self, request_ids: list[str], error: Exception) -> None:
@@ -302,3 +357,9 @@ class PrefillLoop:
         self._metrics.waiting.set(self.load.num_waiting)
         self._metrics.pages_free.set(self.load.pages_free)
         self._metrics.slots_free.set(self.load.slots_free)
+
+
+def _check_pages(request: Request, reservation: Reservation) -> None:
+    num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
+    if len(reservation.page_ids) != num_pages:
+        raise InternalError(f"{len(reservation.page_ids)} pages are reserved, the prompt has {num_pages}")

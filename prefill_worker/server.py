@@ -44,6 +44,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
             kind = command.WhichOneof("command")
             if kind == "run":
                 self._loop.run(decode_request(command.run.request), decode_reservation(command.run.reservation), outbox)
+            elif kind == "hand_on":
+                self._loop.hand_on(command.hand_on.request_id, decode_reservation(command.hand_on.reservation), outbox)
             elif kind == "cancel":
                 self._loop.cancel(command.cancel, outbox)
             elif kind == "ping":

@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillCommand(_message.Message):
-    __slots__ = ("hello", "run", "cancel", "ping")
+    __slots__ = ("hello", "run", "cancel", "ping", "hand_on")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
+    HAND_ON_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
     run: PrefillRun
     cancel: str
     ping: int
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., run: _Optional[_Union[PrefillRun, _Mapping]] = ..., cancel: _Optional[str] = ..., ping: _Optional[int] = ...) -> None: ...
+    hand_on: HandOn
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., run: _Optional[_Union[PrefillRun, _Mapping]] = ..., cancel: _Optional[str] = ..., ping: _Optional[int] = ..., hand_on: _Optional[_Union[HandOn, _Mapping]] = ...) -> None: ...
 
 class PrefillRun(_message.Message):
     __slots__ = ("request", "reservation")
@@ -27,8 +29,16 @@ class PrefillRun(_message.Message):
     reservation: _common_pb2.Reservation
     def __init__(self, request: _Optional[_Union[_common_pb2.Request, _Mapping]] = ..., reservation: _Optional[_Union[_common_pb2.Reservation, _Mapping]] = ...) -> None: ...
 
+class HandOn(_message.Message):
+    __slots__ = ("request_id", "reservation")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    reservation: _common_pb2.Reservation
+    def __init__(self, request_id: _Optional[str] = ..., reservation: _Optional[_Union[_common_pb2.Reservation, _Mapping]] = ...) -> None: ...
+
 class PrefillUpdate(_message.Message):
-    __slots__ = ("hello", "first_tokens", "prompt_logprobs", "handed_off", "failures", "load", "pong", "draining")
+    __slots__ = ("hello", "first_tokens", "prompt_logprobs", "handed_off", "failures", "load", "pong", "draining", "hand_offs_failed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +47,7 @@ class PrefillUpdate(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    HAND_OFFS_FAILED_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
     first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
@@ -45,7 +56,8 @@ class PrefillUpdate(_message.Message):
     load: _common_pb2.Load
     pong: int
     draining: bool
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., handed_off: _Optional[_Iterable[_Union[HandedOff, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[_common_pb2.Failure, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., pong: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    hand_offs_failed: _containers.RepeatedCompositeFieldContainer[HandOffFailed]
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., handed_off: _Optional[_Iterable[_Union[HandedOff, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[_common_pb2.Failure, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., pong: _Optional[int] = ..., draining: _Optional[bool] = ..., hand_offs_failed: _Optional[_Iterable[_Union[HandOffFailed, _Mapping]]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("tokens", "stages")
@@ -66,11 +78,23 @@ class PromptLogprobs(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., start: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class HandedOff(_message.Message):
-    __slots__ = ("request_id", "num_bytes", "stages")
+    __slots__ = ("request_id", "num_bytes", "stages", "reserved_as")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_AS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_bytes: int
     stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
-    def __init__(self, request_id: _Optional[str] = ..., num_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
+    reserved_as: str
+    def __init__(self, request_id: _Optional[str] = ..., num_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., reserved_as: _Optional[str] = ...) -> None: ...
+
+class HandOffFailed(_message.Message):
+    __slots__ = ("request_id", "reserved_as", "error")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_AS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    reserved_as: str
+    error: _common_pb2.Error
+    def __init__(self, request_id: _Optional[str] = ..., reserved_as: _Optional[str] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...

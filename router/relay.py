@@ -4,6 +4,9 @@
       ^                                                                  |
       '------ a retryable failure: again as prompt + tokens so far ------'
 
+A decode rank that fails before its first step costs a transfer, not a prefill: the prefill rank has kept what it computed, and hands it
+to another one (`_hand_on`).
+
 Retries live here and nowhere else. Sampling depends on (seed, position) only, so a client sees a pause, never other text. Whatever
 ends an attempt early, both ranks are told to cancel.
 """
@@ -13,18 +16,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.errors import BatonError, DeadlineExceeded, NoMembers, Overloaded, Unavailable
+from core.errors import BatonError, DeadlineExceeded, MemberLost, NoMembers, Overloaded, TransferFailed, Unavailable
 from core.log import get_logger
 from core.request import FinishReason, Request, Reservation, TokenLogprobs
 from router.config import RouterConfig
 from router.members import Members
 from router.placement import Candidate, place
-from router.session import Decoded, Event, Failed, Finished, FirstToken, HandedOff, PromptScored, RankSession, Reserved
+from router.session import Decoded, Event, Failed, Finished, FirstToken, HandedOff, HandOffFailed, PromptScored, RankSession, Reserved
 
 log = get_logger("relay")
 
@@ -33,6 +36,10 @@ RETRY_S = 0.05
 
 FULL_POLL_S = 0.02
 """How often the first in line asks the decode ranks for room."""
+
+KEPT_S = 2.0
+"""How long pages are kept on a prefill rank while all decode ranks are full. Theirs may be full of requests that wait for just these
+pages, so this must end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,8 @@ class Journey:
     num_prompt_tokens: int
     began: float
     attempts: int = 0
+    """Reservations that were worked for: runs, and hand-ons of what a run had computed."""
+    hand_ons: int = 0
     ranks: list[str] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     num_output_tokens: int = 0
@@ -65,6 +74,39 @@ class Journey:
 
     def add(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
+
+@dataclass(slots=True)
+class _Run:
+    """One prompt on one prefill rank, and the decode rank that it is meant for."""
+
+    request: Request
+    prefill: RankSession
+    decode: RankSession
+    reserved_as: str
+    """What the decode rank knows the request as."""
+    has_landed: bool = False
+    """Everything is in the decode rank's memory."""
+    has_decoded: bool = False
+    is_kept: bool = False
+    """The prefill rank could not tell whether decode took over."""
+    is_handed_on: bool = False
+
+    def is_stale(self, name: str, event: Event) -> bool:
+        """Whether it is about a reservation that was given up. `name`: what the rank that told it knows the request as."""
+        if isinstance(event, (HandedOff, HandOffFailed)):
+            return event.reserved_as != self.reserved_as
+        is_of_decode = isinstance(event, (Decoded, Finished)) or (isinstance(event, Failed) and event.role == "decode")
+        return is_of_decode and name != self.reserved_as
+
+    def leave(self, session: RankSession) -> None:
+        name = self.reserved_as if session is self.decode else self.request.request_id
+        session.forget(name)
+        session.cancel(name)
+
+
+Events = asyncio.Queue[tuple[str, Event]]
+"""With what the rank that told it knows the request as."""
 
 
 class Relay:
@@ -114,19 +156,22 @@ class Relay:
     async def _attempt(
         self, request: Request, journey: Journey, avoid: list[tuple[str, int]], deadline: float
     ) -> AsyncGenerator[Output, None]:
-        """One run on one pair of ranks."""
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        """One prompt on one prefill rank, handed to a decode rank, or to a second one."""
+        events: Events = asyncio.Queue()
         began = self._clock.now()
         prefill, decode, reservation = await self._reserve(request, events, avoid, deadline)
         journey.add("reserve", self._clock.now() - began)
         journey.ranks += [prefill.member.name, decode.member.name]
+        run = _Run(request, prefill, decode, request.request_id)
         try:
-            prefill.listen(request.request_id, len(request.token_ids), events.put_nowait)
+            prefill.listen(request.request_id, len(request.token_ids), _into(events, request.request_id))
             prefill.run(request, reservation)
             held: list[Output] = []  # decode's tokens may overtake the first one: they come over another stream
-            has_first = handed_off = False
+            has_first = False
             while True:
-                event = await self._next(events, deadline)
+                name, event = await self._next(events, deadline)
+                if run.is_stale(name, event):
+                    continue
                 if isinstance(event, PromptScored):
                     yield Output(prompt_logprobs=event.logprobs, prompt_start=event.start)
                 elif isinstance(event, FirstToken):
@@ -134,17 +179,25 @@ class Relay:
                     has_first = True
                     held.insert(0, _output(event))
                 elif isinstance(event, Decoded):
-                    handed_off = True
+                    run.has_landed = run.has_decoded = True
                     held.append(_output(event))
                 elif isinstance(event, (HandedOff, Finished)):
-                    handed_off = True
+                    run.has_landed = True
                     self._add_stages(journey, event.stages)
+                elif isinstance(event, HandOffFailed):
+                    run.is_kept = True
+                    if not run.has_landed:
+                        await self._hand_on(run, events, journey, avoid, deadline, event.error)
+                elif isinstance(event, Failed) and event.role == "decode":
+                    await self._hand_on(run, events, journey, avoid, deadline, event.error)
                 elif isinstance(event, Failed):
-                    if event.role == "prefill" and handed_off:
+                    if run.has_landed:
                         continue  # its part is done
-                    failed = prefill if event.role == "prefill" else decode
-                    avoid.append((failed.member.name, failed.member.incarnation))
+                    avoid.append(_key(prefill))
                     raise event.error
+                if run.has_decoded and run.is_kept:
+                    run.is_kept = False
+                    prefill.cancel(request.request_id)
                 if has_first:
                     for output in held:
                         yield output
@@ -152,22 +205,54 @@ class Relay:
                             return
                     held.clear()
         finally:
-            for session in (prefill, decode):
-                session.forget(request.request_id)
-                session.cancel(request.request_id)
+            run.leave(run.prefill)
+            run.leave(run.decode)
+
+    async def _hand_on(
+        self, run: _Run, events: Events, journey: Journey, avoid: list[tuple[str, int]], deadline: float, error: BatonError
+    ) -> None:
+        """Have the prefill rank hand what it keeps to another decode rank. Raises `error` if that cannot be: decode has taken over
+        already, it is not the rank that failed, or a second rank could not be reached either."""
+        avoid.append(_key(run.decode))
+        if run.is_handed_on:
+            avoid.append(_key(run.prefill))
+        is_for_good = run.has_decoded or run.is_handed_on or journey.attempts >= self._config.max_attempts
+        if is_for_good or not isinstance(error, (MemberLost, TransferFailed)):
+            raise error
+        run.leave(run.decode)
+        journey.attempts += 1
+        base = run.request.request_id.rpartition(".")[0]
+        request = dataclasses.replace(
+            run.request, request_id=f"{base}.{journey.attempts}", deadline_s=max(deadline - self._clock.now(), 0.001)
+        )
+        try:
+            _, run.decode, reservation = await self._reserve(request, events, avoid, deadline, run.prefill)
+            run.reserved_as = request.request_id
+            run.prefill.hand_on(run.request.request_id, reservation)
+        except BatonError as failure:
+            raise error from failure
+        run.is_handed_on, run.has_landed, run.is_kept = True, False, False
+        journey.hand_ons += 1
+        journey.ranks.append(run.decode.member.name)
+        log.warning("relay.handed_on", request_id=request.request_id, decode=run.decode.member.name, error=f"{error.code}: {error}")
 
     async def _reserve(
-        self, request: Request, events: asyncio.Queue[Event], avoid: list[tuple[str, int]], deadline: float
+        self, request: Request, events: Events, avoid: list[tuple[str, int]], deadline: float, keeper: RankSession | None = None
     ) -> tuple[RankSession, RankSession, Reservation]:
-        """Pages on a decode rank, and a prefill rank to fill them. When all decode ranks are full, waits in line for room."""
+        """Pages on a decode rank, and a prefill rank to fill them (`keeper`, which has computed it already). When all decode ranks are
+        full, waits in line for room; a keeper's request goes first and waits for KEPT_S at most. Whatever the decode rank says
+        afterwards is put into `events`."""
+        kept_until = self._clock.now() + KEPT_S
         full: set[tuple[str, int]] = set()
         is_first_in_line = False
         async with contextlib.AsyncExitStack() as line:
             while True:
-                prefill, decode = await self._place(request, [*avoid, *full], deadline)
-                key = (decode.member.name, decode.member.incarnation)
+                prefill, decode = await self._place(request, [*avoid, *full], deadline, keeper)
+                key = _key(decode)
                 if key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
-                    if not is_first_in_line:
+                    if keeper is not None and self._clock.now() > kept_until:
+                        raise Overloaded(f"no decode rank has room for what {keeper.member.name} keeps")
+                    if keeper is None and not is_first_in_line:
                         await line.enter_async_context(self._full)
                         is_first_in_line = True
                     await asyncio.sleep(FULL_POLL_S)
@@ -175,11 +260,12 @@ class Relay:
                     if self._clock.now() > deadline:
                         raise DeadlineExceeded(f"no decode rank had room within {self._config.request_timeout_s:g} s")
                     continue
-                decode.listen(request.request_id, len(request.token_ids), events.put_nowait)
+                answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+                decode.listen(request.request_id, len(request.token_ids), _into(events, request.request_id, answer))
                 try:
                     decode.reserve(request)
                     async with asyncio.timeout(self._config.reserve_timeout_s):
-                        event = await events.get()
+                        event = await answer
                     if isinstance(event, Reserved):
                         return prefill, decode, event.reservation
                     assert isinstance(event, Failed), f"{event}"
@@ -195,11 +281,15 @@ class Relay:
                         raise Unavailable(f"{decode.member.name} did not answer a reservation") from error
                     raise
 
-    async def _place(self, request: Request, avoid: list[tuple[str, int]], deadline: float) -> tuple[RankSession, RankSession]:
+    async def _place(
+        self, request: Request, avoid: list[tuple[str, int]], deadline: float, keeper: RankSession | None
+    ) -> tuple[RankSession, RankSession]:
         """Waits a configured time for ranks to be there. Raises NoMembers or Mismatch."""
         give_up = min(self._clock.now() + self._config.wait_for_members_s, deadline)
         while True:
             sessions = {role: self._members.ready(role) for role in ("prefill", "decode")}
+            if keeper is not None:
+                sessions["prefill"] = [keeper]
             try:
                 prefills, decodes = ([_candidate(session) for session in found] for found in sessions.values())
                 chosen = place(request, prefills, decodes, avoid)
@@ -211,7 +301,7 @@ class Relay:
         prefill, decode = (next(s for s in found if s.member is member) for found, member in zip(sessions.values(), chosen, strict=True))
         return prefill, decode
 
-    async def _next(self, events: asyncio.Queue[Event], deadline: float) -> Event:
+    async def _next(self, events: Events, deadline: float) -> tuple[str, Event]:
         # not asyncio.wait_for: before Python 3.12 it swallows a cancellation that meets a finished read
         try:
             async with asyncio.timeout(max(deadline - self._clock.now(), 0.0)):
@@ -227,6 +317,22 @@ class Relay:
 def _output(event: FirstToken | Decoded) -> Output:
     tokens = event.tokens
     return Output(token_ids=tokens.token_ids, logprobs=tokens.logprobs, finish_reason=tokens.finish_reason)
+
+
+def _key(session: RankSession) -> tuple[str, int]:
+    return session.member.name, session.member.incarnation
+
+
+def _into(events: Events, name: str, answer: asyncio.Future[Event] | None = None) -> Callable[[Event], None]:
+    """A listener that puts events into the queue; the first one into `answer`, if there is one that is waited for."""
+
+    def listener(event: Event) -> None:
+        if answer is not None and not answer.done():
+            answer.set_result(event)
+        else:
+            events.put_nowait((name, event))
+
+    return listener
 
 
 def _candidate(session: RankSession) -> Candidate:

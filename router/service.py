@@ -103,7 +103,8 @@ class Service:
         seconds = self._clock.now() - journey.began
         self.metrics.request_seconds.observe(seconds)
         self.metrics.prompt_tokens.inc(journey.num_prompt_tokens)
-        self.metrics.migrations.inc(max(journey.attempts - 1, 0))
+        self.metrics.migrations.inc(max(journey.attempts - 1 - journey.hand_ons, 0))
+        self.metrics.hand_ons.inc(journey.hand_ons)
         for stage, spent in journey.stages.items():
             self.metrics.stages.labels(stage).observe(spent)
         first = journey.first_token_at
@@ -118,6 +119,7 @@ class Service:
             ttft_s=first - journey.began if first is not None else "none",
             seconds=seconds,
             attempts=journey.attempts,
+            hand_ons=journey.hand_ons,
             ranks=",".join(journey.ranks),
             **{f"{stage}_s": spent for stage, spent in journey.stages.items()},
         )

@@ -54,7 +54,18 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class HandedOff:
+    """Everything is in the decode rank's memory. `reserved_as`: Reservation.request_id."""
+
+    reserved_as: str
     stages: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class HandOffFailed:
+    """The prefill rank keeps what it computed."""
+
+    reserved_as: str
+    error: BatonError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,7 @@ class Failed:
     error: BatonError
 
 
-Event = Reserved | PromptScored | FirstToken | HandedOff | Decoded | Finished | Failed
+Event = Reserved | PromptScored | FirstToken | HandedOff | HandOffFailed | Decoded | Finished | Failed
 Listener = Callable[[Event], None]
 
 
@@ -112,6 +123,11 @@ class RankSession:
     def run(self, request: Request, reservation: Reservation) -> None:
         run = prefill_pb2.PrefillRun(request=encode_request(request), reservation=encode_reservation(reservation))
         self._send(prefill_pb2.PrefillCommand(run=run))
+
+    def hand_on(self, request_id: str, reservation: Reservation) -> None:
+        """What a prefill rank has and will have computed of this request goes under this reservation from now on."""
+        hand_on = prefill_pb2.HandOn(request_id=request_id, reservation=encode_reservation(reservation))
+        self._send(prefill_pb2.PrefillCommand(hand_on=hand_on))
 
     def cancel(self, request_id: str) -> None:
         """Harmless for requests that have ended. A broken session has cancelled everything already."""
@@ -196,7 +212,9 @@ class RankSession:
         for first in update.first_tokens:
             self._tell(first.tokens.request_id, FirstToken(decode_tokens(first.tokens), decode_stages(first.stages)))
         for done in update.handed_off:
-            self._tell(done.request_id, HandedOff(decode_stages(done.stages)))
+            self._tell(done.request_id, HandedOff(done.reserved_as, decode_stages(done.stages)))
+        for lost in update.hand_offs_failed:
+            self._tell(lost.request_id, HandOffFailed(lost.reserved_as, decode_error(lost.error)))
 
     def _tell(self, request_id: str, event: Event) -> None:
         listener = self._listeners.get(request_id)

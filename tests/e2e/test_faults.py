@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -12,7 +13,9 @@ import pytest
 
 from core.request import SamplingParams
 from decode_worker.config import DecodeConfig
+from engine.batch import Chunk
 from engine.null import NullRunner
+from engine.runner import ChunkResult
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from tests.support.serving import Serving
@@ -112,6 +115,43 @@ def test_ranks_that_die_one_after_the_other_and_come_back(serving: Serving) -> N
         serving.run(replace(role, replica))
     streams.check()
     serving.wait(serving.is_empty)
+
+
+class GatedRunner(NullRunner):
+    """A decode rank that begins its first step and does not end it until the gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__(num_pages=NUM_PAGES, num_slots=NUM_SLOTS, vocab_size=900, max_model_len=4096)
+        self.gate, self.is_stepping = threading.Event(), threading.Event()
+
+    def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
+        self.is_stepping.set()
+        assert self.gate.wait(30), "the test opens it"
+        return super().step(chunks)
+
+
+def test_a_decode_rank_that_dies_before_its_first_step_costs_a_transfer_and_no_prefill() -> None:
+    gated: list[GatedRunner] = []
+
+    def new_runner(role: str) -> NullRunner:
+        if role == "prefill":
+            return null_runner(role)
+        gated.append(GatedRunner())
+        return gated[-1]
+
+    with Serving(num_prefill=1, num_decode=2, new_runner=new_runner, router=RouterConfig(default_thinking=False)) as serving:
+        streams = Streams(serving, 1, 20)
+        serving.wait(lambda: any(runner.is_stepping.is_set() for runner in gated))
+        (first,) = [k for k, runner in enumerate(gated) if runner.is_stepping.is_set()]
+        removed = asyncio.run_coroutine_threadsafe(serving.remove(f"decode/{first}.0"), serving._loop)
+        serving.wait(gated[1 - first].is_stepping.is_set)
+        for runner in gated:
+            runner.gate.set()
+        removed.result(30)
+        streams.check()
+        serving.wait(serving.is_empty)
+        assert serving.workers["prefill/0.0"].load().tokens_total == len(streams.prompts[0]), "each prompt token was computed once"
+        assert serving.workers[f"decode/{1 - first}.0"].load().tokens_total == 19
 
 
 def test_clients_that_leave_free_everything_at_once(serving: Serving) -> None:

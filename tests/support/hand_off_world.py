@@ -115,7 +115,9 @@ class World:
         if self.rng.random() < 0.1 or not self.running():
             return  # the order to the prefill rank was lost
         process = self.rng.choice(self.running())
-        reservation = Reservation(decode=DECODE, epoch=held.epoch, page_ids=held.page_ids, slot_id=held.slot_id, lease_s=LEASE_S)
+        reservation = Reservation(
+            request_id=name, decode=DECODE, epoch=held.epoch, page_ids=held.page_ids, slot_id=held.slot_id, lease_s=LEASE_S
+        )
         state = process.sender
         self.check_fence(process)
         if process.link is None:

@@ -95,7 +95,8 @@ def test_an_open_epoch_is_quiet_when_the_sender_says_so() -> None:
 def test_a_committed_epoch_is_quiet_at_once() -> None:
     made = receiver()
     made.commit(COMMIT)
-    assert made.revoke(1, 0.0) == [Release(P, 1), Quiesced(1)]
+    assert made.revoke(1, 0.0) == [Revoke(P, 1), Quiesced(1)], "and not released: its sender may hand it to another rank"
+    assert made.last_write_out(P, 1) == []
 
 
 def test_revoking_what_is_closed_already_is_answered_too() -> None:

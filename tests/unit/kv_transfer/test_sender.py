@@ -23,7 +23,7 @@ ORDER = CommitOrder(local_slot_id=2, num_tokens=600, first_token=9)
 
 def reservation(epoch: int = 1, num_pages: int = 3) -> Reservation:
     decode = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)
-    return Reservation(decode=decode, epoch=epoch, page_ids=tuple(range(50, 50 + num_pages)), slot_id=4, lease_s=15.0)
+    return Reservation(request_id="r", decode=decode, epoch=epoch, page_ids=tuple(range(50, 50 + num_pages)), slot_id=4, lease_s=15.0)
 
 
 def opened(sender: Sender, *names: str, num_pages: int = 3, peer: str = PEER) -> None:

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import pytest
 
+import router.relay
 from core.clock import SystemClock
-from core.errors import MemberLost, NoMembers
+from core.errors import InternalError, MemberLost, NoMembers, Overloaded, TransferFailed
 from core.request import FinishReason, Load, Member, Request, Reservation, SamplingParams, Tokens
 from router.config import RouterConfig
 from router.members import Members
 from router.relay import Journey, Relay
-from router.session import Decoded, Event, Failed, FirstToken, HandedOff, Reserved
+from router.session import Decoded, Event, Failed, FirstToken, HandedOff, HandOffFailed, Reserved
 
 PROMPT = (5, 6, 7)
 MAX_TOKENS = 6
@@ -36,7 +37,7 @@ class FakeRank:
         self.listeners: dict[str, Callable[[Event], None]] = {}
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
-        self.lose_after, self.is_silent = lose_after, False
+        self.lose_after, self.is_silent, self.is_full = lose_after, False, False
 
     def listen(self, request_id: str, num_tokens: int, listener: Callable[[Event], None]) -> None:
         self.listeners[request_id], self.in_flight[request_id] = listener, num_tokens
@@ -50,32 +51,51 @@ class FakeRank:
 
     def reserve(self, request: Request) -> None:
         self.requests.append(request)
-        self.listeners[request.request_id](Reserved(Reservation(decode=self.member, epoch=1, page_ids=(0,), slot_id=0, lease_s=5.0)))
+        if self.is_full:
+            self.listeners[request.request_id](Failed("decode", Overloaded("full")))
+            return
+        granted = Reservation(request_id=request.request_id, decode=self.member, epoch=1, page_ids=(0,), slot_id=0, lease_s=5.0)
+        self.listeners[request.request_id](Reserved(granted))
 
 
 class FakePrefill(FakeRank):
     def __init__(self, decodes: list[FakeRank]) -> None:
         super().__init__("prefill")
         self.decodes = decodes
+        self.handed_on: list[tuple[str, Reservation]] = []
 
     def run(self, request: Request, reservation: Reservation) -> None:
         """Decode's tokens are told before the first one, as they may be over two streams."""
         self.requests.append(request)
-        rid, start = request.request_id, len(request.token_ids)
         decode = next(d for d in self.decodes if d.member == reservation.decode)
-        if decode.is_silent:
-            return
+        if not decode.is_silent:
+            self.produce(decode, request, reservation.request_id)
+            self.tell_first(request.request_id, len(request.token_ids))
+            self.lose(decode, request, reservation.request_id)
+
+    def hand_on(self, request_id: str, reservation: Reservation) -> None:
+        self.handed_on.append((request_id, reservation))
+        request = next(request for request in self.requests if request.request_id == request_id)
+        decode = next(d for d in self.decodes if d.member == reservation.decode)
+        if not decode.is_silent:
+            self.produce(decode, request, reservation.request_id)
+            self.listeners[request_id](HandedOff(reservation.request_id, {}))
+            self.lose(decode, request, reservation.request_id)
+
+    def produce(self, decode: FakeRank, request: Request, rid: str) -> None:
+        start = len(request.token_ids)
         last = request.prompt_len + request.sampling.max_tokens - 1
         for position in range(start + 1, min(last, start + decode.lose_after) + 1):
             finish = FinishReason.LENGTH if position == last else None
             decode.listeners[rid](Decoded(Tokens(request_id=rid, token_ids=(token_at(position),), finish_reason=finish)))
-        self.tell_first(rid, start)
-        if start + decode.lose_after < last:
+
+    def lose(self, decode: FakeRank, request: Request, rid: str) -> None:
+        if len(request.token_ids) + decode.lose_after < request.prompt_len + request.sampling.max_tokens - 1:
             decode.listeners[rid](Failed("decode", MemberLost("gone")))
 
     def tell_first(self, rid: str, position: int) -> None:
         self.listeners[rid](FirstToken(Tokens(request_id=rid, token_ids=(token_at(position),)), {}))
-        self.listeners[rid](HandedOff({}))
+        self.listeners[rid](HandedOff(rid, {}))
 
 
 class FakeMembers:
@@ -187,3 +207,128 @@ def test_without_members_a_request_waits_once_for_as_long_as_configured() -> Non
         asyncio.run(tokens_of(new_relay([], wait_for_members_s=0.1), journey))
     assert 0.1 <= time.monotonic() - began < 1.0
     assert journey.attempts == 1
+
+
+def two_decodes(lose_after: int) -> tuple[FakePrefill, FakeRank, FakeRank]:
+    decodes = FakeRank("decode", 0, lose_after=lose_after), FakeRank("decode", 1)
+    return FakePrefill(list(decodes)), *decodes
+
+
+def test_a_decode_rank_lost_before_its_first_step_costs_no_second_prefill() -> None:
+    prefill, lost, other = two_decodes(lose_after=0)
+    journey = new_journey()
+    assert asyncio.run(tokens_of(new_relay([prefill, lost, other]), journey)) == EXPECTED
+    assert [request.request_id for request in prefill.requests] == ["r.1"], "one prefill"
+    ((request_id, reservation),) = prefill.handed_on
+    assert (request_id, reservation.request_id, reservation.decode) == ("r.1", "r.2", other.member)
+    assert other.requests[0].token_ids == PROMPT, "what was computed, not what has been produced since"
+    assert (journey.attempts, journey.hand_ons) == (2, 1)
+    assert (prefill.cancelled, lost.cancelled, other.cancelled) == (["r.1"], ["r.1"], ["r.2"])
+    assert not any(rank.listeners or rank.in_flight for rank in (prefill, lost, other))
+
+
+def scripted(steps: Callable[[FakePrefill, FakeRank, FakeRank], None]) -> tuple[list[int], FakePrefill, Journey]:
+    """Both decode ranks are silent; `steps` is called once the request is on the first one."""
+    prefill, first, second = two_decodes(lose_after=10**6)
+    first.is_silent = second.is_silent = True
+    journey = new_journey()
+
+    async def run() -> list[int]:
+        task = asyncio.create_task(tokens_of(new_relay([prefill, first, second]), journey))
+        await asyncio.sleep(0.01)
+        steps(prefill, first, second)
+        async with asyncio.timeout(5):
+            return await task
+
+    return asyncio.run(run()), prefill, journey
+
+
+def test_a_failed_hand_off_goes_to_another_rank_and_late_news_of_the_first_is_ignored() -> None:
+    def steps(prefill: FakePrefill, first: FakeRank, second: FakeRank) -> None:
+        tell, told = prefill.listeners["r.1"], first.listeners["r.1"]
+        tell(HandOffFailed("r.1", TransferFailed("cut")))
+        second.is_silent = False
+        told(Decoded(Tokens(request_id="r.1", token_ids=(token_at(len(PROMPT) + 1),))))
+        told(Failed("decode", TransferFailed("cut")))
+        tell(HandedOff("r.1", {}))
+        tell(FirstToken(Tokens(request_id="r.1", token_ids=(token_at(len(PROMPT)),)), {}))
+
+    tokens, prefill, journey = scripted(steps)
+    assert tokens == EXPECTED
+    assert len(prefill.requests) == 1 and journey.hand_ons == 1
+
+
+def test_a_doubt_after_everything_landed_waits_for_what_decode_says() -> None:
+    """Decode has it all and goes on; the prefill rank, which could not know, is told to forget it."""
+
+    def steps(prefill: FakePrefill, first: FakeRank, second: FakeRank) -> None:
+        prefill.tell_first("r.1", len(PROMPT))
+        prefill.listeners["r.1"](HandOffFailed("r.1", MemberLost("link")))
+        prefill.produce(first, prefill.requests[0], "r.1")
+
+    tokens, prefill, journey = scripted(steps)
+    assert tokens == EXPECTED
+    assert not prefill.handed_on and journey.attempts == 1
+    assert prefill.cancelled == ["r.1", "r.1"], "at the first token of decode, and at the end"
+
+
+def test_what_is_kept_is_handed_on_when_decode_fails_after_that() -> None:
+    def steps(prefill: FakePrefill, first: FakeRank, second: FakeRank) -> None:
+        prefill.tell_first("r.1", len(PROMPT))
+        prefill.listeners["r.1"](HandOffFailed("r.1", MemberLost("link")))
+        second.is_silent = False
+        first.listeners["r.1"](Failed("decode", MemberLost("link")))
+
+    tokens, prefill, journey = scripted(steps)
+    assert tokens == EXPECTED and len(prefill.requests) == 1 and journey.hand_ons == 1
+
+
+def test_a_second_failure_runs_the_request_anew() -> None:
+    prefill, first, second = two_decodes(lose_after=0)
+    second.lose_after = 0
+    third = FakeRank("decode", 2)
+    prefill.decodes.append(third)
+    journey = new_journey()
+    assert asyncio.run(tokens_of(new_relay([prefill, first, second, third]), journey)) == EXPECTED
+    assert [request.request_id for request in prefill.requests] == ["r.1", "r.3"]
+    assert (journey.attempts, journey.hand_ons) == (3, 1)
+
+
+def test_a_request_that_is_to_blame_itself_is_not_handed_on() -> None:
+    prefill, first, second = two_decodes(lose_after=10**6)
+    first.is_silent = True
+
+    async def run() -> None:
+        task = asyncio.create_task(tokens_of(new_relay([prefill, first, second])))
+        await asyncio.sleep(0.01)
+        first.listeners["r.1"](Failed("decode", InternalError("the step failed")))
+        async with asyncio.timeout(5):
+            await task
+
+    with pytest.raises(InternalError):
+        asyncio.run(run())
+    assert not prefill.handed_on
+
+
+def test_pages_are_not_kept_for_long_while_all_decode_ranks_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router.relay, "KEPT_S", 0.05)
+    prefill, first, second = two_decodes(lose_after=0)
+    second.is_full = True
+    first_reserve = first.reserve
+
+    def reserve_once(request: Request) -> None:
+        first_reserve(request)
+        first.is_full = True
+
+    first.reserve = reserve_once  # type: ignore[method-assign]
+    journey = new_journey()
+
+    async def run() -> list[int]:
+        task = asyncio.create_task(tokens_of(new_relay([prefill, first, second]), journey))
+        await asyncio.sleep(0.3)
+        assert prefill.cancelled == ["r.1"], "the pages are free again"
+        second.is_full = False
+        return await task
+
+    assert asyncio.run(run()) == EXPECTED
+    assert not prefill.handed_on and len(prefill.requests) == 2
