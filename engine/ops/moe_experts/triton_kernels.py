@@ -297,7 +297,6 @@ _ROUTE = {
     "block_expert_ptr": _I32,
     "num_pairs": "i32",
     "num_experts": _WIDE,
-    "first_expert": "i32",
     "max_blocks": "i32",
     "width": _WIDE,
     "padded_width": _WIDE,
