@@ -45,11 +45,11 @@ def width_buckets(max_model_len: int) -> list[int]:
 class DecodeGraphs:
     """Owner of the graphs and of the memory that they read and write."""
 
-    def __init__(self, network: DeepseekV4, caches: ModelCaches, most: int, max_model_len: int) -> None:
-        """`most`: the largest batch. Captures every bucket, the largest first; the memory of one serves the next."""
-        self._network, self._caches = network, caches
-        self._sizes, self._widths = batch_buckets(most), width_buckets(max_model_len)
-        device = caches.arena.pages.device
+    def __init__(self, network: DeepseekV4, caches: ModelCaches, sizes: list[int], widths: list[int]) -> None:
+        """`sizes`, `widths`: ascending, sequences of a step and pages of a sequence. Captures every bucket, the largest first; the memory
+        of one serves the next."""
+        self._network, self._caches, self._sizes, self._widths = network, caches, sizes, widths
+        most, device = sizes[-1], caches.arena.pages.device
         # token ids, positions, slots; starts are the positions, every chunk being one token
         self._rows = torch.zeros(3, most, dtype=torch.int64, device=device)
         self._rows[1] = -1
@@ -73,6 +73,12 @@ class DecodeGraphs:
 
     def run(self, chunks: list[Chunk]) -> torch.Tensor:
         """fp32 logits [n, vocab] of the chunks, valid until the next step."""
+        graph, logits = self.fill(chunks)
+        graph.replay()
+        return logits[: len(chunks)]
+
+    def fill(self, chunks: list[Chunk]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Copy a step's inputs in; its graph, to be replayed, and the logits that it will write."""
         size = self._sizes[bisect.bisect_left(self._sizes, len(chunks))]
         most_pages = max(len(chunk.sequence.page_ids) for chunk in chunks)
         width = self._widths[bisect.bisect_left(self._widths, most_pages)]
@@ -85,9 +91,7 @@ class DecodeGraphs:
             table[row, : len(sequence.page_ids)] = sequence.page_ids
         self._rows[:, :size].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
         self._tables[width][:size].copy_(torch.from_numpy(table).pin_memory(), non_blocking=True)
-        graph, logits = self._graphs[size, width]
-        graph.replay()
-        return logits[: len(chunks)]
+        return self._graphs[size, width]
 
     def _batch(self, size: int, width: int) -> Batch:
         token_ids, positions, slots = self._rows[:, :size]

@@ -9,7 +9,7 @@ from core.kv_layout import KVLayout
 from core.request import FinishReason, TokenLogprobs
 from engine.batch import Chunk, build_batch
 from engine.cache.arena import Arena
-from engine.graphs import DecodeGraphs
+from engine.graphs import DecodeGraphs, batch_buckets, width_buckets
 from engine.logprobs import logprobs_of
 from engine.sampler import sample
 from engine.sequence import Sequence
@@ -65,7 +65,8 @@ class ModelRunner:
         self._caches = loaded.new_caches(num_pages, num_slots)
         self._graphs: DecodeGraphs | None = None
         if max_decode and loaded.device.type == "cuda":
-            self._graphs = DecodeGraphs(loaded.network, self._caches, max_decode, loaded.engine.max_model_len)
+            widths = width_buckets(loaded.engine.max_model_len)
+            self._graphs = DecodeGraphs(loaded.network, self._caches, batch_buckets(max_decode), widths)
         self.arena = self._caches.arena
         self.layout = loaded.layout
         self.vocab_size = loaded.model.vocab_size

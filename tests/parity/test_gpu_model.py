@@ -81,7 +81,7 @@ def test_graphed_decode_on_a_gpu_agrees_with_the_reference(on_gpu: LoadedModel, 
         sequences.append(sequence)
         on_gpu.network.forward(build_batch([Chunk(sequence, start)], on_gpu.device), caches)
         sequence.num_computed = start
-    graphs = DecodeGraphs(on_gpu.network, caches, 4, 4096)
+    graphs = DecodeGraphs(on_gpu.network, caches, [1, 4], [32])
     rows: list[list[np.ndarray]] = [[], [], []]
     for _ in range(steps):
         logits = graphs.run([Chunk(sequence, 1) for sequence in sequences]).cpu().numpy()

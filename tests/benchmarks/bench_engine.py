@@ -1,0 +1,256 @@
+"""Time whole steps of a model of published shape with dummy weights, on one GPU or on a group of them.
+
+python -m tests.benchmarks.bench_engine [--model deploy/model_shapes/v4_flash] [--layers N] [--ranks 2] [--batches 1,8,32]
+    [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--profile] [--out file.json]
+
+`--layers` keeps the first so many layers, for devices that do not hold all. A decode step is one replay of its graph, sampling aside;
+`batch` is per rank. A prefill is the chunks of one prompt. Each row stands beside the floor of the same run: the bytes that the step
+must move (weights once, of experts the expected number that a batch of random tokens touches, each sequence's cache rows) over the copy
+bandwidth, or its FLOPs over the matrix rate, measured at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+
+from core.request import Request, SamplingParams
+from engine.batch import Chunk, build_batch
+from engine.cache.arena import ModelCaches
+from engine.config import EngineConfig, ModelConfig
+from engine.engine import LoadedModel
+from engine.graphs import PAGES_STEP, DecodeGraphs
+from engine.memory_plan import tensor_bytes
+from engine.parallel.experts import Sharing
+from engine.parallel.group import Group, Limits, Rendezvous, Seat
+from engine.sequence import Sequence
+from tests.benchmarks.bench_ops import ceilings
+from tests.benchmarks.step_profile import profile_step
+
+NUM_REPLAYS = 20
+
+
+def cut_shape(folder: pathlib.Path, layers: int | None, into: pathlib.Path) -> pathlib.Path:
+    """A folder with the shape of `folder`, of the first `layers` layers."""
+    config = json.loads((folder / "config.json").read_text())
+    if layers is not None:
+        config["num_hidden_layers"], config["compress_ratios"] = layers, [*config["compress_ratios"][:layers], 0]
+    config["num_nextn_predict_layers"] = 0
+    target = into / folder.name
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def new_sequence(number: int, length: int, page_ids: list[int]) -> Sequence:
+    """One that has `length` tokens in its cache and one to be run."""
+    ids = tuple((number * 7919 + i * 104729) % 100003 for i in range(length + 1))
+    sequence = Sequence.from_request(Request(request_id=str(number), token_ids=ids, prompt_len=1, sampling=SamplingParams(max_tokens=1)))
+    sequence.slot_id, sequence.page_ids, sequence.num_computed = number, page_ids, length
+    return sequence
+
+
+def fill(loaded: LoadedModel, caches: ModelCaches) -> None:
+    """Every page and slot holds what a prompt of 512 tokens leaves there."""
+    caches.clear_slot(0)
+    sequence = new_sequence(0, 511, [0, 1])
+    sequence.num_computed = 0
+    loaded.network.forward(build_batch([Chunk(sequence, 512)], loaded.device), caches)
+    caches.arena.pages[2:] = caches.arena.pages[1]
+    caches.arena.slots[1:] = caches.arena.slots[0]
+
+
+def step_bytes(loaded: LoadedModel, batch: int, context: int, ranks: int) -> dict[str, int]:
+    """Bytes that one rank must read in a decode step: {"experts", "other weights", "cache"}."""
+    model, layout = loaded.model, loaded.layout
+    every = tensor_bytes(loaded.network)
+    one_expert = 3 * model.hidden_size * model.moe_intermediate_size * (0.5 + 1 / 32)
+    experts = model.n_routed_experts // ranks * model.num_hidden_layers * one_expert
+    untouched = (1 - model.num_experts_per_tok / model.n_routed_experts) ** (batch * ranks)
+    embedding = model.vocab_size * model.hidden_size * 2
+    rows = {field.name.split(".")[0]: field.row_bytes for field in (*layout.page_fields, *layout.slot_fields)}
+    cache = model.num_hidden_layers * min(context, 128) * rows["window"]
+    cache += model.compress_ratios.count(4) * (min(model.index_topk, context // 4) * rows["c4_kv"] + context // 4 * rows["index"])
+    cache += model.compress_ratios.count(128) * (context // 128) * rows["c128_kv"]
+    return {
+        "experts": round(experts * (1 - untouched)),
+        "other weights": round(every - experts - embedding),
+        "cache": batch * cache,
+    }
+
+
+def bench_decode(
+    loaded: LoadedModel, batches: list[int], contexts: list[int], ranks: int, bandwidth: float, profile: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    free = int(torch.cuda.mem_get_info()[0] * 0.85)
+    num_slots = max(batches)
+    wanted = max(batch * (context // 256 + 1) for batch in batches for context in contexts)
+    num_pages = min(wanted, max(64, (free - num_slots * loaded.layout.slot_bytes) // loaded.layout.page_bytes // 2))
+    caches = loaded.new_caches(num_pages, num_slots)
+    fill(loaded, caches)
+    for context in contexts:
+        width = -(-(context // 256 + 1) // PAGES_STEP) * PAGES_STEP
+        for batch in batches:
+            graphs = DecodeGraphs(loaded.network, caches, [batch], [width])
+            pages = context // 256 + 1
+            sequences = [new_sequence(n, context, [(n * pages + i) % num_pages for i in range(pages)]) for n in range(batch)]
+            graph, logits = graphs.fill([Chunk(sequence, 1) for sequence in sequences])
+            times = time_replays(graph)
+            assert bool(logits.isfinite().all()), "logits are not finite"
+            parts = step_bytes(loaded, batch, context, ranks)
+            median = statistics.median(times)
+            floor = sum(parts.values()) / bandwidth * 1e3
+            row = {
+                "batch": batch, "context": context, "ms": round(median, 3), "spread": round((times[-2] - times[1]) / 2 / median, 3),
+                "tokens/s": round(batch * 1e3 / median, 1), "floor ms": round(floor, 3), "share": round(floor / median, 3), "bytes": parts,
+            }  # fmt: skip
+            if profile:
+                row["profile us"] = profile_step(graph)
+            rows.append(row)
+            del graphs, graph, logits
+    return rows
+
+
+def time_replays(graph: torch.cuda.CUDAGraph) -> list[float]:
+    """Milliseconds, ascending."""
+    times = []
+    for _ in range(NUM_REPLAYS + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])
+
+
+def prefill_flops(model: ModelConfig, tokens: int) -> float:
+    """2 per multiply-add, of one prompt without the head (deepseek-v4 spec, section 5.2)."""
+    d, heads, width = model.hidden_size, model.num_attention_heads, model.head_dim
+    linear = d * model.q_lora_rank + model.q_lora_rank * heads * width + d * width
+    linear += heads * width * model.o_lora_rank + model.o_groups * model.o_lora_rank * d
+    linear += (model.num_experts_per_tok + model.n_shared_experts) * 3 * d * model.moe_intermediate_size
+    linear += d * model.n_routed_experts + 2 * (2 + model.hc_mult) * model.hc_mult * model.hc_mult * d
+    total = 2.0 * tokens * model.num_hidden_layers * linear
+    for ratio in model.compress_ratios:
+        rows = tokens * min(128, tokens)
+        if ratio == 4:
+            rows += sum(min(model.index_topk, t // 4) for t in range(tokens))
+            total += (
+                2.0
+                * tokens
+                * (4 * d * width + 4 * d * model.index_head_dim + model.q_lora_rank * model.index_n_heads * model.index_head_dim)
+            )
+            total += 2.0 * model.index_n_heads * model.index_head_dim * tokens * tokens / 8
+        elif ratio == 128:
+            rows += tokens * tokens // 256
+            total += 2.0 * tokens * 2 * d * width
+        total += 4.0 * heads * width * rows
+    return total
+
+
+def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: float, profile: bool) -> list[dict[str, Any]]:
+    rows = []
+    caches = loaded.new_caches(max(prompts) // 256 + 1, 2)
+    for prompt in prompts:
+        sequence = new_sequence(0, prompt - 1, list(range(-(-prompt // 256))))
+        times = []
+
+        def run(sequence: Sequence = sequence, prompt: int = prompt) -> None:
+            caches.clear_slot(0)
+            for start in range(0, prompt, chunk):
+                sequence.num_computed = start
+                loaded.network.forward(build_batch([Chunk(sequence, min(chunk, prompt - start))], loaded.device), caches)
+
+        for _ in range(4):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        median = statistics.median(times[1:])
+        floor = prefill_flops(loaded.model, prompt) / rate * 1e3
+        row: dict[str, Any] = {
+            "prompt": prompt, "chunk": chunk, "ms": round(median, 1), "tokens/s": round(prompt * 1e3 / median),
+            "TFLOP/s": round(prefill_flops(loaded.model, prompt) / median / 1e9, 1), "share of the fp8 rate": round(floor / median, 3),
+        }  # fmt: skip
+        if profile:
+            row["profile us"] = profile_step(run)
+        rows.append(row)
+    return rows
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
+    torch.cuda.set_device(rank)
+    limits = ceilings(torch.device("cuda"))
+    bandwidth, rate = limits["copy"], limits["fp8"]
+    torch.cuda.empty_cache()
+    sharing = None
+    if arguments.ranks > 1:
+        seat = Seat(rank=rank, size=arguments.ranks, name="bench/0", host="127.0.0.1", rendezvous=rendezvous)
+        group = Group.join(seat, Limits(start_s=300, step_s=300))
+        sharing = Sharing(group=group, max_tokens=max(arguments.batches, default=1), is_latency_bound=not arguments.prompts)
+    engine = EngineConfig(device="cuda", load="dummy", max_model_len=1 << 20, ops=dict(pair.split("=") for pair in arguments.ops))
+    with tempfile.TemporaryDirectory() as folder:
+        shape = cut_shape(arguments.model, arguments.layers, pathlib.Path(folder))
+        loaded = LoadedModel.load(shape, engine, sharing)
+    report: dict[str, Any] = {
+        "command": " ".join(sys.argv), "commit": commit(), "device": torch.cuda.get_device_name(), "ranks": arguments.ranks,
+        "layers": loaded.model.num_hidden_layers, "copy bandwidth TB/s": round(bandwidth / 1e12, 3), "fp8 rate TFLOP/s": round(rate / 1e12, 1),
+        "weights GB": round(tensor_bytes(loaded.network) / 1e9, 2), "ops": {choice.op: choice.backend for choice in loaded.ops.choices},
+        "decode": [], "prefill": [],
+    }  # fmt: skip
+    if arguments.prompts:
+        report["prefill"] = bench_prefill(loaded, arguments.prompts, arguments.chunk, rate, arguments.profile)
+    if arguments.batches:
+        report["decode"] = bench_decode(loaded, arguments.batches, arguments.contexts, arguments.ranks, bandwidth, arguments.profile)
+    if rank == 0:
+        print(loaded.ops.table())
+        for row in (*report["decode"], *report["prefill"]):
+            print({key: value for key, value in row.items() if key != "profile us"})
+            for name, spent in list(row.get("profile us", {}).items())[:25]:
+                print(f"    {spent:10.1f} us  {name}")
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    def ints(text: str) -> list[int]:
+        return [int(part) for part in text.split(",") if part]
+
+    parser = argparse.ArgumentParser(description="Time steps of a model with dummy weights.")
+    parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path("deploy/model_shapes/v4_flash"))
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--batches", type=ints, default=[])
+    parser.add_argument("--contexts", type=ints, default=[8192])
+    parser.add_argument("--prompts", type=ints, default=[])
+    parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--ops", nargs="*", default=[], metavar="OP=BACKEND")
+    parser.add_argument("--profile", action="store_true", help="time by kernel")
+    parser.add_argument("--out", type=pathlib.Path, default=None)
+    arguments = parser.parse_args()
+    if arguments.ranks == 1:
+        work(0, arguments, "")
+        return
+    rendezvous = Rendezvous("127.0.0.1")
+    torch.multiprocessing.spawn(work, (arguments, rendezvous.address), nprocs=arguments.ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Device time of a step by kernel."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def profile_step(step: torch.cuda.CUDAGraph | Callable[[], None]) -> dict[str, float]:
+    """Microseconds of device time by kernel name, most first; "idle" is what no kernel covers between the first and the last."""
+    run = step.replay if isinstance(step, torch.cuda.CUDAGraph) else step
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        run()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in found.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    spent: collections.Counter[str] = collections.Counter()
+    idle, last = 0.0, spans[0][0] if spans else 0.0
+    for start, end, name in spans:
+        spent[name] += end - start
+        idle += max(0.0, start - last)
+        last = max(last, end)
+    return {"idle": round(idle, 1), **{name[:100]: round(us, 1) for name, us in spent.most_common()}}
