@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 
 from engine.model.quantized import FP4_GROUP, FP8_BLOCK, QuantizedWeight
@@ -95,6 +98,41 @@ CASES = (
 )
 
 
+def _evenly(rows: int, num_experts: int, width: int, inner: int, top_k: int = 4) -> Draw:
+    """So many rows for every expert."""
+
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        tokens = rows * num_experts // top_k
+        x, _, weights, packed, limit = experts(tokens, num_experts, width, inner, top_k)(device, seed)
+        return x, torch.arange(tokens * top_k, device=device).view(tokens, top_k) % num_experts, weights, packed, limit
+
+    return draw
+
+
+def _deep_gemm_masked(rows: int, num_experts: int, width: int, inner: int) -> Callable[[torch.device, int], Callable[[], object]]:
+    """DeepGEMM's grouped FP8 products w1|w3 and w2 alone, without routing, activation and sum."""
+
+    def make(device: torch.device, seed: int) -> Callable[[], object]:
+        import deep_gemm
+
+        def product(n: int, k: int, offset: int) -> tuple[object, ...]:
+            random, height = generator(device, seed + offset), -(-rows // 64) * 64
+            a, b = (
+                torch.randint(0, 100, shape, dtype=torch.uint8, generator=random, device=device).view(torch.float8_e4m3fn)
+                for shape in ((num_experts, height, k), (num_experts, n, k))
+            )
+            scales = (torch.ones(num_experts, rows, k // FP8_BLOCK, device=device) for rows in (height, n // FP8_BLOCK))
+            out = torch.empty(num_experts, height, n, dtype=torch.bfloat16, device=device)
+            a_scale, b_scale = scales
+            return (a, a_scale.transpose(1, 2).contiguous().transpose(1, 2)), (b, b_scale), out
+
+        products = product(2 * inner, width, 0), product(width, inner, 1)
+        counts = torch.full((num_experts,), rows, dtype=torch.int32, device=device)
+        return lambda: [deep_gemm.fp8_m_grouped_gemm_nt_masked(*args, counts, rows) for args in products]
+
+    return make
+
+
 def _bench(
     name: str, tokens: int, num_experts: int, width: int, inner: int, kind: str = "mxfp4", local: tuple[int, int] | None = None
 ) -> Bench:
@@ -107,7 +145,15 @@ def _bench(
     return Bench(name, experts(tokens, num_experts, width, inner, kind=kind, local=local), int(num_bytes), flops, "fp8")
 
 
+def _even_bench(rows: int) -> Bench:
+    shape = 64, 4096, 2048
+    baselines = {"deep_gemm fp8 masked": _deep_gemm_masked(rows, *shape)} if importlib.util.find_spec("deep_gemm") else {}
+    num_bytes = 64 * 3 * 4096 * 2048 * 17 // 32 + rows * 64 * 4096 * 6 // 4
+    return Bench(f"64 experts, {rows} rows each", _evenly(rows, *shape), num_bytes, 2 * 64 * rows * 3 * 4096 * 2048, "fp8", baselines)
+
+
 BENCH = (
+    *(_even_bench(rows) for rows in (4, 16, 32, 128)),
     *(_bench(f"Flash 256 experts T={tokens}", tokens, 256, 4096, 2048) for tokens in (1, 8, 32, 128, 1024, 8192)),
     _bench("Flash 32 of 256 experts T=256", 256, 256, 4096, 2048, local=(64, 32)),
     _bench("Flash FP8 64 experts T=32", 32, 64, 4096, 2048, kind="fp8"),
