@@ -57,7 +57,9 @@ class DecodeWorker:
         self._on_death = on_death
         self._parts = contextlib.AsyncExitStack()
         """Ends what was started, the latest first."""
-        self._new_runner = new_runner or (lambda: ModelRunner(LoadedModel.load(model_path, engine), config.num_pages, config.num_slots))
+        self._new_runner = new_runner or (
+            lambda: ModelRunner(LoadedModel.load(model_path, engine), config.num_pages, config.num_slots, config.max_running)
+        )
 
     async def start(self) -> Member:
         """Load, register memory, listen; ready when it returns. Raises ConfigError and its kin, and then leaves nothing behind."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 from core.kv_layout import KVLayout
 from core.request import FinishReason, TokenLogprobs
 from engine.batch import Chunk, build_batch
@@ -110,4 +112,6 @@ class ModelRunner:
                     row_of = logits[ends[place] - 1 : ends[place]]
                     logprobs = logprobs_of(row_of, [token], sequence.request.sampling.num_logprobs)[0]
             results.append(ChunkResult(sequence, token, logprobs, prompt, start + 1))
+        if self._loaded.device.type == "cuda" and not due:
+            torch.cuda.current_stream().synchronize()  # a sampled token has waited for the step; chunks without one have not
         return results

@@ -211,7 +211,8 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         loaded = LoadedModel.load(shape, engine, sharing)
     report: dict[str, Any] = {
         "command": " ".join(sys.argv), "commit": commit(), "device": torch.cuda.get_device_name(), "ranks": arguments.ranks,
-        "layers": loaded.model.num_hidden_layers, "copy bandwidth TB/s": round(bandwidth / 1e12, 3), "fp8 rate TFLOP/s": round(rate / 1e12, 1),
+        "layers": loaded.model.num_hidden_layers,
+        "copy bandwidth TB/s": round(bandwidth / 1e12, 3), "fp8 rate TFLOP/s": round(rate / 1e12, 1),
         "weights GB": round(tensor_bytes(loaded.network) / 1e9, 2), "ops": {choice.op: choice.backend for choice in loaded.ops.choices},
         "decode": [], "prefill": [],
     }  # fmt: skip
