@@ -7,6 +7,7 @@ import importlib.util
 import torch
 
 from engine.config import EngineConfig
+from engine.ops.cuda_source import nvrtc_library
 
 OLDEST_CAPABILITY = (9, 0)
 """Hopper: FP8 matrix instructions with 2-way accumulation in fp32 and the register file the tile tables assume."""
@@ -23,6 +24,11 @@ def cuda(device: torch.device) -> str | None:
 def triton(device: torch.device) -> str | None:
     reason = cuda(device)
     return reason if reason is not None or importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def nvrtc(device: torch.device) -> str | None:
+    reason = cuda(device)
+    return reason if reason is not None or nvrtc_library() else "libnvrtc (CUDA's run-time compiler) is not installed"
 
 
 def deep_gemm(device: torch.device) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def index_topk(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch.Tensor:
@@ -19,4 +20,11 @@ def index_topk(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch
     return torch.nn.functional.pad(best, (0, k - best.shape[1]), value=-1).int()
 
 
-OP = Op("index_topk", index_topk)
+OP = Op(
+    "index_topk",
+    index_topk,
+    backends={
+        "cuda": Impl("engine.ops.index_topk.cuda", requires.nvrtc),
+        "triton": Impl("engine.ops.index_topk.triton", requires.triton),
+    },
+)

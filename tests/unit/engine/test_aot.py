@@ -4,6 +4,9 @@ A module with kernels (functions named *_kernel) exports AOT: a list of (kernel,
 the type of each argument that is no constexpr, by name: "*bf16", "i32", "fp32"; ":16" at an integer's end says that it is divisible
 by 16. Pointers are taken as aligned to 16 bytes, as the allocator makes them. Sizes that change from step to step belong into
 `do_not_specialize`: else a step whose size is divisible by 16 would be compiled once more.
+
+A module with a CUDA C++ kernel exports CUDA_AOT: a list of (source file, kernel, macros). These compile with NVRTC, as on a GPU, or
+with nvcc where only that is at hand.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import importlib
 import pathlib
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -22,12 +27,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from engine.ops.cuda_source import compile_cubin, nvrtc_library
+
 OPS = pathlib.Path(__file__).resolve().parents[3] / "engine" / "ops"
-MODULES = sorted(
-    str(path.relative_to(OPS.parents[1]).with_suffix("")).replace("/", ".")
-    for path in OPS.rglob("*.py")
-    if re.search(r"@triton\.jit.*\ndef \w+_kernel\(", path.read_text())
-)
+
+
+def modules_with(pattern: str) -> list[str]:
+    paths = sorted(path for path in OPS.rglob("*.py") if re.search(pattern, path.read_text()))
+    return [str(path.relative_to(OPS.parents[1]).with_suffix("")).replace("/", ".") for path in paths]
+
+
+MODULES = modules_with(r"@triton\.jit.*\ndef \w+_kernel\(")
+CUDA_MODULES = modules_with(r"\nCUDA_AOT")
 ARCHITECTURES = (90, 100, 103)
 SHARED_BYTES = 227 * 1024
 """A block's shared memory on all of them."""
@@ -76,3 +87,22 @@ def test_kernels_compile_for_the_target(module: str, architecture: int) -> None:
         assert compiled.metadata.shared <= SHARED_BYTES, (
             f"{kernel.__name__} {constexprs}: {compiled.metadata.shared} bytes of shared memory"
         )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("module", CUDA_MODULES)
+def test_cuda_sources_compile_for_the_target(module: str, architecture: int, tmp_path: pathlib.Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvrtc_library() is None and nvcc is None:
+        pytest.skip("neither NVRTC nor nvcc is installed")
+    for source, kernel, macros in importlib.import_module(module).CUDA_AOT:
+        if nvrtc_library() is not None:
+            cubin = compile_cubin(source, architecture, **macros)
+        else:
+            out = tmp_path / "kernel.cubin"
+            defines = [f"-D{name}={value}" for name, value in macros.items()]
+            command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", *defines, str(source), "-o", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            cubin = out.read_bytes()
+        assert kernel.encode() in cubin

@@ -1,0 +1,44 @@
+"""One launch: a cluster of thread blocks a row, radix selection among groups' maxima, then within the groups (kernel.cu)."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+
+import torch
+
+from engine.ops.cuda_source import cuda_kernel
+
+SOURCE = pathlib.Path(__file__).with_name("kernel.cu")
+THREADS = 1024
+SHORT = 8192
+"""Scores of a row that one block takes without groups."""
+LONGEST = 32 * SHORT
+MOST = 1024
+"""Largest k."""
+LARGEST_CLUSTER = 8
+
+
+def cluster_size(rows: int, num_scores: int, num_sms: int) -> int:
+    """Blocks that share a row: as many as keep all rows on the GPU at once; a power of two."""
+    if num_scores <= SHORT:
+        return 1
+    return 1 << (max(1, min(LARGEST_CLUSTER, num_sms // rows)).bit_length() - 1)
+
+
+def run(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch.Tensor:
+    """As the reference, indices in ascending order; logits contiguous in rows, no NaN among the visible ones."""
+    rows, num_scores = logits.shape
+    assert k <= MOST and num_scores <= LONGEST, f"{k=} of {num_scores}, at most {MOST} of {LONGEST}"
+    assert logits.dtype == torch.float32 and num_visible.dtype == torch.int64 and num_visible.is_contiguous()
+    assert num_scores <= 1 or logits.stride(1) == 1, f"strides {logits.stride()}"
+    chosen = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
+    if chosen.numel():
+        kernel = cuda_kernel(SOURCE, "index_topk", logits.device, MAX_K=512 if k <= 512 else MOST)
+        cluster = cluster_size(rows, num_scores, torch.cuda.get_device_properties(logits.device).multi_processor_count)
+        numbers = (ctypes.c_longlong(logits.stride(0)), ctypes.c_int(num_scores), ctypes.c_int(k))
+        kernel(rows * cluster, THREADS, (logits, num_visible, chosen, *numbers), cluster)
+    return chosen
+
+
+CUDA_AOT = [(SOURCE, "index_topk", {"MAX_K": 512}), (SOURCE, "index_topk", {"MAX_K": MOST})]
