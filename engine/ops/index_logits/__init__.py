@@ -6,7 +6,8 @@ import torch
 
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 def index_logits(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlaces, num_entries: int) -> torch.Tensor:
@@ -25,4 +26,11 @@ def index_logits(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: 
     return scores
 
 
-OP = Op("index_logits", index_logits)
+OP = Op(
+    "index_logits",
+    index_logits,
+    backends={
+        "deep_gemm": Impl("engine.ops.index_logits.deep_gemm", requires.deep_gemm),
+        "triton": Impl("engine.ops.index_logits.triton", requires.triton),
+    },
+)
