@@ -5,16 +5,17 @@
 // one among equals) hold the k best scores: a score in any other group has k maxima before it. So the first block
 //   1. finds those k groups: radix select over at most 8,192 maxima, 11 bits a pass, keys in registers;
 //   2. reads them again (k * 128 bytes) and radix-selects among their scores.
-// Rows of at most 8,192 scores skip the groups. The work does not depend on the values but for an early end of a radix pass.
+// Rows of at most 8,192 scores skip the groups. A radix pass takes the highest bits in which the keys differ; there are three at most.
 
 namespace {
 
 constexpr int THREADS = 1024;
-constexpr int WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / 32;          // 32, too: one lane a warp sums over them
 constexpr int GROUP = 32;
 constexpr int KEYS = 8;                      // maxima, or scores of a short row, a thread
 constexpr int MAX_GROUPS = THREADS * KEYS;   // and the longest row without groups
-constexpr int BINS = 2048;
+constexpr int DIGIT_BITS = 11;
+constexpr int BINS = 1 << DIGIT_BITS;        // two a thread
 #ifndef MAX_K
 #define MAX_K 1024                           // 512 or 1024; k may be less
 #endif
@@ -34,25 +35,58 @@ __device__ unsigned key_of(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Sum of `value` over the threads before this one. `turn` alternates between calls, so that one barrier is enough.
-__device__ int sum_before(int value, int (&sums)[2][WARPS], int turn) {
+// The block's keys: thread t's i-th is number (t / 32) * 32 * N + i * 32 + t % 32 of the row, so that a warp reads 32 in a line.
+template <int N>
+__device__ int number_of(int i) {
+  return (threadIdx.x >> 5) * 32 * N + i * 32 + (threadIdx.x & 31);
+}
+
+// Sum of `value` over the warps before this one; every lane of a warp gives the same. `turn` alternates between calls, so that one
+// barrier is enough.
+__device__ int sum_of_warps_before(int value, int (&sums)[2][WARPS], int turn) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  if (lane == 0) sums[turn][warp] = value;
+  __syncthreads();
+  return __reduce_add_sync(~0u, lane < warp ? sums[turn][lane] : 0);
+}
+
+// Sum of `value` over the threads before this one.
+__device__ int sum_before(int value, int (&sums)[2][WARPS], int turn) {
+  const int lane = threadIdx.x & 31;
   int sum = value;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     int other = __shfl_up_sync(~0u, sum, step);
     if (lane >= step) sum += other;
   }
-  if (lane == 31) sums[turn][warp] = sum;
-  __syncthreads();
-  int warps = sums[turn][lane];
+  return sum - value + sum_of_warps_before(__shfl_sync(~0u, sum, 31), sums, turn);
+}
+
+struct Range {
+  unsigned least, most;
+};
+
+// Of the block's keys that are not 0 (there is one).
+template <int N>
+__device__ Range find_range(const unsigned (&keys)[N], Shared& shared) {
+  unsigned least = ~0u, most = 0;
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    int other = __shfl_up_sync(~0u, warps, step);
-    if (lane >= step) warps += other;
+  for (int i = 0; i < N; ++i) {
+    if (keys[i] != 0) least = min(least, keys[i]);
+    most = max(most, keys[i]);
   }
-  int before = __shfl_sync(~0u, warps, warp == 0 ? 0 : warp - 1);
-  return sum - value + (warp == 0 ? 0 : before);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  least = __reduce_min_sync(~0u, least);
+  most = __reduce_max_sync(~0u, most);
+  if (lane == 0) {
+    shared.sums[0][warp] = static_cast<int>(least);
+    shared.sums[1][warp] = static_cast<int>(most);
+  }
+  __syncthreads();
+  least = __reduce_min_sync(~0u, static_cast<unsigned>(shared.sums[0][lane]));
+  most = __reduce_max_sync(~0u, static_cast<unsigned>(shared.sums[1][lane]));
+  __syncthreads();
+  return {least, most};
 }
 
 struct Cut {
@@ -60,17 +94,20 @@ struct Cut {
   int ties;      // and so many of those equal to it, the first ones
 };
 
-// The cut that takes k of the block's keys (there are at least k that are not 0). The histogram is zero before and after.
+// The cut that takes k of the block's keys (at least k are not 0, and those lie in the range). The histogram is zero before and after.
 template <int N>
-__device__ Cut find_cut(const unsigned (&keys)[N], int k, Shared& shared) {
-  unsigned prefix = 0, mask = 0;
+__device__ Cut find_cut(const unsigned (&keys)[N], Range range, int k, Shared& shared) {
+  unsigned prefix = 0;
+  int upper = 32 - __clz(range.most - range.least);
 #pragma unroll 1
-  for (int pass = 0; pass < 3; ++pass) {
-    const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
-    const unsigned digits = pass == 2 ? 1023 : 2047;
+  for (int pass = 0; upper > 0; ++pass) {
+    const int shift = max(0, upper - DIGIT_BITS);
+    const unsigned digits = (1u << (upper - shift)) - 1;
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (keys[i] != 0 && (keys[i] & mask) == prefix) atomicAdd(&shared.histogram[(keys[i] >> shift) & digits], 1);
+    for (int i = 0; i < N; ++i) {
+      const unsigned value = keys[i] - range.least;
+      if (keys[i] != 0 && (pass == 0 || value >> upper == prefix)) atomicAdd(&shared.histogram[(value >> shift) & digits], 1);
+    }
     __syncthreads();
     // Bins from the highest down, two a thread.
     const int low = BINS - 2 - 2 * threadIdx.x;
@@ -79,39 +116,41 @@ __device__ Cut find_cut(const unsigned (&keys)[N], int k, Shared& shared) {
     *mine = make_int2(0, 0);
     const int before = sum_before(counts.x + counts.y, shared.sums, pass & 1);
     if (before < k && k <= before + counts.x + counts.y) {
-      const bool upper = k <= before + counts.y;
-      shared.bin = upper ? low + 1 : low;
-      shared.above = upper ? before : before + counts.y;
-      shared.inside = upper ? counts.y : counts.x;
+      const bool is_upper = k <= before + counts.y;
+      shared.bin = is_upper ? low + 1 : low;
+      shared.above = is_upper ? before : before + counts.y;
+      shared.inside = is_upper ? counts.y : counts.x;
     }
     __syncthreads();
-    prefix |= static_cast<unsigned>(shared.bin) << shift;
-    mask |= digits << shift;
+    prefix = prefix << (upper - shift) | static_cast<unsigned>(shared.bin);
     k -= shared.above;
-    if (shared.inside == k) return {prefix == 0 ? 0 : prefix - 1, 0};
+    if (shared.inside == k) return {range.least + (prefix << shift) - 1, 0};
+    upper = shift;
   }
-  return {prefix, k};
+  return {range.least + prefix, k};
 }
 
-// Give each taken key its place, in the order of (thread, i), and call put(place, i).
+// Give each taken key its place, in the order of their numbers, and call put(place, i).
 template <int N, typename Put>
 __device__ void take(const unsigned (&keys)[N], Cut cut, Shared& shared, Put put) {
+  const unsigned lower_lanes = (1u << (threadIdx.x & 31)) - 1;
   int above = 0, equal = 0;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    above += keys[i] > cut.key;
-    equal += keys[i] == cut.key;
+    above += __popc(__ballot_sync(~0u, keys[i] > cut.key));
+    equal += __popc(__ballot_sync(~0u, keys[i] == cut.key));
   }
   // Both counts in one word: a block holds at most 32,768 keys.
-  const int before = sum_before(above << 16 | equal, shared.sums, 1);
+  const int before = sum_of_warps_before(above << 16 | equal, shared.sums, 1);
   above = static_cast<unsigned>(before) >> 16;
   equal = before & 0xffff;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const bool ties = keys[i] == cut.key;
-    if (keys[i] > cut.key || (ties && equal < cut.ties)) put(above + min(equal, cut.ties), i);
-    above += keys[i] > cut.key;
-    equal += ties;
+    const unsigned higher = __ballot_sync(~0u, keys[i] > cut.key), ties = __ballot_sync(~0u, keys[i] == cut.key);
+    const int my_above = above + __popc(higher & lower_lanes), my_equal = equal + __popc(ties & lower_lanes);
+    if (keys[i] > cut.key || (keys[i] == cut.key && my_equal < cut.ties)) put(my_above + min(my_equal, cut.ties), i);
+    above += __popc(higher);
+    equal += __popc(ties);
   }
 }
 
@@ -131,20 +170,8 @@ struct Row {
     return four;
   }
 
-  // N scores' keys from `first` on; 0 past the end and for those below `least`.
-  template <int N>
-  __device__ void keys(int first, unsigned least, unsigned (&out)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 four = load(first + i, 0.0f);
-      const float values[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const unsigned key = key_of(values[j]);
-        out[i + j] = first + i + j < count && key >= least ? key : 0;
-      }
-    }
-  }
+  // 0 past the end.
+  __device__ unsigned key(int index) const { return index < count ? key_of(scores[index]) : 0; }
 };
 
 __device__ unsigned cluster_rank() {
@@ -199,17 +226,18 @@ __device__ void find_maxima(const Row& row, int num_groups, Shared& shared) {
   if (!started) cluster_wait();
 }
 
-// Scores of the chosen groups; PER_THREAD of a group's 32 a thread, in order.
-template <int PER_THREAD>
-__device__ void select_in_groups(const Row& row, int k, unsigned least, int* out, Shared& shared) {
-  constexpr int SHARE = GROUP / PER_THREAD;
-  unsigned keys[PER_THREAD];
-  const int place = threadIdx.x / SHARE;
-  int first = row.count;
-  if (place < k) first = shared.chosen[place] * GROUP + threadIdx.x % SHARE * PER_THREAD;
-  row.keys(first, least, keys);
-  const Cut cut = find_cut(keys, k, shared);
-  take(keys, cut, shared, [&](int at, int i) { out[at] = first + i; });
+// Among the scores of the chosen groups, a group a warp at a time; no score above `range` is there, those below it are not taken.
+__device__ void select_in_groups(const Row& row, int num_groups, int k, Range range, int* out, Shared& shared) {
+  constexpr int N = MAX_K / WARPS;
+  unsigned keys[N];
+  const int first = (threadIdx.x >> 5) * N;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const unsigned key = first + i < num_groups ? row.key(shared.chosen[first + i] * GROUP + (threadIdx.x & 31)) : 0;
+    keys[i] = key >= range.least ? key : 0;
+  }
+  const Cut cut = find_cut(keys, range, k, shared);
+  take(keys, cut, shared, [&](int at, int i) { out[at] = shared.chosen[first + i] * GROUP + (threadIdx.x & 31); });
 }
 
 }  // namespace
@@ -236,10 +264,11 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_topk(
     for (int i = threadIdx.x; i < BINS; i += THREADS) shared.histogram[i] = 0;
   unsigned keys[KEYS];
   if (!in_groups) {
-    row.keys(threadIdx.x * KEYS, 0u, keys);
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) keys[i] = row.key(number_of<KEYS>(i));
     __syncthreads();
-    const Cut cut = find_cut(keys, k, shared);
-    take(keys, cut, shared, [&](int at, int i) { out[at] = threadIdx.x * KEYS + i; });
+    const Cut cut = find_cut(keys, find_range(keys, shared), k, shared);
+    take(keys, cut, shared, [&](int at, int i) { out[at] = number_of<KEYS>(i); });
     return;
   }
   const int num_groups = (count + GROUP - 1) / GROUP;
@@ -251,25 +280,19 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_topk(
   if (!is_first) return;
   cluster_wait();
 #pragma unroll
-  for (int i = 0; i < KEYS; i += 4) {
-    const int group = threadIdx.x * KEYS + i;
-    const uint4 four = *reinterpret_cast<const uint4*>(&shared.maxima[group]);
-    keys[i + 0] = group + 0 < num_groups ? four.x : 0;
-    keys[i + 1] = group + 1 < num_groups ? four.y : 0;
-    keys[i + 2] = group + 2 < num_groups ? four.z : 0;
-    keys[i + 3] = group + 3 < num_groups ? four.w : 0;
+  for (int i = 0; i < KEYS; ++i) {
+    const int group = number_of<KEYS>(i);
+    keys[i] = group < num_groups ? shared.maxima[group] : 0;
   }
-  if (num_groups <= k) {  // fewer groups than k: all of them
+  Range range = find_range(keys, shared);
+  if (num_groups <= k) {  // all of them; scores may be less than any maximum
     for (int i = threadIdx.x; i < num_groups; i += THREADS) shared.chosen[i] = i;
-    for (int i = threadIdx.x; i < MAX_K; i += THREADS)
-      if (i >= num_groups) shared.chosen[i] = MAX_GROUPS;
-    __syncthreads();
-    select_in_groups<MAX_K * GROUP / THREADS>(row, k, 0u, out, shared);
-    return;
+    range.least = 1;
+  } else {
+    const Cut cut = find_cut(keys, range, k, shared);
+    take(keys, cut, shared, [&](int at, int i) { shared.chosen[at] = number_of<KEYS>(i); });
+    range.least = cut.ties > 0 ? cut.key : cut.key + 1;
   }
-  const Cut cut = find_cut(keys, k, shared);
-  take(keys, cut, shared, [&](int at, int i) { shared.chosen[at] = threadIdx.x * KEYS + i; });
   __syncthreads();
-  const unsigned least = cut.ties > 0 ? cut.key : cut.key + 1;
-  select_in_groups<MAX_K * GROUP / THREADS>(row, k, least, out, shared);
+  select_in_groups(row, min(num_groups, k), k, range, out, shared);
 }
