@@ -43,3 +43,7 @@ def flash_mla(device: torch.device) -> str | None:
 
 def fp8_rows(engine: EngineConfig) -> str | None:
     return None if engine.kv_format == "fp8" else f"needs kv_format fp8, not {engine.kv_format}"
+
+
+def fp8_index(engine: EngineConfig) -> str | None:
+    return None if engine.index_format == "fp8" else f"needs index_format fp8, not {engine.index_format}"

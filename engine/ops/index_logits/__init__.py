@@ -30,7 +30,7 @@ OP = Op(
     "index_logits",
     index_logits,
     backends={
-        "deep_gemm": Impl("engine.ops.index_logits.deep_gemm", requires.deep_gemm),
+        "deep_gemm": Impl("engine.ops.index_logits.deep_gemm", requires.deep_gemm, requires.fp8_index),
         "triton": Impl("engine.ops.index_logits.triton", requires.triton),
     },
 )

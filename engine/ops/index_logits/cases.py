@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from engine.cache.rows import Fp8IndexRows, index_rows
-from engine.ops.cases import Bench, Case, Draw, randn
+from engine.ops.cases import Bench, Case, randn
 from engine.ops.paged_cases import places_of, random_pool
 
 HEADS, WIDTH, ROWS = 64, 128, 64
@@ -15,10 +16,12 @@ FP8_REASON = "fp32 sums of 128 exact products in another order; FP8 matrix units
 REASON = "fp32 sums in another order"
 
 
-def _draw(chunks: Sequence[tuple[int, int]], index_format: str = "fp8", fillers: int = 0, num_entries: int | None = None) -> Draw:
+def _draw(
+    chunks: Sequence[tuple[int, int]], index_format: str = "fp8", fillers: int = 0, num_entries: int | None = None
+) -> Callable[[torch.device, int], tuple[Any, ...]]:
     """`num_entries`: as in a bucket for longer sequences; by default just those that the longest sees."""
 
-    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+    def draw(device: torch.device, seed: int) -> tuple[Any, ...]:
         form = index_rows(index_format, WIDTH)
         places, num_pages, _ = places_of(device, seed, chunks, fillers)
         keys = random_pool(device, seed + 1, form, max(num_pages, 1), ROWS)
@@ -31,7 +34,9 @@ def _draw(chunks: Sequence[tuple[int, int]], index_format: str = "fp8", fillers:
     return draw
 
 
-def _visible_only(chunks: Sequence[tuple[int, int]], fillers: int, tolerance: float, reason: str) -> object:
+def _visible_only(
+    chunks: Sequence[tuple[int, int]], fillers: int, tolerance: float, reason: str
+) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]:
     """Compare what the queries see; the rest is unspecified."""
     positions = [position for start, length in chunks for position in range(start, start + length)] + [-1] * fillers
     visible = torch.tensor([(position + 1) // 4 for position in positions])
@@ -57,7 +62,7 @@ def _case(
 ) -> Case:
     tolerance, reason = (1e-3, FP8_REASON) if index_format == "fp8" else (1e-5, REASON)
     check = _visible_only(chunks, fillers, tolerance, reason)
-    return Case(name, _draw(chunks, index_format, fillers, num_entries), tolerance, reason, small, check=check)  # type: ignore[arg-type]
+    return Case(name, _draw(chunks, index_format, fillers, num_entries), tolerance, reason, small, check=check)
 
 
 MIXED = [(length - 1, 1) for length in (1, 3, 4, 255, 256, 257, 5000, 2048, 9001, 16_384)]
@@ -89,7 +94,29 @@ def _bench(name: str, chunks: Sequence[tuple[int, int]], index_format: str = "fp
     keys = sum((start + length) // 4 for start, length in chunks)
     num_bytes = keys * (form.data_bytes + form.scale_bytes) + pairs * 4 + tokens * HEADS * (WIDTH + 4)
     is_decode = all(length == 1 for _, length in chunks)
-    return Bench(name, _draw(chunks, index_format), num_bytes, pairs * HEADS * WIDTH * 2, "" if is_decode else "fp8")
+    baselines = {"deep_gemm paged": _paged(chunks)} if is_decode and index_format == "fp8" else {}
+    return Bench(name, _draw(chunks, index_format), num_bytes, pairs * HEADS * WIDTH * 2, "" if is_decode else "fp8", baselines)
+
+
+def _paged(chunks: Sequence[tuple[int, int]]) -> Callable[[torch.device, int], Callable[[], object]]:
+    """DeepGEMM's paged scores of one token a sequence, its schedule included as a step would have to."""
+
+    def prepare(device: torch.device, seed: int) -> Callable[[], object]:
+        import deep_gemm
+
+        q, weights, keys, places, num_entries = _draw(chunks)(device, seed)
+        row_bytes = keys.form.data_bytes + keys.form.scale_bytes
+        fused = keys.data.as_strided((len(keys.data), ROWS, 1, row_bytes), (keys.data.stride(0), row_bytes, row_bytes, 1))
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        lengths = ((places.positions_T + 1) // 4).int()[:, None]
+
+        def call() -> object:
+            schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, ROWS, num_sms)
+            return deep_gemm.fp8_paged_mqa_logits(q[:, None], fused, weights, lengths, places.page_table_SP, schedule, num_entries, False)
+
+        return call
+
+    return prepare
 
 
 BENCH = (
