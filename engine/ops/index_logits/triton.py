@@ -63,7 +63,7 @@ def _score(keys, factor, query, weights, FORM: tl.constexpr):
     return tl.sum(tl.maximum(dots, 0.0) * weights[None, :], 1) * factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_entries"])
 def decode_logits_kernel(
     q_ptr,
     weights_ptr,
@@ -101,7 +101,7 @@ def decode_logits_kernel(
             tl.store(scores_ptr + token * scores_stride + entry, _score(keys, factor, query, weights, FORM), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_entries", "num_tokens"])
 def prefill_logits_kernel(
     q_ptr,
     weights_ptr,

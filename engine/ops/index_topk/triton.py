@@ -18,7 +18,7 @@ CHUNK = 4096
 """Scores of one program of the first kernel."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "num_scores", "num_groups"])
 def group_maxima_kernel(scores_ptr, visible_ptr, maxima_ptr, row_stride, num_scores, num_groups, k, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * CHUNK
@@ -31,7 +31,7 @@ def group_maxima_kernel(scores_ptr, visible_ptr, maxima_ptr, row_stride, num_sco
         tl.store(maxima_ptr + row * num_groups + group, maxima, mask=group * 32 < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "num_scores"])
 def select_kernel(
     values_ptr,
     groups_ptr,
