@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -40,22 +41,9 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         )
         outbox.post(decode_pb2.DecodeUpdate(hello=hello))
 
-        def handle(command: decode_pb2.DecodeCommand) -> None:
-            kind = command.WhichOneof("command")
-            if kind == "reserve":
-                self._loop.reserve(decode_request(command.reserve), outbox)
-            elif kind == "cancel":
-                self._loop.cancel(command.cancel, outbox)
-            elif kind == "ping":
-                outbox.post(decode_pb2.DecodeUpdate(pong=command.ping))
-
-        def finish(update: decode_pb2.DecodeUpdate) -> None:
-            update.load.CopyFrom(encode_load(self._loop.load))
-            update.draining = self._loop.is_draining
-
         reason = ""
         try:
-            await serve_session(requests, context.write, outbox, handle, finish, self._timeout_s)
+            await serve_session(requests, context.write, outbox, partial(self.handle, outbox=outbox), self.finish, self._timeout_s)
         except Unavailable as error:
             reason = str(error)
         finally:
@@ -63,3 +51,18 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             self._loop.session_closed(outbox)
         if reason:
             await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+
+    def handle(self, command: decode_pb2.DecodeCommand, outbox: Outbox) -> None:
+        """What a router said; the outbox is its session's."""
+        kind = command.WhichOneof("command")
+        if kind == "reserve":
+            self._loop.reserve(decode_request(command.reserve), outbox)
+        elif kind == "cancel":
+            self._loop.cancel(command.cancel, outbox)
+        elif kind == "ping":
+            outbox.post(decode_pb2.DecodeUpdate(pong=command.ping))
+
+    def finish(self, update: decode_pb2.DecodeUpdate) -> None:
+        """What every update carries."""
+        update.load.CopyFrom(encode_load(self._loop.load))
+        update.draining = self._loop.is_draining

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import grpc.aio
 from google.protobuf.message import DecodeError
@@ -250,25 +251,32 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             return
         session = self._begin(hello)
 
-        def handle(message: transfer_pb2.SenderMessage) -> None:
-            if session.key not in self._sessions:
-                return  # over: a ping must not be answered any more
-            session.heard_at, session.ping = self._clock.now(), message.ping
-            if message.renew or message.last_write_out:
-                self._order(lambda: self._heard(session.key, message))
-
-        def finish(update: transfer_pb2.ReceiverMessage) -> None:
-            if session.ping:
-                update.pong = session.ping
-
         reason = "the session ended"
         try:
             await context.write(transfer_pb2.ReceiverMessage(hello=self._hello()))
-            await serve_session(requests, context.write, session.outbox, handle, finish, self._config.liveness_timeout_s)
+            await serve_session(
+                requests,
+                context.write,
+                session.outbox,
+                partial(self._take, session),
+                partial(self._finish, session),
+                self._config.liveness_timeout_s,
+            )
         except Unavailable as error:
             reason = str(error)
         finally:
             self._end(session, reason)
+
+    def _take(self, session: _Session, message: transfer_pb2.SenderMessage) -> None:
+        if session.key not in self._sessions:
+            return  # over: a ping must not be answered any more
+        session.heard_at, session.ping = self._clock.now(), message.ping
+        if message.renew or message.last_write_out:
+            self._order(lambda: self._heard(session.key, message))
+
+    def _finish(self, session: _Session, update: transfer_pb2.ReceiverMessage) -> None:
+        if session.ping:
+            update.pong = session.ping
 
     def _hello(self) -> transfer_pb2.ReceiverHello:
         return transfer_pb2.ReceiverHello(

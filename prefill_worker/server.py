@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -40,24 +41,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
         )
         outbox.post(prefill_pb2.PrefillUpdate(hello=hello))
 
-        def handle(command: prefill_pb2.PrefillCommand) -> None:
-            kind = command.WhichOneof("command")
-            if kind == "run":
-                self._loop.run(decode_request(command.run.request), decode_reservation(command.run.reservation), outbox)
-            elif kind == "hand_on":
-                self._loop.hand_on(command.hand_on.request_id, decode_reservation(command.hand_on.reservation), outbox)
-            elif kind == "cancel":
-                self._loop.cancel(command.cancel, outbox)
-            elif kind == "ping":
-                outbox.post(prefill_pb2.PrefillUpdate(pong=command.ping))
-
-        def finish(update: prefill_pb2.PrefillUpdate) -> None:
-            update.load.CopyFrom(encode_load(self._loop.load))
-            update.draining = self._loop.is_draining
-
         reason = ""
         try:
-            await serve_session(requests, context.write, outbox, handle, finish, self._timeout_s)
+            await serve_session(requests, context.write, outbox, partial(self.handle, outbox=outbox), self.finish, self._timeout_s)
         except Unavailable as error:
             reason = str(error)
         finally:
@@ -65,3 +51,20 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
             self._loop.session_closed(outbox)
         if reason:
             await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+
+    def handle(self, command: prefill_pb2.PrefillCommand, outbox: Outbox) -> None:
+        """What a router said; the outbox is its session's."""
+        kind = command.WhichOneof("command")
+        if kind == "run":
+            self._loop.run(decode_request(command.run.request), decode_reservation(command.run.reservation), outbox)
+        elif kind == "hand_on":
+            self._loop.hand_on(command.hand_on.request_id, decode_reservation(command.hand_on.reservation), outbox)
+        elif kind == "cancel":
+            self._loop.cancel(command.cancel, outbox)
+        elif kind == "ping":
+            outbox.post(prefill_pb2.PrefillUpdate(pong=command.ping))
+
+    def finish(self, update: prefill_pb2.PrefillUpdate) -> None:
+        """What every update carries."""
+        update.load.CopyFrom(encode_load(self._loop.load))
+        update.draining = self._loop.is_draining

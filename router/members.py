@@ -40,7 +40,7 @@ class Members:
                 self._sessions[key] = RankSession(member, self.router_name, self._timeout_s)
             elif member.state == "draining":
                 self._sessions[key].is_draining = True
-        for key in self._sessions.keys() - listed.keys():
+        for key in [key for key in self._sessions if key not in listed]:
             task = asyncio.create_task(self._sessions.pop(key).close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
