@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from engine.model.quantized import QuantizedWeight, Weight
 from engine.ops import requires
 from engine.ops.registry import Impl, Op
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x: [T, G, K] bf16 or fp32; weight: [G, N, K] as `pack` made it. Returns [T, G, N] in x's dtype."""
+    """x: [T, G, K] bf16 or fp32, not quantised; weight: [G, N, K] as `pack` made it. Returns [T, G, N] in x's dtype."""
     return torch.einsum("tgk,gnk->tgn", x.double(), weight).to(x.dtype)
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[G, N, K] -> float64."""
-    return weight.double()
+def pack(weight: Weight, groups: int) -> torch.Tensor:
+    """[G N, K], of a checkpoint -> float64 [G, N, K]."""
+    plain = weight.dequantize(torch.float64) if isinstance(weight, QuantizedWeight) else weight.double()
+    return plain.unflatten(0, (groups, -1))
 
 
-OP = Op("grouped_linear", grouped_linear, pack, {"torch": Impl("engine.ops.grouped_linear.torch", requires.cuda)})
+OP = Op("grouped_linear", grouped_linear, pack, {"triton": Impl("engine.ops.grouped_linear.triton", requires.triton)})

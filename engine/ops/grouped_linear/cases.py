@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import torch
 
+from engine.model.quantized import quantize_fp8
 from engine.ops.cases import Bench, Case, Draw, Weights, randn
 
 
-def _drawn(tokens: int, groups: int, rows: int, columns: int) -> Draw:
+def _drawn(tokens: int, groups: int, rows: int, columns: int, *, is_fp8: bool = True) -> Draw:
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        weight = randn(device, seed + 1, groups, rows, columns, dtype=torch.bfloat16, scale=columns**-0.5)
-        return randn(device, seed, tokens, groups, columns, dtype=torch.bfloat16), Weights((weight,))
+        plain = randn(device, seed + 1, groups * rows, columns, scale=columns**-0.5)
+        weight = quantize_fp8(plain) if is_fp8 else plain.bfloat16()
+        return randn(device, seed, tokens, groups, columns, dtype=torch.bfloat16), Weights((weight, groups))
 
     return draw
 
 
-def _case(name: str, *sizes: int, small: bool = False) -> Case:
-    return Case(name, _drawn(*sizes), 3e-3, "bf16 operands, fp32 sums, one rounding to bf16 (2^-9) of either side", small)
+def _case(name: str, *sizes: int, is_fp8: bool = True, small: bool = False) -> Case:
+    return Case(
+        name,
+        _drawn(*sizes, is_fp8=is_fp8),
+        5e-3,
+        "bf16 operands, fp32 sums, one rounding to bf16: 2^-9, and 2^-8 where the interpreter truncates",
+        small,
+    )
 
 
 CASES = (
-    _case("no tokens", 0, 2, 16, 32, small=True),
+    _case("no tokens", 0, 2, 128, 128, small=True),
+    _case("few tokens, two blocks", 5, 2, 128, 256, small=True),
+    _case("rows that are no whole block", 5, 2, 32, 256, small=True),
+    _case("plain weights", 7, 8, 1024, 4096, is_fp8=False),
     _case("one token", 1, 8, 1024, 4096),
     _case("Flash decode", 33, 8, 1024, 4096),
     _case("Pro decode", 4, 16, 1024, 4096),
@@ -31,7 +42,7 @@ CASES = (
 
 def _bench(tokens: int) -> Bench:
     size = 8 * 1024 * 4096
-    return Bench(f"T={tokens} G=8 N=1024 K=4096", _drawn(tokens, 8, 1024, 4096), 2 * (size + tokens * 8 * 5120), 2 * tokens * size, "bf16")
+    return Bench(f"T={tokens} G=8 N=1024 K=4096", _drawn(tokens, 8, 1024, 4096), size + 2 * tokens * 8 * 5120, 2 * tokens * size, "bf16")
 
 
 BENCH = (_bench(1), _bench(32), _bench(128), _bench(4096))

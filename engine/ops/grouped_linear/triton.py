@@ -1,0 +1,100 @@
+"""FP8 weights stay in FP8: widened in registers where few tokens make their bytes count, and for many before a product of cuBLAS.
+
+Their values are exact in bf16, so nothing is rounded that the definition does not round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.model.quantized import FP8_BLOCK, QuantizedWeight, Weight, exp2_of_byte
+
+MOST_STREAMED = 64
+"""Tokens up to which weights are streamed through registers; above, the product is bound by arithmetic."""
+COLUMNS = 32
+"""Output columns of a program: with 8 groups of 1024 that makes 256 programs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGroups:
+    codes: torch.Tensor
+    """e4m3 [G, N, K]; or the weight itself, bf16."""
+    scale: torch.Tensor | None
+    """fp32 [G, N / 128, K / 128]."""
+
+
+@triton.jit
+def grouped_linear_kernel(
+    x_ptr, codes_ptr, scale_ptr, out_ptr, num_tokens, token_stride, groups, rows, columns,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Program (group, block of weight rows, block of tokens)."""
+    group, token = tl.program_id(0).to(tl.int64), tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    row, k = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    real = (token < num_tokens)[:, None]
+    x_at = x_ptr + token.to(tl.int64)[:, None] * token_stride + group * columns + k[None, :]
+    codes_at = codes_ptr + (group * rows + row)[:, None] * columns + k[None, :]
+    scale_at = scale_ptr + (group * (rows // BLOCK) + tl.program_id(1) * ROWS // BLOCK) * (columns // BLOCK)
+    acc = tl.zeros([TOKENS, ROWS], tl.float32)
+    for block in range(columns // BLOCK):
+        x = tl.load(x_at + block * BLOCK, mask=real, other=0.0).to(tl.float32).to(DOT)
+        codes = tl.load(codes_at + block * BLOCK).to(tl.float32).to(DOT)
+        acc += tl.dot(x, tl.trans(codes), input_precision="ieee") * tl.load(scale_at + block)
+    tl.store(out_ptr + (token.to(tl.int64)[:, None] * groups + group) * rows + row[None, :], acc, mask=real)
+
+
+def run(x: torch.Tensor, weight: PackedGroups) -> torch.Tensor:
+    tokens, groups, columns = x.shape
+    rows = weight.codes.shape[1]
+    if weight.scale is None or tokens > MOST_STREAMED:
+        return torch.bmm(x.transpose(0, 1), _widened(weight).transpose(1, 2)).transpose(0, 1)
+    out = torch.empty(tokens, groups, rows, dtype=x.dtype, device=x.device)
+    if tokens:
+        x = x.contiguous()
+        block = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+        grouped_linear_kernel[(groups, rows // COLUMNS, triton.cdiv(tokens, block))](
+            x, weight.codes, weight.scale, out, tokens, x.stride(0), groups, rows, columns,
+            TOKENS=block, ROWS=COLUMNS, BLOCK=FP8_BLOCK, DOT=tl.bfloat16 if x.is_cuda else tl.float32, num_warps=4, num_stages=4,
+        )  # fmt: skip
+    return out
+
+
+def _widened(weight: PackedGroups) -> torch.Tensor:
+    """bf16 [G, N, K]."""
+    if weight.scale is None:
+        return weight.codes
+    groups, rows, columns = weight.codes.shape
+    tiles = weight.codes.bfloat16().view(groups, rows // FP8_BLOCK, FP8_BLOCK, columns // FP8_BLOCK, FP8_BLOCK)
+    return (tiles * weight.scale.bfloat16()[:, :, None, :, None]).view(groups, rows, columns)
+
+
+def pack(weight: Weight, groups: int) -> PackedGroups:
+    if (
+        not isinstance(weight, QuantizedWeight)
+        or weight.kind != "fp8"
+        or weight.shape[0] % (groups * FP8_BLOCK)
+        or weight.shape[1] % FP8_BLOCK
+    ):
+        plain = weight.dequantize(torch.bfloat16) if isinstance(weight, QuantizedWeight) else weight.bfloat16()
+        return PackedGroups(plain.unflatten(0, (groups, -1)).contiguous(), None)
+    codes, scale = (part.unflatten(0, (groups, -1)).contiguous() for part in (weight.data, exp2_of_byte(weight.scale)))
+    return PackedGroups(codes, scale)
+
+
+_SIGNATURE = {
+    "x_ptr": "*bf16", "codes_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "out_ptr": "*bf16", "num_tokens": "i32", "token_stride": "i64",
+    "groups": "i32", "rows": "i32", "columns": "i32",
+}  # fmt: skip
+AOT = [
+    (
+        grouped_linear_kernel,
+        _SIGNATURE,
+        {"TOKENS": tokens, "ROWS": COLUMNS, "BLOCK": FP8_BLOCK, "DOT": tl.bfloat16},
+        {"num_warps": 4, "num_stages": 4},
+    )
+    for tokens in (16, 32, 64)
+]
