@@ -19,10 +19,22 @@ from engine.ops.triton_rounding import quantize, to_bf16
 
 BLOCK = tl.constexpr(FP8_BLOCK)
 FEW_ROWS = 64
-SMALL_N = 64
-"""Rows of the weight in a tile of the kernel for few rows: the matrix unit's 64."""
-PROGRAMS = 132 * 4
-"""The kernel for few rows splits K until there are about so many programs."""
+SMALLEST_N = 64
+"""Rows of the weight in a tile: the matrix unit's 64 at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class FewConfig:
+    """Of the kernel for few rows, by rows rounded up (tests/benchmarks/results)."""
+
+    block_n: int
+    programs: int
+    """K is split until there are about so many."""
+    stages: int
+    warps: int
+
+
+FEW = {16: FewConfig(64, 528, 5, 4), 32: FewConfig(128, 396, 4, 4), 64: FewConfig(128, 264, 4, 8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +173,15 @@ def run(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     return out.unflatten(0, x.shape[:-1])
 
 
-def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, splits: int = 0, stages: int = 4, warps: int = 4) -> None:
+def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, config: FewConfig | None = None) -> None:
     """x: [M <= 64, K] contiguous; out: [M, N]."""
     rows, k_tiles = len(x), weight.codes.shape[1] // FP8_BLOCK
-    tiles, block_m = len(weight.codes) // SMALL_N, max(16, triton.next_power_of_2(rows))
-    splits = splits or max(1, min(k_tiles // 4, PROGRAMS // tiles, 16))
-    per_split = triton.cdiv(k_tiles, splits)
+    block_m = max(16, triton.next_power_of_2(rows))
+    config = config or FEW[block_m]
+    tiles = len(weight.codes) // config.block_n
+    per_split = triton.cdiv(k_tiles, max(1, min(k_tiles // 4, config.programs // tiles, 16)))
     splits = triton.cdiv(k_tiles, per_split)
-    scratch = torch.empty(tiles * splits * SMALL_N * block_m if splits > 1 else 1, dtype=torch.float32, device=x.device)
+    scratch = torch.empty(splits * len(weight.codes) * block_m if splits > 1 else 1, dtype=torch.float32, device=x.device)
     fp8_linear_few_kernel[(tiles, splits)](
         x,
         weight.codes,
@@ -181,10 +194,10 @@ def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, splits: in
         k_tiles,
         per_split,
         BLOCK_M=block_m,
-        BLOCK_N=SMALL_N,
+        BLOCK_N=config.block_n,
         SPLITS=splits,
-        NUM_STAGES=stages,
-        num_warps=warps,
+        NUM_STAGES=config.stages,
+        num_warps=config.warps,
     )
 
 
@@ -228,7 +241,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
     codes = weight.data.contiguous()
     if any(padding):
         codes = torch.nn.functional.pad(codes.view(torch.uint8), padding).view(torch.float8_e4m3fn)
-    arrived = torch.zeros(len(codes) // SMALL_N, dtype=torch.int32, device=codes.device)
+    arrived = torch.zeros(len(codes) // SMALLEST_N, dtype=torch.int32, device=codes.device)
     return PackedWeight(codes, exp2_of_byte(weight.scale).contiguous(), weight.shape, arrived)
 
 
@@ -248,8 +261,14 @@ _QUANT = {
 _MANY = {**_SIZES, **_WEIGHT, "x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "n_tiles": "i32:16"}
 AOT = [
     *(
-        (fp8_linear_few_kernel, _FEW, {"BLOCK_M": block_m, "BLOCK_N": SMALL_N, "SPLITS": splits, "NUM_STAGES": 4}, {"num_warps": 4})
-        for block_m, splits in ((16, 1), (16, 8), (64, 1), (64, 8))
+        (
+            fp8_linear_few_kernel,
+            _FEW,
+            {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "SPLITS": splits, "NUM_STAGES": config.stages},
+            {"num_warps": config.warps},
+        )
+        for block_m, config in FEW.items()
+        for splits in (1, 8)
     ),
     (act_quant_kernel, _QUANT, {"BLOCK_M": 16}, {"num_warps": 4}),
     (fp8_linear_many_kernel, _MANY, {"BLOCK_M": 128, "GROUP": 8, "NUM_STAGES": 4}, {"num_warps": 8}),
