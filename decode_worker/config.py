@@ -12,7 +12,9 @@ class DecodeConfig:
     replicas: int = 1
     """Replicas of the role; changed live by `baton scale decode=N`."""
     ranks_per_replica: int = 1
-    """Ranks in one replica's group."""
+    """Ranks in one replica's group: each has its own sequences, and the experts are spread over all."""
+    redundant_experts: int = 0
+    """Further copies of experts in each layer of a group, for experts with much to do; rounded up so that all ranks hold as many."""
     num_pages: int = 256
     """Pages of 256 tokens on each rank."""
     num_slots: int = 24
@@ -31,8 +33,12 @@ class DecodeConfig:
                 raise ConfigError(f"decode.{key} is {getattr(self, key)}; it must be at least 1")
         if self.replicas < 0:
             raise ConfigError(f"decode.replicas is {self.replicas}; it must be at least 0")
-        if self.ranks_per_replica != 1:
-            raise ConfigError(f"decode.ranks_per_replica is {self.ranks_per_replica}; groups of more than one rank are not supported yet")
+        if self.redundant_experts < 0:
+            raise ConfigError(f"decode.redundant_experts is {self.redundant_experts}; it must be at least 0")
+        if self.redundant_experts and self.ranks_per_replica == 1:
+            raise ConfigError(
+                f"decode.redundant_experts is {self.redundant_experts}; with ranks_per_replica = 1 there is nobody to share with"
+            )
         if not 0 < self.expected_output <= 1:
             raise ConfigError(f"decode.expected_output is {self.expected_output}; it must be in (0, 1]")
         if self.liveness_timeout_s <= 0:

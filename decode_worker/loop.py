@@ -18,6 +18,7 @@ from core.session import Outbox
 from decode_worker.config import DecodeConfig
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.reservations import Reservations
+from engine.parallel.lockstep import Steps
 from engine.runner import ChunkResult, Runner
 from engine.scheduler.decode import DecodePlanner
 from engine.sequence import Sequence
@@ -57,12 +58,13 @@ class DecodeLoop:
         lease_s: float,
         metrics: DecodeMetrics,
         member: Member,
+        steps: Steps,
         clock: Clock,
         on_death: Callable[[str], None],
     ) -> None:
-        """`on_death(reason)` is called when the loop cannot go on."""
+        """`on_death(reason)` is called when the loop cannot go on. `steps` is the caller's to close, before `stop`."""
         self._runner, self._metrics, self._member, self._clock, self._on_death = runner, metrics, member, clock, on_death
-        self._lease_s = lease_s
+        self._lease_s, self._group_steps, self._max_running = lease_s, steps, config.max_running
         self._reservations = Reservations(
             num_pages=config.num_pages, num_slots=config.num_slots, lease_s=lease_s, expected_output=config.expected_output
         )
@@ -79,6 +81,7 @@ class DecodeLoop:
     def start(self, receiver: KVReceiver) -> None:
         self._receiver = receiver
         self._refresh_load()
+        self._group_steps.start(lambda: self._thread.put(_wake))
         self._thread.start()
 
     def stop(self) -> None:
@@ -112,12 +115,13 @@ class DecodeLoop:
 
     def _turn(self) -> float:
         self._expire()
-        if self._running:
-            self._step()
-        else:
+        budget = self._group_steps.agreed(min(len(self._running), self._max_running))
+        if budget is not None:
+            self._step(budget)
+        elif not self._running:
             self._reservations.check_integrity()
         self._refresh_load()
-        return 0.0 if self._running else IDLE_S
+        return IDLE_S if budget is None else 0.0
 
     def _died(self, error: Exception) -> None:
         log.exception("decode.died", error=repr(error))
@@ -172,23 +176,33 @@ class DecodeLoop:
             job.stages["reserved"] = job.ready - job.arrived
             self._running.append(sequence)
 
-    def _step(self) -> None:
-        plan = self._planner.plan(self._running, self._reservations.pages)
+    def _step(self, budget: int) -> None:
+        plan = self._planner.plan(self._running, self._reservations.pages, budget)
         for sequence in plan.preempted:
             self._fail(sequence.request_id, Preempted("decode ran out of pages; the request is run again"))
-        if not plan.chunks:
+        ending = sum(chunk.sequence.num_output_tokens + 1 >= chunk.sequence.request.sampling.max_tokens for chunk in plan.chunks)
+        self._group_steps.begin(min(len(self._running) - ending, self._max_running))
+        if not plan.chunks and not self._group_steps.is_shared:
             return
         began = self._clock.now()
         try:
             results = self._runner.step(plan.chunks)
             self._failed_steps = 0
         except Exception as error:  # a bug or a broken device: confined to the requests of this step
+            if self._group_steps.is_ending:
+                return
+            if self._group_steps.is_shared:
+                raise  # the peers are in the midst of a step that this rank cannot finish
             log.exception("decode.step_failed", num_requests=len(plan.chunks))
             self._failed_steps += 1
             for chunk in plan.chunks:
                 self._fail(chunk.sequence.request_id, InternalError(f"the decode step failed: {error!r}"))
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise
+            return
+        self._metrics.group_wait_seconds.set(self._group_steps.waited_s)
+        if not plan.chunks:
+            self._metrics.joined_steps.inc()
             return
         self._steps += 1
         self._tokens += len(results)
@@ -270,3 +284,7 @@ class DecodeLoop:
         self._metrics.quarantined.set(reservations.num_quarantined)
         self._metrics.pages_free.set(self.load.pages_free)
         self._metrics.slots_free.set(self.load.slots_free)
+
+
+def _wake() -> None:
+    """An order that does nothing: the turn after it does."""

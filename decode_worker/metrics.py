@@ -24,3 +24,9 @@ class DecodeMetrics:
         self.quarantined = Gauge("baton_decode_quarantined_reservations", "Aborted ones that may still be written to", registry=registry)
         self.pages_free = Gauge("baton_decode_pages_free", "Free pages", registry=registry)
         self.slots_free = Gauge("baton_decode_slots_free", "Free slots", registry=registry)
+        self.joined_steps = Counter(
+            "baton_decode_joined_steps", "Steps taken without work of one's own, for the other ranks of the group", registry=registry
+        )
+        self.group_wait_seconds = Gauge(
+            "baton_decode_group_wait_seconds", "Time with work at hand that was spent waiting for peers between steps", registry=registry
+        )

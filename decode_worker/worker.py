@@ -21,6 +21,10 @@ from decode_worker.server import DecodeService
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.memory import memory_run
+from engine.parallel.experts import Sharing
+from engine.parallel.group import Group, Rendezvous, Seat
+from engine.parallel.membership import Membership
+from engine.parallel.steps import batch_bucket
 from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import ReceiverMetrics
@@ -49,25 +53,31 @@ class DecodeWorker:
         replica: int = 0,
         rank: int = 0,
         on_death: Callable[[str], None] = lambda reason: None,
+        seat: Seat | None = None,
+        rendezvous: Rendezvous | None = None,
         new_runner: Callable[[], Runner] | None = None,
     ) -> None:
-        """`on_death(reason)`: the rank cannot go on and wants to be restarted. `new_runner` replaces the model, for tests."""
-        self._engine, self._config, self._transfer = engine, config, transfer
+        """`on_death(reason)`: the rank cannot go on and wants to be restarted. `seat`: in the group of its replica, if that has several
+        ranks; rank 0 brings the `rendezvous`. `new_runner` replaces the model, for tests."""
+        self._model_path, self._engine, self._config, self._transfer = model_path, engine, config, transfer
+        self._seat, self._rendezvous = seat, rendezvous
         self._host, self._port, self._replica, self._rank = host, port, replica, rank
         self._on_death = on_death
         self._parts = contextlib.AsyncExitStack()
         """Ends what was started, the latest first."""
-        self._new_runner = new_runner or (
-            lambda: ModelRunner(LoadedModel.load(model_path, engine), config.num_pages, config.num_slots, config.max_running)
-        )
+        self._new_runner = new_runner
 
     async def start(self) -> Member:
         """Load, register memory, listen; ready when it returns. Raises ConfigError and its kin, and then leaves nothing behind."""
         async with contextlib.AsyncExitStack() as parts:
             listener = Listener(self._host, self._port)
             parts.push_async_callback(listener.stop, STOP_GRACE_S)
-            runner = await asyncio.to_thread(self._new_runner)
             clock, registry = SystemClock(), new_registry()
+            membership = await asyncio.to_thread(
+                Membership.open, self._seat, self._rendezvous, self._engine, self._config.max_running, batch_bucket, clock
+            )
+            parts.push_async_callback(asyncio.to_thread, membership.close)
+            runner = await asyncio.to_thread(self._load, membership.group)
             endpoint = MetricsEndpoint(registry, self._host)
             parts.push_async_callback(asyncio.to_thread, endpoint.close)
             self.member = Member(
@@ -81,7 +91,7 @@ class DecodeWorker:
                 metrics_address=endpoint.address,
             )
             metrics, lease_s = DecodeMetrics(registry), self._transfer.lease_s
-            self._loop = DecodeLoop(runner, self._config, lease_s, metrics, self.member, clock, self._on_death)
+            self._loop = DecodeLoop(runner, self._config, lease_s, metrics, self.member, membership.steps, clock, self._on_death)
             pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
             receiver = KVReceiver(
                 self._transfer,
@@ -99,6 +109,7 @@ class DecodeWorker:
             receiver.add_to(listener.server)
             self._loop.start(receiver)
             parts.push_async_callback(asyncio.to_thread, self._loop.stop)
+            parts.push_async_callback(asyncio.to_thread, membership.leave)
             service = DecodeService(self._loop, self.member, self._config.liveness_timeout_s)
             decode_pb2_grpc.add_DecodeServicer_to_server(service, listener.server)
             await listener.start()
@@ -106,6 +117,24 @@ class DecodeWorker:
             self._parts = parts.pop_all()
         log.info("decode.ready", member=self.member.name, address=self.member.address, incarnation=self.member.incarnation)
         return self.member
+
+    def _load(self, group: Group | None) -> Runner:
+        if self._new_runner is not None:
+            return self._new_runner()
+        sharing = None
+        if group is not None:
+            sharing = Sharing(
+                group=group,
+                max_tokens=self._config.max_running,
+                is_latency_bound=True,
+                num_redundant=self._config.redundant_experts,
+            )
+        return ModelRunner(
+            LoadedModel.load(self._model_path, self._engine, sharing),
+            self._config.num_pages,
+            self._config.num_slots,
+            self._config.max_running,
+        )
 
     def load(self) -> Load:
         return self._loop.load

@@ -165,6 +165,10 @@ class EngineConfig:
     """Longest sequence (prompt + output), in tokens."""
     threads: int = 1
     """CPU threads of one rank's compute."""
+    group_start_timeout_s: float = 120.0
+    """The ranks of a group must find each other within this time, or the group is started again."""
+    group_step_timeout_s: float = 20.0
+    """A rank of a group that waits for another one for so long gives up, and the group is started again."""
     ops: dict[str, str] = field(default_factory=dict)
     """Op name -> backend, to overrule the automatic choice; one that cannot run is an error with the reason."""
 
@@ -181,3 +185,6 @@ class EngineConfig:
         for key in ("max_model_len", "threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be at least 1")
+        for key in ("group_start_timeout_s", "group_step_timeout_s"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be above 0")

@@ -12,7 +12,9 @@ class PrefillConfig:
     replicas: int = 1
     """Replicas of the role; changed live by `baton scale prefill=N`."""
     ranks_per_replica: int = 1
-    """Ranks in one replica's group."""
+    """Ranks in one replica's group: each has its own sequences, and the experts are spread over all."""
+    redundant_experts: int = 0
+    """Further copies of experts in each layer of a group, for experts with much to do; rounded up so that all ranks hold as many."""
     num_pages: int = 128
     """Pages of 256 tokens on each rank: prompts being computed or being handed off."""
     num_slots: int = 8
@@ -30,7 +32,11 @@ class PrefillConfig:
                 raise ConfigError(f"prefill.{key} is {getattr(self, key)}; it must be at least 1")
         if self.replicas < 0:
             raise ConfigError(f"prefill.replicas is {self.replicas}; it must be at least 0")
-        if self.ranks_per_replica != 1:
-            raise ConfigError(f"prefill.ranks_per_replica is {self.ranks_per_replica}; groups of more than one rank are not supported yet")
+        if self.redundant_experts < 0:
+            raise ConfigError(f"prefill.redundant_experts is {self.redundant_experts}; it must be at least 0")
+        if self.redundant_experts and self.ranks_per_replica == 1:
+            raise ConfigError(
+                f"prefill.redundant_experts is {self.redundant_experts}; with ranks_per_replica = 1 there is nobody to share with"
+            )
         if self.liveness_timeout_s <= 0:
             raise ConfigError(f"prefill.liveness_timeout_s is {self.liveness_timeout_s}; it must be above 0")

@@ -23,6 +23,7 @@ from core.log import get_logger
 from core.request import Load, Request, Reservation, Tokens
 from core.session import Outbox
 from engine.batch import Chunk
+from engine.parallel.lockstep import Steps
 from engine.runner import ChunkResult, Runner
 from engine.scheduler.pages import PageAllocator, SlotAllocator
 from engine.scheduler.prefill import PrefillPlanner
@@ -75,11 +76,12 @@ class PrefillLoop:
     """Owner of the rank's jobs, pages and slots. Public methods may be called from any thread."""
 
     def __init__(
-        self, runner: Runner, config: PrefillConfig, metrics: PrefillMetrics, clock: Clock, on_death: Callable[[str], None]
+        self, runner: Runner, config: PrefillConfig, metrics: PrefillMetrics, steps: Steps, clock: Clock, on_death: Callable[[str], None]
     ) -> None:
-        """`on_death(reason)` is called when the loop cannot go on."""
+        """`on_death(reason)` is called when the loop cannot go on. `steps` is the caller's to close, before `stop`."""
         self._runner, self._config, self._metrics, self._clock, self._on_death = runner, config, metrics, clock, on_death
         self._pages, self._slots = PageAllocator(config.num_pages), SlotAllocator(config.num_slots)
+        self._group_steps, self._chunk_tokens = steps, config.chunk_tokens
         self._planner = PrefillPlanner(chunk_tokens=config.chunk_tokens, max_sequences=config.num_slots)
         self._jobs: dict[str, Job] = {}
         self._by_hand_off: dict[str, Job] = {}
@@ -94,6 +96,7 @@ class PrefillLoop:
     def start(self, sender: KVSender) -> None:
         self._sender = sender
         self._refresh_load()
+        self._group_steps.start(lambda: self._thread.put(_wake))
         self._thread.start()
 
     def stop(self) -> None:
@@ -131,14 +134,18 @@ class PrefillLoop:
     def _turn(self) -> float:
         self._expire()
         self._admit()
-        chunks = self._planner.plan([j.sequence for j in self._jobs.values() if j.state is State.COMPUTING])
-        if chunks:
+        computing = [job.sequence for job in self._jobs.values() if job.state is State.COMPUTING]
+        remaining = sum(sequence.num_remaining for sequence in computing)
+        budget = self._group_steps.agreed(min(remaining, self._chunk_tokens))
+        if budget is not None:
+            chunks = self._planner.plan(computing, budget)
+            self._group_steps.begin(min(remaining - sum(chunk.length for chunk in chunks), self._chunk_tokens))
             self._step(chunks)
         elif not self._jobs:
             self._pages.check_integrity()
             self._slots.check_integrity()
         self._refresh_load()
-        return 0.0 if any(job.state is State.COMPUTING for job in self._jobs.values()) else IDLE_S
+        return IDLE_S if budget is None else 0.0
 
     def _died(self, error: Exception) -> None:
         log.exception("prefill.died", error=repr(error))
@@ -150,7 +157,15 @@ class PrefillLoop:
             results = self._runner.step(chunks)
             self._failed_steps = 0
         except Exception as error:  # a bug or a broken device: confined to the requests of this step
+            if self._group_steps.is_ending:
+                return
+            if self._group_steps.is_shared:
+                raise  # the peers are in the midst of a step that this rank cannot finish
             self._step_failed([chunk.sequence.request_id for chunk in chunks], error)
+            return
+        self._metrics.group_wait_seconds.set(self._group_steps.waited_s)
+        if not chunks:
+            self._metrics.joined_steps.inc()
             return
         self._metrics.step_seconds.observe(self._clock.now() - began)
         self._steps += 1
@@ -363,3 +378,7 @@ def _check_pages(request: Request, reservation: Reservation) -> None:
     num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
     if len(reservation.page_ids) != num_pages:
         raise InternalError(f"{len(reservation.page_ids)} pages are reserved, the prompt has {num_pages}")
+
+
+def _wake() -> None:
+    """An order that does nothing: the turn after it does."""

@@ -25,3 +25,9 @@ class PrefillMetrics:
         self.waiting = Gauge("baton_prefill_waiting_requests", "Requests waiting for pages or a slot", registry=registry)
         self.pages_free = Gauge("baton_prefill_pages_free", "Free pages", registry=registry)
         self.slots_free = Gauge("baton_prefill_slots_free", "Free slots", registry=registry)
+        self.joined_steps = Counter(
+            "baton_prefill_joined_steps", "Steps taken without work of one's own, for the other ranks of the group", registry=registry
+        )
+        self.group_wait_seconds = Gauge(
+            "baton_prefill_group_wait_seconds", "Time with work at hand that was spent waiting for peers between steps", registry=registry
+        )

@@ -17,6 +17,10 @@ from core.rpc import Listener
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.memory import memory_run
+from engine.parallel.experts import Sharing
+from engine.parallel.group import Group, Rendezvous, Seat
+from engine.parallel.membership import Membership
+from engine.parallel.steps import even_budget
 from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import SenderMetrics
@@ -49,23 +53,31 @@ class PrefillWorker:
         replica: int = 0,
         rank: int = 0,
         on_death: Callable[[str], None] = lambda reason: None,
+        seat: Seat | None = None,
+        rendezvous: Rendezvous | None = None,
         new_runner: Callable[[], Runner] | None = None,
     ) -> None:
-        """`on_death(reason)`: the rank cannot go on and wants to be restarted. `new_runner` replaces the model, for tests."""
-        self._engine, self._config, self._transfer = engine, config, transfer
+        """`on_death(reason)`: the rank cannot go on and wants to be restarted. `seat`: in the group of its replica, if that has several
+        ranks; rank 0 brings the `rendezvous`. `new_runner` replaces the model, for tests."""
+        self._model_path, self._engine, self._config, self._transfer = model_path, engine, config, transfer
+        self._seat, self._rendezvous = seat, rendezvous
         self._host, self._port, self._replica, self._rank = host, port, replica, rank
         self._on_death = on_death
         self._parts = contextlib.AsyncExitStack()
         """Ends what was started, the latest first."""
-        self._new_runner = new_runner or (lambda: ModelRunner(LoadedModel.load(model_path, engine), config.num_pages, config.num_slots))
+        self._new_runner = new_runner
 
     async def start(self) -> Member:
         """Load, register memory, listen; ready when it returns. Raises ConfigError and its kin, and then leaves nothing behind."""
         async with contextlib.AsyncExitStack() as parts:
             listener = Listener(self._host, self._port)
             parts.push_async_callback(listener.stop, STOP_GRACE_S)
-            runner = await asyncio.to_thread(self._new_runner)
             clock, registry = SystemClock(), new_registry()
+            membership = await asyncio.to_thread(
+                Membership.open, self._seat, self._rendezvous, self._engine, self._config.chunk_tokens, even_budget, clock
+            )
+            parts.push_async_callback(asyncio.to_thread, membership.close)
+            runner = await asyncio.to_thread(self._load, membership.group)
             endpoint = MetricsEndpoint(registry, self._host)
             parts.push_async_callback(asyncio.to_thread, endpoint.close)
             self.member = Member(
@@ -78,7 +90,7 @@ class PrefillWorker:
                 max_model_len=runner.max_model_len,
                 metrics_address=endpoint.address,
             )
-            self._loop = PrefillLoop(runner, self._config, PrefillMetrics(registry), clock, self._on_death)
+            self._loop = PrefillLoop(runner, self._config, PrefillMetrics(registry), membership.steps, clock, self._on_death)
             pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
             sender = KVSender(
                 self._transfer,
@@ -95,6 +107,7 @@ class PrefillWorker:
             parts.push_async_callback(sender.close)
             self._loop.start(sender)
             parts.push_async_callback(asyncio.to_thread, self._loop.stop)
+            parts.push_async_callback(asyncio.to_thread, membership.leave)
             service = PrefillService(self._loop, self.member, self._config.liveness_timeout_s)
             prefill_pb2_grpc.add_PrefillServicer_to_server(service, listener.server)
             await listener.start()
@@ -102,6 +115,19 @@ class PrefillWorker:
             self._parts = parts.pop_all()
         log.info("prefill.ready", member=self.member.name, address=self.member.address, incarnation=self.member.incarnation)
         return self.member
+
+    def _load(self, group: Group | None) -> Runner:
+        if self._new_runner is not None:
+            return self._new_runner()
+        sharing = None
+        if group is not None:
+            sharing = Sharing(
+                group=group,
+                max_tokens=self._config.chunk_tokens,
+                is_latency_bound=False,
+                num_redundant=self._config.redundant_experts,
+            )
+        return ModelRunner(LoadedModel.load(self._model_path, self._engine, sharing), self._config.num_pages, self._config.num_slots)
 
     def load(self) -> Load:
         return self._loop.load

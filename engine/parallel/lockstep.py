@@ -1,8 +1,9 @@
 """The edge of `steps`: votes and decisions over small TCP connections, each rank to rank 0.
 
-    steps = GroupSteps(group, budget_of, clock, wake)
+    steps = GroupSteps(group, budget_of, clock)
+    steps.start(wake)
     while ...:
-        budget = steps.agreed(wanted)        # never waits; `wake()` is called when it may have changed
+        budget = steps.agreed(wanted)        # never waits; `wake()` is called when the answer may have changed
         if budget is not None:
             steps.begin(next_wanted)         # the vote for the next step travels while this one computes
             runner.step(chunks)              # of at most `budget` tokens, perhaps none
@@ -52,6 +53,10 @@ class Steps(Protocol):
     waited_s: float
     """Time that this rank had work and waited for its peers between steps."""
 
+    def start(self, wake: Callable[[], None]) -> None:
+        """`wake()` is called from another thread whenever `agreed` may have another answer."""
+        ...
+
     def agreed(self, wanted: int) -> int | None:
         """The budget of the step to be taken now; None: not yet. `wanted`: tokens that this rank would compute. Raises GroupLost."""
         ...
@@ -71,6 +76,9 @@ class SoloSteps:
     def __init__(self, budget: int) -> None:
         self._budget = budget
 
+    def start(self, wake: Callable[[], None]) -> None:
+        pass
+
     def agreed(self, wanted: int) -> int | None:
         return self._budget if wanted else None
 
@@ -86,9 +94,9 @@ class GroupSteps:
 
     is_shared = True
 
-    def __init__(self, group: Group, budget_of: Callable[[Sequence[int]], int], clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(self, group: Group, budget_of: Callable[[Sequence[int]], int], clock: Clock) -> None:
         """Connects; collective. Raises GroupLost."""
-        self._seat, self._limit_s, self._clock, self._wake = group.seat, group.limits.step_s, clock, wake
+        self._seat, self._limit_s, self._clock = group.seat, group.limits.step_s, clock
         self._lock = threading.Lock()
         self._step = 0
         self._voted: int | None = None
@@ -106,20 +114,24 @@ class GroupSteps:
             self._selector.register(link, selectors.EVENT_READ, peer)
         self._stop_sender, self._stop_receiver = socket.socketpair()
         self._selector.register(self._stop_receiver, selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._read, name="votes", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    def start(self, wake: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=self._read, args=(wake,), name="votes", daemon=True)
         self._thread.start()
 
     def agreed(self, wanted: int) -> int | None:
         with self._lock:
             if self._lost:
                 raise GroupLost(self._lost)
+            if self.is_ending:
+                return None
             if self._go is None and self._is_news(wanted):
                 self._vote(wanted)
-            if self._go is not None:
-                return self._go.budget
-            if not self.is_ending:
+            if self._go is None:
                 self._check_deadline(wanted)
-            return None
+                return None
+            return self._go.budget
 
     def begin(self, next_wanted: int) -> None:
         with self._lock:
@@ -131,12 +143,13 @@ class GroupSteps:
             self._vote(next_wanted)
 
     def close(self) -> None:
-        """Tell the others, and leave."""
+        """Tell the others, and leave. Once."""
         with self._lock:
             self.is_ending = True
             self._send_all(_Kind.BYE, 0, self._seat.rank)
         self._stop_sender.close()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         for link in (*self._links.values(), self._stop_receiver):
             link.close()
         self._selector.close()
@@ -213,13 +226,13 @@ class GroupSteps:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return link
 
-    def _read(self) -> None:
+    def _read(self, wake: Callable[[], None]) -> None:
         while True:
             for key, _ in self._selector.select():
                 if key.data is None:
                     return
                 self._read_from(key.data, self._links[key.data])
-                self._wake()
+                wake()
 
     def _read_from(self, peer: int, link: socket.socket) -> None:
         try:

@@ -28,12 +28,14 @@ class DecodePlanner:
         assert max_running >= 1, f"{max_running=}"
         self._max_running = max_running
 
-    def plan(self, running: list[Sequence], pages: PageAllocator) -> DecodePlan:
-        """running: oldest first, each with exactly one token to compute. Moves pages in the allocator and in the sequences."""
+    def plan(self, running: list[Sequence], pages: PageAllocator, budget: int | None = None) -> DecodePlan:
+        """running: oldest first, each with exactly one token to compute. Moves pages in the allocator and in the sequences. `budget`:
+        fewer sequences than `max_running` for this step."""
+        limit = self._max_running if budget is None else min(budget, self._max_running)
         chunks: list[Chunk] = []
         preempted: list[Sequence] = []
         alive = list(running)
-        while len(chunks) < min(len(alive), self._max_running):
+        while len(chunks) < min(len(alive), limit):
             sequence = alive[len(chunks)]
             assert sequence.num_remaining == 1, f"{sequence.request_id}: {sequence.num_remaining} tokens to compute"
             missing = max(0, sequence.num_computed // PAGE_TOKENS + 1 - len(sequence.page_ids))

@@ -22,16 +22,18 @@ class PrefillPlanner:
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
 
-    def plan(self, sequences: list[Sequence]) -> list[Chunk]:
-        """sequences: oldest first; those with nothing to compute are passed over. Chunks come in the same order."""
+    def plan(self, sequences: list[Sequence], budget: int | None = None) -> list[Chunk]:
+        """sequences: oldest first; those with nothing to compute are passed over. Chunks come in the same order. `budget`: fewer tokens
+        than `chunk_tokens` for this step."""
+        tokens = self._chunk_tokens if budget is None else min(budget, self._chunk_tokens)
         chosen = [s for s in sequences if s.num_remaining > 0]
         if not chosen:
             return []
         oldest = chosen[0]
         others = sorted(chosen[1:], key=lambda s: s.num_remaining)[: self._max_sequences - 1]
-        half = -(-self._chunk_tokens // 2) if others else self._chunk_tokens
+        half = -(-tokens // 2) if others else tokens
         lengths = {id(oldest): min(oldest.num_remaining, half)}
-        left = self._chunk_tokens - lengths[id(oldest)]
+        left = tokens - lengths[id(oldest)]
         for sequence in others:
             lengths[id(sequence)] = min(sequence.num_remaining, left)
             left -= lengths[id(sequence)]

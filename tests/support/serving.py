@@ -17,12 +17,14 @@ from core.request import Member
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
 from engine.config import EngineConfig
+from engine.parallel.group import Rendezvous, Seat
 from engine.runner import Runner
 from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
 from router.config import RouterConfig
 from router.server import Router
+from tests.support.ranks import seats
 
 T = TypeVar("T")
 
@@ -55,6 +57,8 @@ class Serving:
         self._new_runner = new_runner
         self.workers: dict[str, PrefillWorker | DecodeWorker] = {}
         self.members: dict[str, Member] = {}
+        self.deaths: list[str] = []
+        """Reasons of ranks that could not go on."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="serving", daemon=True)
 
@@ -91,17 +95,32 @@ class Serving:
         await self.router.start()
 
     async def add(self, role: str, replica: int) -> Member:
-        """Start one more worker; the router has to be told with `announce`."""
+        """Start one more replica, with all ranks of its group, and return its rank 0; the router has to be told with `announce`."""
+        config = self._prefill if role == "prefill" else self._decode
+        size = config.ranks_per_replica
+        rendezvous, places = seats(size, f"{role}/{replica}") if size > 1 else (None, [None])
+        workers = [self._worker(role, replica, seat, rendezvous if not rank else None) for rank, seat in enumerate(places)]
+        members = await asyncio.gather(*(worker.start() for worker in workers))
+        for worker, member in zip(workers, members, strict=True):
+            self.workers[member.name], self.members[member.name] = worker, member
+        return members[0]
+
+    def _worker(self, role: str, replica: int, seat: Seat | None, rendezvous: Rendezvous | None) -> PrefillWorker | DecodeWorker:
         factory = None if self._new_runner is None else (lambda: self._new_runner(role))  # type: ignore[misc]
-        shared: dict[str, Any] = {"model_path": self.model, "engine": self._engine, "transfer": self._transfer, "replica": replica}
-        worker: PrefillWorker | DecodeWorker
+        shared: dict[str, Any] = {
+            "model_path": self.model,
+            "engine": self._engine,
+            "transfer": self._transfer,
+            "replica": replica,
+            "rank": seat.rank if seat else 0,
+            "seat": seat,
+            "rendezvous": rendezvous,
+            "on_death": self.deaths.append,
+            "new_runner": factory,
+        }
         if role == "prefill":
-            worker = PrefillWorker(config=self._prefill, new_runner=factory, **shared)
-        else:
-            worker = DecodeWorker(config=self._decode, new_runner=factory, **shared)
-        member = await worker.start()
-        self.workers[member.name], self.members[member.name] = worker, member
-        return member
+            return PrefillWorker(config=self._prefill, **shared)
+        return DecodeWorker(config=self._decode, **shared)
 
     async def remove(self, name: str) -> None:
         """Stop a worker at once, as if its process had ended; the router is told."""
@@ -114,8 +133,7 @@ class Serving:
 
     async def _stop(self) -> None:
         await self.router.stop()
-        for worker in self.workers.values():
-            await worker.stop()
+        await asyncio.gather(*(worker.stop() for worker in self.workers.values()))
 
     def wait(self, claim: Callable[[], bool], timeout_s: float = 20.0) -> None:
         """Fail unless the claim comes true in time."""

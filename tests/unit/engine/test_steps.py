@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from core.clock import ManualClock, SystemClock
+from core.clock import Clock, ManualClock, SystemClock
 from core.errors import GroupLost
 from engine.parallel.group import Group, Limits
 from engine.parallel.lockstep import GroupSteps, SoloSteps
@@ -101,6 +101,12 @@ def test_in_any_order_of_votes_all_ranks_take_the_same_steps(seed: int) -> None:
     assert sum(amount for steps in taken for _, amount in steps) == brought
 
 
+def opened(group: Group, clock: Clock, wake: Callable[[], None]) -> GroupSteps:
+    steps = GroupSteps(group, max, clock)
+    steps.start(wake)
+    return steps
+
+
 def follow(steps: GroupSteps, woken: threading.Event, wanted: int, pause: Callable[[], None] = lambda: None) -> None:
     """Ask until the group is lost, at most 1,000 times."""
     for _ in range(1000):
@@ -117,7 +123,7 @@ def test_over_real_connections_all_take_as_many_steps_as_the_busiest_needs(work:
 
     def rank(group: Group) -> list[int]:
         wake = threading.Event()
-        steps = GroupSteps(group, max, SystemClock(), wake.set)
+        steps = opened(group, SystemClock(), wake.set)
         budgets: list[int] = []
         mine = work[group.rank]
         end = time.monotonic() + 20
@@ -152,7 +158,7 @@ def test_an_idle_group_sleeps_and_new_work_on_any_rank_wakes_it() -> None:
             wakes[group.rank] += 1
             woken.set()
 
-        steps = GroupSteps(group, max, SystemClock(), wake)
+        steps = opened(group, SystemClock(), wake)
         assert steps.agreed(0) is None
         end = time.monotonic() + 20
         while group.rank == 0 and wakes[0] < 2 and time.monotonic() < end:
@@ -177,7 +183,7 @@ def test_an_idle_group_sleeps_and_new_work_on_any_rank_wakes_it() -> None:
 def test_a_dead_rank_is_named_on_every_other_rank() -> None:
     def rank(group: Group) -> str:
         woken = threading.Event()
-        steps = GroupSteps(group, max, SystemClock(), woken.set)
+        steps = opened(group, SystemClock(), woken.set)
         if group.rank == 1:
             for link in steps._links.values():
                 link.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that was killed
@@ -195,7 +201,7 @@ def test_a_stuck_rank_is_named_after_the_deadline() -> None:
     def rank(group: Group) -> None:
         clock = ManualClock()
         woken = threading.Event()
-        steps = GroupSteps(group, max, clock, woken.set)
+        steps = opened(group, clock, woken.set)
         if group.rank == 1:
             over.wait(20)  # never votes
             return
@@ -212,7 +218,7 @@ def test_a_rank_that_leaves_on_purpose_is_no_failure() -> None:
 
     def rank(group: Group) -> bool:
         woken = threading.Event()
-        steps = GroupSteps(group, max, SystemClock(), woken.set)
+        steps = opened(group, SystemClock(), woken.set)
         if group.rank == 1:
             steps.close()
             left.set()

@@ -14,6 +14,7 @@ from core.metrics import new_registry
 from core.request import Member, Request, Reservation, SamplingParams
 from core.session import Outbox
 from engine.null import NullRunner
+from engine.parallel.lockstep import SoloSteps
 from kv_transfer.sender import Closed, CommitOrder
 from kv_transfer.sending import KVSender
 from prefill_worker.config import PrefillConfig
@@ -51,7 +52,9 @@ class Rank:
         self.clock = ManualClock()
         self.runner = NullRunner(num_pages=NUM_PAGES, num_slots=2, vocab_size=100, max_model_len=4096)
         config = PrefillConfig(num_pages=NUM_PAGES, num_slots=2, chunk_tokens=PAGE_TOKENS)
-        self.loop = PrefillLoop(self.runner, config, PrefillMetrics(new_registry()), self.clock, on_death=pytest.fail)
+        self.loop = PrefillLoop(
+            self.runner, config, PrefillMetrics(new_registry()), SoloSteps(PAGE_TOKENS), self.clock, on_death=pytest.fail
+        )
         self.sender = RecordingSender()
         self.loop._sender = cast(KVSender, self.sender)
         self.outbox = Outbox(prefill_pb2.PrefillUpdate, asyncio.new_event_loop())

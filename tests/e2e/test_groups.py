@@ -1,0 +1,71 @@
+"""Groups of ranks: requests that go through groups of 1, 2 and 4 ranks get the tokens of one engine, however unevenly they are spread.
+
+The ranks are threads of this process, each with its own connections; tests/e2e/test_group_cluster.py has them as processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import urllib.request
+
+import pytest
+
+from decode_worker.config import DecodeConfig
+from prefill_worker.config import PrefillConfig
+from tests.support.serving import Serving
+from tests.support.split_prompts import BORDERS, ENGINE, NUM_PROMPTS, requests, serve, spelling, tokens_of_one_engine
+
+pytestmark = pytest.mark.e2e
+
+SHORT = 30
+"""Prompts of the set in an ordinary run, the borders among them; --run-slow takes all."""
+
+
+@functools.cache
+def whole(count: int) -> dict[str, list[int]]:
+    return tokens_of_one_engine(requests()[:count])
+
+
+def serving_in_groups(prefill: int, decode: int) -> Serving:
+    return Serving(
+        engine=ENGINE,
+        prefill=PrefillConfig(ranks_per_replica=prefill, num_pages=32, num_slots=4, redundant_experts=2 * (prefill > 2)),
+        decode=DecodeConfig(ranks_per_replica=decode, num_pages=64, num_slots=8, max_running=4),
+    )
+
+
+def metric(serving: Serving, member: str, name: str) -> float:
+    with urllib.request.urlopen(f"http://{serving.members[member].metrics_address}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+def steps_of(serving: Serving, role: str, size: int) -> list[tuple[float, float]]:
+    """For each rank of the group: steps joined without work, steps with work."""
+    names = (f"baton_{role}_joined_steps_total", f"baton_{role}_steps_total")
+    return [(metric(serving, f"{role}/0.{rank}", names[0]), metric(serving, f"{role}/0.{rank}", names[1])) for rank in range(size)]
+
+
+def have_stepped_alike(serving: Serving, role: str, size: int) -> bool:
+    return len({sum(steps) for steps in steps_of(serving, role, size)}) == 1
+
+
+@pytest.mark.parametrize("count", [SHORT, pytest.param(NUM_PROMPTS, marks=pytest.mark.slow)], ids=["a part of the set", "the whole set"])
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (1, 4), (4, 1)])
+def test_groups_give_the_tokens_of_one_engine(prefill: int, decode: int, count: int) -> None:
+    wanted = requests()[:count]
+    with serving_in_groups(prefill, decode) as serving:
+        assert len(serving.members) == prefill + decode
+        assert len({member.fingerprint for member in serving.members.values()}) == 1
+        crowded = serve(serving, wanted, at_once=16)
+        lonely = serve(serving, wanted[: len(BORDERS) // 2], at_once=1)  # all ranks but one are idle
+        for found in (crowded, lonely):
+            wrong = [name for name, tokens in found.items() if tokens != spelling(whole(count)[name])]
+            assert not wrong, f"{len(wrong)} of {len(found)} differ: {wrong[:10]}"
+        assert len(crowded) == count
+        serving.wait(serving.is_empty)
+        for role, size in (("prefill", prefill), ("decode", decode)):
+            serving.wait(functools.partial(have_stepped_alike, serving, role, size))
+            steps = steps_of(serving, role, size)
+            assert (sum(joined for joined, _ in steps) > 0) == (size > 1) and all(worked for _, worked in steps), f"{role}: {steps}"
+        assert serving.deaths == []
