@@ -55,7 +55,7 @@ def run(
         kv_format="V4",
         **more,
     )
-    return out[:, 0, :heads]
+    return out[:, 0, :heads].contiguous()
 
 
 def _blocks(pool: RowPool) -> torch.Tensor:
