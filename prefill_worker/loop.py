@@ -41,6 +41,10 @@ MAX_FAILED_STEPS = 3
 
 IDLE_S = 0.5
 
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+NEWEST_STEP_WEIGHT = 0.2
+"""In the mean time of a token."""
+
 
 class State(enum.Enum):
     WAITING = "waiting"
@@ -89,6 +93,8 @@ class PrefillLoop:
         self._thread = InboxThread("prefill-loop", self._turn, self._died)
         self._failed_steps = 0
         self._transfer_bytes, self._transfer_seconds, self._steps, self._tokens = 0, 0.0, 0, 0
+        self._token_s = 0.0
+        """Seconds a token, of the latest steps."""
         self.is_draining = False
         self.load = Load()
         """Replaced after every step; read by the sessions."""
@@ -107,6 +113,11 @@ class PrefillLoop:
     @property
     def is_idle(self) -> bool:
         return not self._jobs
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs without pages or slot."""
+        return sum(job.state is State.WAITING for job in self._jobs.values())
 
     def run(self, request: Request, reservation: Reservation, outbox: Outbox) -> None:
         self._thread.put(lambda: self._accept(request, reservation, outbox))
@@ -167,11 +178,13 @@ class PrefillLoop:
         if not chunks:
             self._metrics.joined_steps.inc()
             return
-        self._metrics.step_seconds.observe(self._clock.now() - began)
+        num_tokens, seconds = sum(chunk.length for chunk in chunks), self._clock.now() - began
+        self._metrics.step_seconds.observe(seconds)
         self._steps += 1
-        self._tokens += sum(chunk.length for chunk in chunks)
+        self._tokens += num_tokens
+        self._token_s += NEWEST_STEP_WEIGHT * (seconds / num_tokens - self._token_s)
         self._metrics.steps.inc()
-        self._metrics.tokens.inc(sum(chunk.length for chunk in chunks))
+        self._metrics.tokens.inc(num_tokens)
         for result in results:
             self._advance(self._jobs[result.sequence.request_id], result)
 
@@ -197,9 +210,10 @@ class PrefillLoop:
         if num_pages > self._pages.num_total or len(request.token_ids) > self._runner.max_model_len:
             raise InvalidRequest(f"prompt of {len(request.token_ids)} tokens does not fit this prefill rank", param="prompt")
         _check_pages(request, reservation)
-        waiting = sum(job.state is State.WAITING for job in self._jobs.values())
-        if waiting >= self._config.max_waiting:
-            raise Overloaded(f"{waiting} requests are waiting on this prefill rank", retry_after_s=1.0)
+        if self.num_waiting >= self._config.max_waiting:
+            tokens = sum(job.sequence.num_remaining for job in self._jobs.values() if job.state in (State.WAITING, State.COMPUTING))
+            retry_after_s = min(max(tokens * self._token_s, MIN_RETRY_S), MAX_RETRY_S)
+            raise Overloaded(f"{self.num_waiting} requests are waiting on this prefill rank", retry_after_s=retry_after_s)
 
     def _admit(self) -> None:
         """Give pages and a slot to the oldest waiting jobs, in order."""
@@ -358,7 +372,7 @@ class PrefillLoop:
         active = [job for job in self._jobs.values() if job.state in (State.WAITING, State.COMPUTING)]
         self.load = Load(
             num_running=sum(job.state is not State.WAITING for job in self._jobs.values()),
-            num_waiting=sum(job.state is State.WAITING for job in active),
+            num_waiting=self.num_waiting,
             waiting_tokens=sum(job.sequence.num_remaining for job in active),
             pages_free=self._pages.num_free,
             pages_total=self._pages.num_total,

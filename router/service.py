@@ -49,11 +49,12 @@ class Service:
     async def admitted(self, route: str, num_sequences: int, num_tokens: int) -> AsyncIterator[None]:
         """Count a request in for as long as the block runs. Raises Overloaded."""
         self._admission.enter(num_sequences, num_tokens)
+        began = self._clock.now()
         self.metrics.in_progress.set(self._admission.num_requests)
         try:
             yield
         finally:
-            self._admission.leave(num_sequences)
+            self._admission.leave(num_sequences, self._clock.now() - began)
             self.metrics.in_progress.set(self._admission.num_requests)
 
     def new_journey(self, public_id: str, num_prompt_tokens: int) -> Journey:
@@ -76,7 +77,7 @@ class Service:
                 async for output in outputs:
                     if output.token_ids and is_waiting:
                         is_waiting = False
-                        self._admission.first_token(len(token_ids))
+                        self._admission.first_token(len(token_ids), self._clock.now() - journey.began)
                     self._note_tokens(journey, len(output.token_ids))
                     journey.finish_reason = output.finish_reason
                     yield output
@@ -85,7 +86,7 @@ class Service:
             raise
         finally:
             if is_waiting:
-                self._admission.first_token(len(token_ids))
+                self._admission.first_token(len(token_ids), self._clock.now() - journey.began)
             self._note_end(journey, failure or ("ok" if journey.finish_reason else "cancelled"))
 
     def _note_tokens(self, journey: Journey, count: int) -> None:

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from core.clock import ManualClock
-from core.errors import InvalidRequest, Mismatch, Overloaded, Unavailable
+from core.errors import InvalidRequest, Mismatch, Unavailable
 from core.request import Load, Member, Request, SamplingParams
-from router.admission import Admission
 from router.placement import Candidate, place
 from router.sampling import sampling_params
 
@@ -52,31 +50,6 @@ class TestPlacement:
     def test_a_missing_role_is_named(self) -> None:
         with pytest.raises(Unavailable, match="decode"):
             place(REQUEST, [candidate("prefill", 0)], [])
-
-
-def test_admission_keeps_its_bounds_and_counts_back() -> None:
-    admission = Admission(max_requests=2, max_waiting_tokens=100, clock=ManualClock())
-    admission.enter(1, 80)
-    with pytest.raises(Overloaded, match="tokens"):
-        admission.enter(1, 30)
-    admission.first_token(80)
-    admission.enter(1, 30)
-    with pytest.raises(Overloaded, match="2 requests"):
-        admission.enter(1, 1)
-    admission.leave(1)
-    admission.enter(1, 1)
-    assert admission.num_requests == 2
-
-
-def test_retry_after_follows_the_measured_rate() -> None:
-    clock = ManualClock()
-    admission = Admission(max_requests=1000, max_waiting_tokens=10**9, clock=clock)
-    for _ in range(400):
-        admission.enter(1, 0)
-    for _ in range(20):
-        clock.advance(0.5)
-        admission.leave(1)
-    assert admission.retry_after_s() == pytest.approx(380 / 10 / 2.1, rel=0.1)
 
 
 @pytest.mark.parametrize(
