@@ -179,7 +179,7 @@ class DecodeLoop:
     def _step(self, budget: int) -> None:
         plan = self._planner.plan(self._running, self._reservations.pages, budget)
         for sequence in plan.preempted:
-            self._fail(sequence.request_id, Preempted("decode ran out of pages; the request is run again"))
+            self._preempt(sequence.request_id)
         ending = sum(chunk.sequence.num_output_tokens + 1 >= chunk.sequence.request.sampling.max_tokens for chunk in plan.chunks)
         self._group_steps.begin(min(len(self._running) - ending, self._max_running))
         if not plan.chunks and not self._group_steps.is_shared:
@@ -246,6 +246,13 @@ class DecodeLoop:
             log.warning("decode.failed", request_id=request_id, error=str(error))
             job.outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request_id, error)]))
             self._end(request_id, "failed")
+
+    def _preempt(self, request_id: str) -> None:
+        """The planner has taken its pages; the router runs it again."""
+        error = Preempted("the decode rank ran out of pages")
+        log.info("decode.preempted", request_id=request_id)
+        self._jobs[request_id].outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request_id, error)]))
+        self._end(request_id, "preempted")
 
     def _cancel(self, request_id: str, outbox: Outbox) -> None:
         job = self._jobs.get(request_id)

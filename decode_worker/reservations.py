@@ -78,7 +78,9 @@ class Reservations:
         return self._by_epoch.get(epoch)
 
     def _expected_pages(self, request: Request) -> int:
-        output = max(1, round(request.sampling.max_tokens * self._expected_output))
+        """One that has run before may have been given up: it is let in only with room for all of it, or it would be the first again."""
+        has_run = len(request.token_ids) > request.prompt_len
+        output = max(1, round(request.sampling.max_tokens * (1.0 if has_run else self._expected_output)))
         return -(-max(request.prompt_len + output, len(request.token_ids) + 1) // PAGE_TOKENS)
 
     def reserve(self, request: Request, now: float) -> Held:

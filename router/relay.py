@@ -21,7 +21,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.errors import BatonError, DeadlineExceeded, MemberLost, NoMembers, Overloaded, TransferFailed, Unavailable
+from core.errors import BatonError, DeadlineExceeded, MemberLost, NoMembers, Overloaded, Preempted, TransferFailed, Unavailable
 from core.log import get_logger
 from core.request import FinishReason, Request, Reservation, TokenLogprobs
 from router.config import RouterConfig
@@ -64,6 +64,8 @@ class Journey:
     attempts: int = 0
     """Reservations that were worked for: runs, and hand-ons of what a run had computed."""
     hand_ons: int = 0
+    num_preemptions: int = 0
+    """Runs that a decode rank gave up for want of pages."""
     ranks: list[str] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     num_output_tokens: int = 0
@@ -145,8 +147,14 @@ class Relay:
                         yield output
                         if output.finish_reason is not None:
                             return
+            except Preempted:  # the rank is well; what was given up waits for room behind the others
+                if self._clock.now() > deadline:
+                    raise
+                journey.num_preemptions += 1
+                log.info("relay.preempted", request_id=attempt.request_id, num_tokens=len(produced))
             except BatonError as error:
-                if not error.retryable or journey.attempts >= self._config.max_attempts or self._clock.now() > deadline:
+                is_last = journey.attempts - journey.num_preemptions >= self._config.max_attempts
+                if not error.retryable or is_last or self._clock.now() > deadline:
                     raise
                 self.num_migrations += 1
                 log.warning("relay.retried", request_id=attempt.request_id, num_tokens=len(produced), error=f"{error.code}: {error}")
@@ -213,11 +221,13 @@ class Relay:
     ) -> None:
         """Have the prefill rank hand what it keeps to another decode rank. Raises `error` if that cannot be: decode has taken over
         already, it is not the rank that failed, or a second rank could not be reached either."""
+        if isinstance(error, Preempted):
+            raise error
         avoid.append(_key(run.decode))
         if run.is_handed_on:
             avoid.append(_key(run.prefill))
-        is_for_good = run.has_decoded or run.is_handed_on or journey.attempts >= self._config.max_attempts
-        if is_for_good or not isinstance(error, (MemberLost, TransferFailed)):
+        is_last = journey.attempts - journey.num_preemptions >= self._config.max_attempts
+        if run.has_decoded or run.is_handed_on or is_last or not isinstance(error, (MemberLost, TransferFailed)):
             raise error
         run.leave(run.decode)
         journey.attempts += 1

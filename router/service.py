@@ -104,8 +104,9 @@ class Service:
         seconds = self._clock.now() - journey.began
         self.metrics.request_seconds.observe(seconds)
         self.metrics.prompt_tokens.inc(journey.num_prompt_tokens)
-        self.metrics.migrations.inc(max(journey.attempts - 1 - journey.hand_ons, 0))
+        self.metrics.migrations.inc(max(journey.attempts - 1 - journey.hand_ons - journey.num_preemptions, 0))
         self.metrics.hand_ons.inc(journey.hand_ons)
+        self.metrics.preemptions.inc(journey.num_preemptions)
         for stage, spent in journey.stages.items():
             self.metrics.stages.labels(stage).observe(spent)
         first = journey.first_token_at
@@ -121,6 +122,7 @@ class Service:
             seconds=seconds,
             attempts=journey.attempts,
             hand_ons=journey.hand_ons,
+            preemptions=journey.num_preemptions,
             ranks=",".join(journey.ranks),
             **{f"{stage}_s": spent for stage, spent in journey.stages.items()},
         )

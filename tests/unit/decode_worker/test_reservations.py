@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from core.errors import DeadlineExceeded, InvalidRequest, Overloaded, TransferFailed
@@ -58,6 +60,17 @@ def test_the_expected_output_decides_how_many_fit(expected_output: float, fittin
         reservations.reserve(new_request(f"r{number}"), 0.0)
     with pytest.raises(Overloaded, match="pages"):
         reservations.reserve(new_request("more"), 0.0)
+
+
+def test_what_was_given_up_once_is_let_in_with_room_for_all_of_it() -> None:
+    reservations = new_reservations(num_slots=9, expected_output=0.01)
+    for number in range(2):
+        reservations.reserve(new_request(f"r{number}"), 0.0)
+    again = dataclasses.replace(new_request("again", prompt=310), prompt_len=300)  # ten tokens were produced
+    reservations.reserve(again, 0.0)
+    with pytest.raises(Overloaded, match="pages"):
+        reservations.reserve(new_request("more"), 0.0)  # 2 + 2 + 3 are promised, though 6 are taken
+    assert reservations.pages.num_free == 2
 
 
 def test_what_can_never_fit_is_refused_for_good_even_if_overcommitted() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import router.relay
 from core.clock import SystemClock
-from core.errors import InternalError, MemberLost, NoMembers, Overloaded, TransferFailed
+from core.errors import BatonError, InternalError, MemberLost, NoMembers, Overloaded, Preempted, TransferFailed
 from core.request import FinishReason, Load, Member, Request, Reservation, SamplingParams, Tokens
 from router.config import RouterConfig
 from router.members import Members
@@ -38,6 +38,7 @@ class FakeRank:
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
         self.lose_after, self.is_silent, self.is_full = lose_after, False, False
+        self.error: BatonError = MemberLost("gone")
 
     def listen(self, request_id: str, num_tokens: int, listener: Callable[[Event], None]) -> None:
         self.listeners[request_id], self.in_flight[request_id] = listener, num_tokens
@@ -91,7 +92,7 @@ class FakePrefill(FakeRank):
 
     def lose(self, decode: FakeRank, request: Request, rid: str) -> None:
         if len(request.token_ids) + decode.lose_after < request.prompt_len + request.sampling.max_tokens - 1:
-            decode.listeners[rid](Failed("decode", MemberLost("gone")))
+            decode.listeners[rid](Failed("decode", decode.error))
 
     def tell_first(self, rid: str, position: int) -> None:
         self.listeners[rid](FirstToken(Tokens(request_id=rid, token_ids=(token_at(position),)), {}))
@@ -190,6 +191,17 @@ def test_a_lost_decode_rank_changes_no_token_and_sends_none_twice() -> None:
     again = prefill.requests[1]
     assert (again.request_id, again.prompt_len, again.sampling.seed) == ("r.2", len(PROMPT), 4)
     assert again.token_ids == (*PROMPT, *EXPECTED[:3])
+
+
+def test_being_preempted_is_no_failure_of_the_rank_and_changes_no_token() -> None:
+    decodes = [FakeRank("decode", 0, lose_after=1), FakeRank("decode", 1)]
+    decodes[0].error = Preempted("out of pages")
+    prefill = FakePrefill(decodes)
+    journey = new_journey()
+    assert asyncio.run(tokens_of(new_relay([prefill, *decodes], max_attempts=1), journey)) == EXPECTED
+    assert (journey.attempts, journey.num_preemptions) == (3, 2)
+    assert not decodes[1].requests, "the rank is not avoided"
+    assert [len(request.token_ids) for request in prefill.requests] == [3, 5, 7]
 
 
 def test_attempts_are_bounded() -> None:

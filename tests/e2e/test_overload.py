@@ -1,0 +1,125 @@
+"""More requests than there is room for: refusals at once that say when to come back, and pages that are overcommitted."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import time
+from typing import Any
+
+import pytest
+
+from core.request import SamplingParams
+from decode_worker.config import DecodeConfig
+from engine.config import EngineConfig
+from engine.null import NullRunner
+from engine.runner import Runner
+from kv_transfer.config import TransferConfig
+from prefill_worker.config import PrefillConfig
+from router.config import RouterConfig
+from router.tokens import TextCodec
+from tests.support.serving import Serving
+
+ENGINE = EngineConfig(device="cpu", max_model_len=2048)
+
+
+def serving_with(decode: DecodeConfig, *, step_s: float = 0.0, prefill: PrefillConfig | None = None, **router: Any) -> Serving:
+    prefill = prefill or PrefillConfig(num_pages=64, num_slots=16)
+
+    def new_runner(role: str) -> Runner:
+        section = prefill if role == "prefill" else decode
+        return NullRunner(
+            num_pages=section.num_pages, num_slots=section.num_slots, max_model_len=2048, step_s=step_s if role == "decode" else 0.0
+        )
+
+    return Serving(
+        engine=ENGINE,
+        prefill=prefill,
+        decode=decode,
+        transfer=TransferConfig(transport="memory", checksum=True),
+        router=RouterConfig(default_thinking=False, **router),
+        new_runner=new_runner,
+    )
+
+
+def test_what_does_not_fit_is_429_at_once_and_comes_through_when_it_was_told() -> None:
+    """24 clients at once on 4 places of 0.2 s each: whoever waits for as long as it was told gets through in a few tries."""
+    decode = DecodeConfig(num_pages=64, num_slots=16)
+    with serving_with(decode, step_s=0.02, max_requests=4) as serving:
+
+        def client(number: int) -> tuple[int, list[float]]:
+            refusals = list[float]()
+            while True:
+                began = time.monotonic()
+                body = {"model": "demo", "prompt": [5, number], "max_tokens": 10, "ignore_eos": True}
+                answer = serving.client.post("/v1/completions", json=body)
+                if answer.status_code == 200:
+                    assert len(answer.json()["choices"]) == 1
+                    return number, refusals
+                assert answer.status_code == 429 and "the limit is 4" in answer.text
+                refusals.append(time.monotonic() - began)
+                time.sleep(int(answer.headers["retry-after"]))
+
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            results = list(pool.map(client, range(24)))
+        took = sorted(seconds for _, refusals in results for seconds in refusals)
+        assert took, "nobody was refused"
+        assert took[len(took) // 2] < 0.5, f"a refusal takes {took[len(took) // 2]:.3f} s"
+        assert max(len(refusals) for _, refusals in results) <= 8
+        serving.wait(serving.is_empty)
+
+
+def test_a_full_prefill_rank_says_when_to_come_back() -> None:
+    prefill = PrefillConfig(num_pages=8, num_slots=1, chunk_tokens=16, max_waiting=1)
+
+    def new_runner(role: str) -> Runner:
+        return NullRunner(
+            num_pages=64 if role == "decode" else 8, num_slots=16 if role == "decode" else 1, token_s=0.005 if role == "prefill" else 0
+        )
+
+    serving = Serving(
+        engine=ENGINE,
+        prefill=prefill,
+        decode=DecodeConfig(num_pages=64, num_slots=16),
+        transfer=TransferConfig(transport="memory"),
+        new_runner=new_runner,
+    )
+    with serving, concurrent.futures.ThreadPoolExecutor(5) as pool:
+
+        def client(number: int) -> Any:
+            return serving.client.post(
+                "/v1/completions", json={"model": "demo", "prompt": [3, number] * 150, "max_tokens": 2, "ignore_eos": True}
+            )
+
+        serving.complete(prompt=[1, 2] * 100, max_tokens=1, ignore_eos=True)  # its rate is known
+        answers = list(pool.map(client, range(5)))
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused and len(refused) < 5
+        for answer in refused:
+            assert "waiting on this prefill rank" in answer.text
+            assert 2 <= int(answer.headers["retry-after"]) <= 4, "300 to 600 tokens wait, 5 ms each"
+        serving.wait(serving.is_empty)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_overcommitted_pages_run_out_and_no_token_changes(seed: int) -> None:
+    """Ten pages; eight sequences that grow to two or three pages are let in as if they stayed within one or two."""
+    chance = random.Random(seed)
+    decode = DecodeConfig(num_pages=10, num_slots=8, max_running=8, expected_output=0.05)
+    with serving_with(decode, max_attempts=2) as serving, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        model, codec = NullRunner(num_pages=1, num_slots=1, max_model_len=2048), TextCodec(serving.model)
+        prompts = [[chance.randrange(2, 500) for _ in range(chance.randrange(100, 250))] for _ in range(16)]
+
+        def client(prompt: list[int]) -> dict[str, Any]:
+            return serving.complete(prompt=prompt, max_tokens=300, ignore_eos=True, logprobs=0, temperature=0)
+
+        answers = list(pool.map(client, prompts))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            expected = model.continuation(prompt, SamplingParams(max_tokens=300, temperature=0.0, ignore_eos=True))
+            assert answer["choices"][0]["logprobs"]["tokens"] == [codec.spelling(token) for token in expected]
+            assert answer["usage"]["completion_tokens"] == 300
+        page = serving.client.get("/metrics").text
+        counts = {line.split()[0]: float(line.split()[1]) for line in page.splitlines() if line.startswith("baton_router_")}
+        assert counts["baton_router_migrations_total"] == 0, "a preemption is no failure of a rank"
+        assert counts["baton_router_preemptions_total"] > 0, "the pages sufficed; this test needs fewer"
+        serving.wait(serving.is_empty)
