@@ -186,7 +186,7 @@ class DecodeLoop:
             return
         began = self._clock.now()
         try:
-            results = self._runner.step(plan.chunks)
+            results = self._runner.step(plan.chunks, budget if self._group_steps.is_shared else 0)
             self._failed_steps = 0
         except Exception as error:  # a bug or a broken device: confined to the requests of this step
             if self._group_steps.is_ending:

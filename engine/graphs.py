@@ -71,16 +71,17 @@ class DecodeGraphs:
         is_decode = all(chunk.length == 1 and chunk.logits == "last" for chunk in chunks)
         return is_decode and len(chunks) <= self._sizes[-1]
 
-    def run(self, chunks: list[Chunk]) -> torch.Tensor:
-        """fp32 logits [n, vocab] of the chunks, valid until the next step."""
-        graph, logits = self.fill(chunks)
+    def run(self, chunks: list[Chunk], least: int = 0) -> torch.Tensor:
+        """fp32 logits [n, vocab] of the chunks, valid until the next step. In a group all ranks give the same `least`, the number of
+        rows that none of them exceeds."""
+        graph, logits = self.fill(chunks, least)
         graph.replay()
         return logits[: len(chunks)]
 
-    def fill(self, chunks: list[Chunk]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def fill(self, chunks: list[Chunk], least: int = 0) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Copy a step's inputs in; its graph, to be replayed, and the logits that it will write."""
-        size = self._sizes[bisect.bisect_left(self._sizes, len(chunks))]
-        most_pages = max(len(chunk.sequence.page_ids) for chunk in chunks)
+        size = self._sizes[bisect.bisect_left(self._sizes, max(len(chunks), least))]
+        most_pages = max((len(chunk.sequence.page_ids) for chunk in chunks), default=0)
         width = self._widths[bisect.bisect_left(self._widths, most_pages)]
         rows = np.zeros((3, size), dtype=np.int64)
         rows[1] = -1

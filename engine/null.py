@@ -104,7 +104,7 @@ class NullRunner:
                 break
         return ids[len(token_ids) :]
 
-    def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
+    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
         """Raises InternalError naming the request and the page or slot whose bytes are not those of its tokens."""
         assert chunks, "a step needs at least one chunk"
         delay = self._step_s + self._token_s * sum(chunk.length for chunk in chunks)

@@ -45,8 +45,10 @@ class Runner(Protocol):
         """Make a slot that of an empty sequence. To be called when a slot gets an owner."""
         ...
 
-    def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
-        """Results in the order of the chunks. Without chunks, which only a rank of a group may ask for, it serves its peers."""
+    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
+        """Results in the order of the chunks, which must not be empty, but in a group: there all ranks step together, and `batch` is
+        the number of sequences that decode steps of all of them can hold. When it returns, all that the step writes to pages and slots
+        is there, for whoever reads them next."""
         ...
 
 
@@ -77,13 +79,13 @@ class ModelRunner:
     def clear_slot(self, slot_id: int) -> None:
         self._caches.clear_slot(slot_id)
 
-    def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
-        if not chunks:
-            assert self._loaded.share is not None, "a step needs at least one chunk"
+    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
+        assert chunks or self._loaded.share is not None, "a step needs at least one chunk"
+        if self._graphs is not None and self._graphs.holds(chunks):
+            logits = self._graphs.run(chunks, batch)
+        elif not chunks:
             self._loaded.network.join()
             return []
-        if self._graphs is not None and self._graphs.holds(chunks):
-            logits = self._graphs.run(chunks)
         else:
             logits = self._loaded.network.forward(build_batch(chunks, self._loaded.device), self._caches)
         ends, row = [], 0

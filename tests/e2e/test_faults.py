@@ -124,7 +124,7 @@ class GatedRunner(NullRunner):
         super().__init__(num_pages=NUM_PAGES, num_slots=NUM_SLOTS, vocab_size=900, max_model_len=4096)
         self.gate, self.is_stepping = threading.Event(), threading.Event()
 
-    def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
+    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
         self.is_stepping.set()
         assert self.gate.wait(30), "the test opens it"
         return super().step(chunks)
