@@ -56,7 +56,7 @@ class RowFormat:
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
+    return x.flatten().view(torch.uint8).view(*x.shape[:-1], x.shape[-1] * x.itemsize)  # flat first: an empty tensor's strides may be 0
 
 
 class PlainRows(RowFormat):

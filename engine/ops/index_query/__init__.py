@@ -8,7 +8,8 @@ import torch
 
 from engine.cache.rows import Fp4IndexRows, Fp8IndexRows, RowFormat
 from engine.model.rope import rotate
-from engine.ops.registry import Op
+from engine.ops import requires
+from engine.ops.registry import Impl, Op
 
 
 @functools.cache
@@ -42,4 +43,4 @@ def index_query(
     return data.view(torch.float8_e4m3fn).view(q.shape), factors * scales.view(torch.float32).view(factors.shape)
 
 
-OP = Op("index_query", index_query)
+OP = Op("index_query", index_query, backends={"triton": Impl("engine.ops.index_query.triton", requires.triton)})

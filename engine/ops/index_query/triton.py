@@ -1,0 +1,69 @@
+"""Index queries in one pass: a program turns, spreads and quantises some heads of a token or a few."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.cache.rows import RowFormat
+from engine.ops.triton_rounding import to_bf16
+from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, spread
+
+ROWS = 32
+"""Heads of one program."""
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def index_query_kernel(
+    q_ptr, weights_ptr, cos_ptr, sin_ptr, out_ptr, factors_ptr, num_rows, factor,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    there = row < num_rows
+    at = row[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    x = tl.load(q_ptr + at, mask=there[:, None], other=0.0).to(tl.float32)
+    weights = tl.load(weights_ptr + row, mask=there, other=0.0).to(tl.float32) * factor
+    x = rounded(rotated(x, cos_ptr, sin_ptr, tl.where(there, row // HEADS, -1), ROWS, DIM, ROPE), BF16)
+    if FORM == "fp8_index":
+        codes, scale = fp8_index_codes(rounded(spread(x, ROWS, DIM), BF16))
+        tl.store(out_ptr + at, codes.to(tl.uint8, bitcast=True), mask=there[:, None])
+        weights *= tl.reshape(scale, [ROWS])
+    elif FORM == "fp4_index":
+        values, exponent = fp4_values(rounded(spread(x, ROWS, DIM), BF16), ROWS, DIM)
+        values = tl.reshape(values * (exponent << 23).to(tl.float32, bitcast=True), [ROWS, DIM])
+        tl.store(out_ptr + at, to_bf16(values), mask=there[:, None])
+    elif FORM == "bf16":
+        tl.store(out_ptr + at, to_bf16(x), mask=there[:, None])
+    else:
+        tl.store(out_ptr + at, x, mask=there[:, None])
+    tl.store(factors_ptr + row, weights, mask=there)
+
+
+def run(
+    q: torch.Tensor, weights: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, form: RowFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the reference; 128 channels in the quantised formats."""
+    tokens, heads, dim = q.shape
+    name = form_name(form)
+    out = torch.empty(q.shape, dtype=torch.uint8 if name == "fp8_index" else form.dtype, device=q.device)
+    factors = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    if tokens:
+        index_query_kernel[(triton.cdiv(tokens * heads, ROWS),)](
+            q.contiguous(), weights.contiguous(), cos, sin, out, factors, tokens * heads, scale,
+            ROWS=ROWS, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, num_warps=4,
+        )  # fmt: skip
+    return out.view(torch.float8_e4m3fn) if name == "fp8_index" else out, factors
+
+
+_SIGNATURE = dict.fromkeys(("cos_ptr", "sin_ptr", "factors_ptr"), "*fp32") | {"num_rows": "i32", "factor": "fp32"}
+_SIGNATURE |= dict.fromkeys(("q_ptr", "weights_ptr"), "*bf16")
+AOT = [
+    (
+        index_query_kernel,
+        _SIGNATURE | {"out_ptr": out},
+        {"ROWS": ROWS, "HEADS": 64, "DIM": 128, "ROPE": 64, "FORM": form, "BF16": True},
+        {"num_warps": 4},
+    )
+    for form, out in (("fp8_index", "*u8"), ("fp4_index", "*bf16"), ("bf16", "*bf16"))
+]
