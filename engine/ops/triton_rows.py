@@ -98,7 +98,9 @@ def store_row(x, data_ptr, scale_ptr, DIM: tl.constexpr, ROPE: tl.constexpr, FOR
         codes, power = quantize(tl.reshape(x, [1, DIM // 64, 64]), 2)
         nope = channel < DIM - ROPE
         tl.store(data_ptr + channel, tl.reshape(codes, [1, DIM]).to(tl.uint8, bitcast=True), mask=nope)
-        tl.store((data_ptr + (DIM - ROPE)).to(tl.pointer_type(tl.bfloat16)) + (channel - (DIM - ROPE)), to_bf16(x), mask=channel >= DIM - ROPE)
+        tl.store(
+            (data_ptr + (DIM - ROPE)).to(tl.pointer_type(tl.bfloat16)) + (channel - (DIM - ROPE)), to_bf16(x), mask=channel >= DIM - ROPE
+        )
         group = tl.arange(0, DIM // 64)[None, :]  # the last one is the rope channels: its byte is padding, zero
         exponent = tl.reshape(power.to(tl.int32, bitcast=True) >> 23, [1, DIM // 64])
         tl.store(scale_ptr + group, tl.where(group < (DIM - ROPE) // 64, exponent, 0).to(tl.uint8))

@@ -6,8 +6,9 @@ import torch
 
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
+from engine.ops import requires
 from engine.ops.compress_c4 import store_entries
-from engine.ops.registry import Op
+from engine.ops.registry import Impl, Op
 
 RATIO = 128
 
@@ -71,4 +72,4 @@ def compress_c128(
     store_entries(entries, ends[full], RATIO, places, norm_weight, cos, sin, eps, False, pool)
 
 
-OP = Op("compress_c128", compress_c128)
+OP = Op("compress_c128", compress_c128, backends={"triton": Impl("engine.ops.compress_c128.triton", requires.triton)})

@@ -6,9 +6,10 @@ import torch
 
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
+from engine.ops import requires
 from engine.ops.index_query import spread
 from engine.ops.kv_store import norm_rope
-from engine.ops.registry import Op
+from engine.ops.registry import Impl, Op
 
 RATIO = 4
 RING = 8
@@ -47,7 +48,7 @@ def compress_c4(
     """
     rows = projected.unflatten(1, (4, -1)).clone()
     rows[:, 2:] += ape.unflatten(1, (2, -1))[places.positions_T.clamp(min=0) % RATIO]
-    closing = torch.nonzero(places.positions_T % RATIO == RATIO - 1)[:, 0]
+    closing = torch.nonzero((places.positions_T >= 0) & (places.positions_T % RATIO == RATIO - 1))[:, 0]
     at = places.positions_T[closing, None] + torch.arange(1 - RING, 1, device=rows.device)
     in_batch = at >= places.starts_T[closing, None]
     here = (closing[:, None] + torch.arange(1 - RING, 1, device=rows.device)).clamp(min=0)
@@ -78,4 +79,4 @@ def store_entries(
     pool.write(places.pages_of(closing, numbers, per_page), numbers % per_page, spread(values, pool.form) if is_index else values)
 
 
-OP = Op("compress_c4", compress_c4)
+OP = Op("compress_c4", compress_c4, backends={"triton": Impl("engine.ops.compress_c4.triton", requires.triton)})
