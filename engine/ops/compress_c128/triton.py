@@ -96,18 +96,12 @@ AOT = [
     (
         compress_c128_kernel,
         SIGNATURE | {"state_ptr": "*fp32", "state_stride": "i32:16"},
-        {
-            "DIM": 512,
-            "ROPE": 64,
-            "FORM": form,
-            "DATA_BYTES": data_bytes,
-            "SCALE_BYTES": scale_bytes,
-            "BF16": True,
-            "CLOSE": close,
-            "KEEP": keep,
-            "STAGES": 1 if close and keep else 8,
-        },
+        dict(zip(("DIM", "ROPE", "FORM", "DATA_BYTES", "SCALE_BYTES", "BF16", "CLOSE", "KEEP", "STAGES"), values, strict=True)),
         {"num_warps": 4},
     )
-    for close, keep in ((True, True), (True, False), (False, True))
+    for values in (
+        (512, 64, "fp8_kv", 576, 8, True, True, True, 1),
+        (512, 64, "fp8_kv", 576, 8, True, True, False, 8),
+        (512, 64, "fp8_kv", 576, 8, True, False, True, 8),
+    )
 ]

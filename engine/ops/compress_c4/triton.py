@@ -42,8 +42,8 @@ def compress_c4_kernel(
         number = position // 4
         unit = tl.load(table_ptr + tl.load(sequences_ptr + token) * table_stride + number // per_page)
         store_entry(
-            entry[None, :], token, number, unit, weight_ptr, cos_ptr, sin_ptr, data_ptr, scale_ptr, eps, data_stride, scale_stride, per_page,
-            DIM, ROPE, FORM, DATA_BYTES, SCALE_BYTES, BF16,
+            entry[None, :], token, number, unit, weight_ptr, cos_ptr, sin_ptr, data_ptr, scale_ptr, eps,
+            data_stride, scale_stride, per_page, DIM, ROPE, FORM, DATA_BYTES, SCALE_BYTES, BF16,
         )  # fmt: skip
     if KEEP:
         later = tl.load(sequences_ptr + token + 8, mask=token + 8 < num_tokens, other=-1)
@@ -90,21 +90,19 @@ SIGNATURE |= {"weight_ptr": "*bf16", "data_ptr": "*u8", "scale_ptr": "*u8", "num
 SIGNATURE |= {"data_stride": "i32:16", "scale_stride": "i32:16", "per_page": "i32"}
 """What the kernel shares with that of ratio 128."""
 
-_BOTH, _CLOSE, _KEEP = (True, True), (True, False), (False, True)
 AOT = [
     (
         compress_c4_kernel,
         SIGNATURE | {"ring_ptr": "*fp32", "ring_stride": "i32:16"},
-        {
-            **{"DIM": dim, "ROPE": 64, "FORM": form, "DATA_BYTES": data_bytes, "SCALE_BYTES": scale_bytes, "BF16": True},
-            **{"CLOSE": close, "KEEP": keep},
-        },
-        {"num_warps": dim // 128},
+        dict(zip(("DIM", "ROPE", "FORM", "DATA_BYTES", "SCALE_BYTES", "BF16", "CLOSE", "KEEP"), values, strict=True)),
+        {"num_warps": values[0] // 128},
     )
-    for form, dim, data_bytes, scale_bytes, (close, keep) in (
-        *(("fp8_kv", 512, 576, 8, what) for what in (_BOTH, _CLOSE, _KEEP)),
-        ("bf16", 512, 1024, 0, _CLOSE),
-        ("fp8_index", 128, 128, 4, _BOTH),
-        ("fp4_index", 128, 64, 4, _CLOSE),
+    for values in (
+        (512, 64, "fp8_kv", 576, 8, True, True, True),
+        (512, 64, "fp8_kv", 576, 8, True, True, False),
+        (512, 64, "fp8_kv", 576, 8, True, False, True),
+        (512, 64, "bf16", 1024, 0, True, True, False),
+        (128, 64, "fp8_index", 128, 4, True, True, True),
+        (128, 64, "fp4_index", 64, 4, True, True, False),
     )
 ]
