@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from engine.cache.rows import Fp4IndexRows, Fp8IndexRows, Fp8KvRows, RowFormat
-from engine.ops.triton_rounding import AMAX_FLOOR, FP8_MAX, quantize, round_bf16, to_bf16, to_fp8
+from engine.ops.triton_rounding import AMAX_FLOOR, quantize, round_bf16, to_bf16, to_fp8
 
+FP8_MAX = tl.constexpr(448.0)
 FP4_FLOOR = tl.constexpr(6.0 * 2.0**-126)
 
 
