@@ -115,7 +115,8 @@ class ReplicaLife:
         for rank, node in enumerate(self.plan.nodes):
             assignment = self._assignment(rank)
             self._actors.append(ray.remote(RankActor).options(name=assignment.name, **self._options(rank, node)).remote(assignment))
-        self.reports = list(await asyncio.gather(*(actor.start.remote() for actor in self._actors)))
+        rendezvous = await self._actors[0].open_rendezvous.remote() if len(self._actors) > 1 else ""
+        self.reports = list(await asyncio.gather(*(actor.start.remote(rendezvous) for actor in self._actors)))
         self._fleet.ready(self.role, self.index, self._clock.now())
         await self._watch()
 

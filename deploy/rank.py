@@ -83,13 +83,23 @@ class RankActor:
         set_up_logging()
         self._assignment, self._clock = assignment, SystemClock()
         self._began = self._clock.now()
-        self._worker = _new_worker(assignment)
+        self._worker: Worker | None = None
+        self._rendezvous: Any = None
         self._member: Member | None = None
         self._draining: asyncio.Task[bool] | None = None
 
-    async def start(self) -> Report:
-        """Returns when the member serves. Raises what the worker raises (ConfigError, CheckpointError)."""
+    async def open_rendezvous(self) -> str:
+        """On rank 0 of a group, before `start`: the address at which all ranks of this life of the group find each other."""
+        from engine.parallel.group import Rendezvous
+
+        self._rendezvous = Rendezvous(_host_of(self._assignment.spec))
+        return str(self._rendezvous.address)
+
+    async def start(self, rendezvous: str = "") -> Report:
+        """`rendezvous`: that of its group, if the replica has several ranks. Returns when the member serves. Raises what the worker raises
+        (ConfigError, CheckpointError, GroupLost)."""
         log.info("rank.started", member=self._assignment.name, pid=os.getpid(), revision=self._assignment.revision)
+        self._worker = _new_worker(self._assignment, rendezvous, self._rendezvous)
         self._member = await self._worker.start()
         return await self.report()
 
@@ -98,7 +108,7 @@ class RankActor:
             member=self._member,
             is_draining=self._draining is not None,
             is_drained=self._draining is not None and self._draining.done(),
-            load=self._worker.load() if self._member is not None else Load(),
+            load=self._worker.load() if self._worker is not None and self._member is not None else Load(),
             revision=self._assignment.revision,
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
@@ -107,12 +117,13 @@ class RankActor:
 
     async def drain(self, deadline_s: float) -> None:
         """Take no new work; reports say when none is left. Returns at once."""
-        if self._draining is None:
+        if self._draining is None and self._worker is not None:
             log.info("rank.draining", member=self._assignment.name)
             self._draining = asyncio.create_task(self._worker.drain(deadline_s))
 
     async def stop(self) -> None:
-        await self._worker.stop()
+        if self._worker is not None:
+            await self._worker.stop()
         log.info("rank.done", member=self._assignment.name)
 
 
@@ -125,23 +136,33 @@ def send_output_to(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def _new_worker(assignment: Assignment) -> Worker:
+def _host_of(spec: ClusterSpec) -> str:
+    """The address of this node for other members."""
+    return "127.0.0.1" if spec.placement.ray == "embedded" else str(ray.util.get_node_ip_address())
+
+
+def _new_worker(assignment: Assignment, rendezvous_address: str, rendezvous: Any) -> Worker:
     """Imports only what the role needs: a router loads no torch."""
     spec = assignment.spec
-    is_embedded = spec.placement.ray == "embedded"
-    host = "127.0.0.1" if is_embedded else ray.util.get_node_ip_address()
     if assignment.role == "router":
         from deploy.router_worker import RouterWorker
 
         return RouterWorker(spec, assignment.index, assignment.control_token)
+    from engine.parallel.group import Seat
+
+    host = _host_of(spec)
+    size = spec.ranks_per_replica(assignment.role)
+    name = f"{assignment.role}/{assignment.index}"
     common: dict[str, Any] = {
         "model_path": spec.model_path,
         "engine": spec.engine,
-        "transfer": spec.transfer.on_loopback() if is_embedded else spec.transfer,
+        "transfer": spec.transfer.on_loopback() if spec.placement.ray == "embedded" else spec.transfer,
         "host": host,
         "replica": assignment.index,
         "rank": assignment.rank,
         "on_death": _die,
+        "seat": Seat(rank=assignment.rank, size=size, name=name, host=host, rendezvous=rendezvous_address) if size > 1 else None,
+        "rendezvous": rendezvous,
     }
     if assignment.role == "prefill":
         from prefill_worker.worker import PrefillWorker

@@ -113,14 +113,14 @@ class Cluster:
         except urllib.error.HTTPError as error:
             return {"status": error.code, "body": error.read()}
 
-    def complete(self, prompt: str, max_tokens: int, seed: int = 1) -> Iterator[str]:
+    def complete(self, prompt: str, max_tokens: int, seed: int = 1, timeout_s: float = 120) -> Iterator[str]:
         """Texts of a streamed completion, as they come. Raises on any error in the stream."""
         body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "seed": seed, "stream": True, "ignore_eos": True}
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode(), headers)
         is_done = False
         try:
-            response = urllib.request.urlopen(request, timeout=120)
+            response = urllib.request.urlopen(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{error.code}: {error.read().decode(errors='replace')}") from error
         with response:

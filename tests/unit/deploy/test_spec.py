@@ -28,7 +28,7 @@ def refusal(text: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "deploy/clusters").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy/clusters").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_cluster_file_in_the_repository_is_good(path: pathlib.Path) -> None:
     assert load_spec(path).name == path.stem
 

@@ -1,0 +1,141 @@
+"""A cluster whose decode replica is a group of four processes: ranks that die or freeze take their group with them, and no token is wrong.
+
+tests/e2e/test_groups.py has the comparison of tokens for many prompts.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.cluster import Cluster, kill
+
+pytestmark = pytest.mark.e2e
+
+BACK_WITHIN_S = 60
+NUM_CLIENTS = 6
+PROMPTS = [f"Request {number}: the river that" for number in range(NUM_CLIENTS)]
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    found = Cluster(tmp_path_factory.mktemp("groups"), "groups")
+    try:
+        print(
+            found.up(
+                "decode.ranks_per_replica=4",
+                "decode.num_pages=64",
+                "decode.num_slots=8",
+                "engine.group_step_timeout_s=8",
+                "router.wait_for_members_s=90",
+                "router.request_timeout_s=240",
+            )
+        )
+        yield found
+    finally:
+        found.down()
+
+
+@pytest.fixture
+def settled(cluster: Cluster) -> Cluster:
+    cluster.wait_until_settled(BACK_WITHIN_S)
+    return cluster
+
+
+def ranks_of(cluster: Cluster, role: str) -> dict[str, int]:
+    return {name: int(row.pid) for name, row in cluster.rows().items() if row.member.role == role}
+
+
+class Clients:
+    """Streams of all prompts at once; texts by prompt, a failure as the end of the text."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.texts: dict[str, list[str]] = {prompt: [] for prompt in PROMPTS}
+        self._threads = [threading.Thread(target=self._run, args=(cluster, prompt)) for prompt in PROMPTS]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, cluster: Cluster, prompt: str) -> None:
+        try:
+            for text in cluster.complete(prompt, TOKENS, timeout_s=240):
+                self.texts[prompt].append(text)
+        except (AssertionError, OSError, ValueError) as error:
+            self.texts[prompt].append(f"FAILED {error!r}")
+
+    def wait_until_all_have(self, num_texts: int) -> None:
+        end = time.monotonic() + 60
+        while min(map(len, self.texts.values())) < num_texts:
+            assert time.monotonic() < end, self.texts
+            time.sleep(0.01)
+
+    def results(self) -> dict[str, str]:
+        for thread in self._threads:
+            thread.join(240)
+        return {prompt: "".join(parts) for prompt, parts in self.texts.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> dict[str, str]:
+    texts = Clients(cluster).results()
+    assert "FAILED" not in "".join(texts.values()) and all(texts.values())
+    return texts
+
+
+def test_every_rank_of_the_group_is_a_member_and_gets_requests(settled: Cluster, undisturbed: dict[str, str]) -> None:
+    assert sorted(ranks_of(settled, "decode")) == [f"decode/0.{rank}" for rank in range(4)]
+    time.sleep(1.0)  # reports are up to health_interval_s old
+    tokens = {name: row.load.tokens_total for name, row in settled.rows().items() if row.member.role == "decode"}
+    assert min(tokens.values()) > 0, f"a rank of the group got nothing to do: {tokens}"
+    assert undisturbed
+
+
+@pytest.mark.parametrize(
+    ("rank", "how"), [(2, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["2 killed", "0 killed", "1 frozen"]
+)
+def test_a_lost_rank_costs_a_pause_and_its_whole_group_comes_back(
+    settled: Cluster, undisturbed: dict[str, str], rank: int, how: signal.Signals
+) -> None:
+    before = ranks_of(settled, "decode")
+    prefill = ranks_of(settled, "prefill")
+    clients = Clients(settled)
+    clients.wait_until_all_have(3)
+    os.kill(before[f"decode/0.{rank}"], how)
+    seconds = settled.wait_until_settled(BACK_WITHIN_S, frozenset(before.values()))
+    print(f"group back after {seconds:.1f} s")
+    assert clients.results() == undisturbed
+    assert ranks_of(settled, "prefill") == prefill  # other groups go on
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in before.values())
+    time.sleep(1.0)
+    for name, row in settled.rows().items():
+        if row.member.role != "router":
+            assert row.load.pages_free == row.load.pages_total and row.load.slots_free == row.load.slots_total, name
+
+
+def test_survivors_of_a_killed_rank_say_who_was_lost(settled: Cluster) -> None:
+    before = ranks_of(settled, "decode")
+    kill(before["decode/0.3"])
+    settled.wait_until_settled(BACK_WITHIN_S, frozenset(before.values()))
+    reasons = [
+        line
+        for rank in range(3)
+        for line in (settled.folder.logs / f"decode-0.{rank}.log").read_text().splitlines()
+        if "rank.failed" in line and "GroupLost" in line
+    ]
+    assert any("decode/0.3 of its group is gone" in line for line in reasons), reasons
+
+
+def test_a_group_drains_as_a_whole_and_streams_go_on(settled: Cluster, undisturbed: dict[str, str]) -> None:
+    before = ranks_of(settled, "decode")
+    clients = Clients(settled)
+    clients.wait_until_all_have(2)
+    settled.baton("drain", "decode/0", timeout_s=180)
+    assert clients.results() == undisturbed
+    after = ranks_of(settled, "decode")
+    assert set(after) == set(before) and not set(after.values()) & set(before.values())
