@@ -66,7 +66,7 @@ class DecodeLoop:
         self._runner, self._metrics, self._member, self._clock, self._on_death = runner, metrics, member, clock, on_death
         self._lease_s, self._group_steps, self._max_running = lease_s, steps, config.max_running
         self._reservations = Reservations(
-            num_pages=config.num_pages, num_slots=config.num_slots, lease_s=lease_s, expected_output=config.expected_output
+            num_pages=len(runner.arena.pages), num_slots=config.num_slots, lease_s=lease_s, expected_output=config.expected_output
         )
         self._planner = DecodePlanner(max_running=config.max_running)
         self._jobs: dict[str, Job] = {}

@@ -129,12 +129,8 @@ class DecodeWorker:
                 is_latency_bound=True,
                 num_redundant=self._config.redundant_experts,
             )
-        return ModelRunner(
-            LoadedModel.load(self._model_path, self._engine, sharing),
-            self._config.num_pages,
-            self._config.num_slots,
-            self._config.max_running,
-        )
+        loaded, config = LoadedModel.load(self._model_path, self._engine, sharing), self._config
+        return ModelRunner(loaded, config.num_pages, config.num_slots, max_decode=config.max_running)
 
     def load(self) -> Load:
         return self._loop.load

@@ -46,7 +46,7 @@ class ClusterSpec:
             raise ConfigError(f"name is {self.name!r}; it must be 1 to 32 of a-z, 0-9, - and _, and start with a letter")
         pages = -(-self.engine.max_model_len // PAGE_TOKENS)
         for role, section in (("prefill", self.prefill), ("decode", self.decode)):
-            if section.num_pages < pages:
+            if 0 < section.num_pages < pages:
                 raise ConfigError(
                     f"{role}.num_pages is {section.num_pages}; a sequence of engine.max_model_len = {self.engine.max_model_len} tokens "
                     f"needs {pages} pages of {PAGE_TOKENS} tokens"

@@ -68,17 +68,19 @@ class LoadedModel:
             log.debug("engine.op", choice=line)
         return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops, share), layout, ops, device, share)
 
-    def memory_plan(self, num_pages: int, num_slots: int) -> MemoryPlan:
+    def memory_plan(self, num_pages: int, num_slots: int, workspace_bytes: int = 0) -> MemoryPlan:
         weights_bytes = tensor_bytes(self.network)
-        return MemoryPlan.of(self.layout, num_pages, num_slots, weights_bytes=weights_bytes, device=self.device)
+        return MemoryPlan.of(
+            self.layout, num_pages, num_slots, weights_bytes=weights_bytes, device=self.device, workspace_bytes=workspace_bytes
+        )
 
-    def new_caches(self, num_pages: int, num_slots: int) -> ModelCaches:
-        """Raises ConfigError naming the knobs if the memory is not there."""
-        plan = self.memory_plan(num_pages, num_slots)
+    def new_caches(self, num_pages: int, num_slots: int, workspace_bytes: int = 0) -> ModelCaches:
+        """num_pages 0: as many as fit beside `workspace_bytes`. Raises ConfigError naming the knobs if the memory is not there."""
+        plan = self.memory_plan(num_pages, num_slots, workspace_bytes)
         for line in plan.table().splitlines():
             log.info("engine.memory", plan=line)
         plan.check()
-        return ModelCaches(Arena(self.layout, num_pages, num_slots, self.device), self.model)
+        return ModelCaches(Arena(self.layout, plan.num_pages, num_slots, self.device), self.model)
 
 
 def _all(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a rank's memory goes into, said before it is taken: weights, pages, slots."""
+"""What a rank's memory goes into, said before it is taken: weights, workspace, slots, pages."""
 
 from __future__ import annotations
 
@@ -26,17 +26,34 @@ class MemoryPlan:
     num_slots: int
     slot_bytes: int
     available_bytes: int | None
-    """For pages and slots, beside the weights. None where the system does not say."""
+    """For all but the weights. None where the system does not say."""
+    workspace_bytes: int = 0
+    """For the largest step and the graphs, on a GPU."""
 
     @staticmethod
-    def of(layout: KVLayout, num_pages: int, num_slots: int, *, weights_bytes: int, device: torch.device) -> MemoryPlan:
+    def of(
+        layout: KVLayout, num_pages: int, num_slots: int, *, weights_bytes: int, device: torch.device, workspace_bytes: int = 0
+    ) -> MemoryPlan:
+        """num_pages 0: as many as fit, on a GPU. Raises ConfigError if that is less than one, or the device is none."""
+        available = available_bytes(device)
+        if not num_pages:
+            if device.type != "cuda" or available is None:
+                raise ConfigError("num_pages is 0, which fits pages to the memory of a GPU; without one, say how many")
+            num_pages = max(0, available - workspace_bytes - num_slots * layout.slot_bytes) // layout.page_bytes
+            if not num_pages:
+                raise ConfigError(
+                    f"no page fits: {_size(available).strip()} are free beside the weights, the largest step takes "
+                    f"{_size(workspace_bytes).strip()} and num_slots={num_slots} of {layout.slot_bytes} bytes the rest; lower num_slots, "
+                    f"chunk_tokens, max_running or engine.max_model_len"
+                )
         return MemoryPlan(
             weights_bytes=weights_bytes,
+            workspace_bytes=workspace_bytes,
             num_pages=num_pages,
             page_bytes=layout.page_bytes,
             num_slots=num_slots,
             slot_bytes=layout.slot_bytes,
-            available_bytes=available_bytes(device),
+            available_bytes=available,
         )
 
     @property
@@ -48,23 +65,24 @@ class MemoryPlan:
         pages, slots = self.num_pages * self.page_bytes, self.num_slots * self.slot_bytes
         lines = [
             f"weights  {_size(self.weights_bytes)}",
+            *([f"steps    {_size(self.workspace_bytes)}  for the largest step, and graphs"] if self.workspace_bytes else []),
             f"pages    {_size(pages)}  {self.num_pages} x {self.page_bytes} B ({self.num_pages * PAGE_TOKENS} tokens)",
             f"slots    {_size(slots)}  {self.num_slots} x {self.slot_bytes} B ({self.num_slots} sequences)",
         ]
         if self.available_bytes is not None:
-            lines.append(
-                f"free     {_size(self.available_bytes - self.cache_bytes)}  of {_size(self.available_bytes).strip()} beside the weights"
-            )
+            free = self.available_bytes - self.workspace_bytes - self.cache_bytes
+            lines.append(f"free     {_size(free)}  of {_size(self.available_bytes).strip()} beside the weights")
         return "\n".join(lines)
 
     def check(self) -> None:
         """Raise ConfigError, naming the sizes and what would fit, if pages and slots need more than there is."""
-        if self.available_bytes is None or self.cache_bytes <= self.available_bytes:
+        if self.available_bytes is None or self.cache_bytes <= self.available_bytes - self.workspace_bytes:
             return
-        fitting = max(0, self.available_bytes - self.num_slots * self.slot_bytes) // self.page_bytes
+        room = self.available_bytes - self.workspace_bytes
+        fitting = max(0, room - self.num_slots * self.slot_bytes) // self.page_bytes
         raise ConfigError(
             f"num_pages={self.num_pages} of {self.page_bytes} bytes and num_slots={self.num_slots} of {self.slot_bytes} bytes need "
-            f"{_size(self.cache_bytes).strip()}, and {_size(self.available_bytes).strip()} are free: lower num_pages (with so many slots "
+            f"{_size(self.cache_bytes).strip()}, and {_size(room).strip()} are free: lower num_pages (with so many slots "
             f"{fitting} would fit) or num_slots"
         )
 

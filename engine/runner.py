@@ -15,6 +15,7 @@ from engine.graphs import DecodeGraphs, batch_buckets, width_buckets
 from engine.logprobs import logprobs_of
 from engine.sampler import sample
 from engine.sequence import Sequence
+from engine.workspace import measure_workspace
 
 if TYPE_CHECKING:
     from engine.engine import LoadedModel
@@ -63,12 +64,15 @@ def finish_reason_of(sequence: Sequence, eos_token_id: int) -> FinishReason | No
 class ModelRunner:
     """The real one."""
 
-    def __init__(self, loaded: LoadedModel, num_pages: int, num_slots: int, max_decode: int = 0) -> None:
-        """`max_decode`: sequences of the largest decode step, which is a CUDA graph on a GPU; 0: no graphs."""
+    def __init__(self, loaded: LoadedModel, num_pages: int, num_slots: int, *, chunk_tokens: int = 0, max_decode: int = 0) -> None:
+        """num_pages 0: as many as fit, on a GPU. There the largest steps are run before: prompts in chunks of `chunk_tokens`, and decode
+        steps of `max_decode` sequences, which are CUDA graphs; 0: none such."""
         self._loaded = loaded
-        self._caches = loaded.new_caches(num_pages, num_slots)
+        on_gpu = loaded.device.type == "cuda"
+        workspace = measure_workspace(loaded, chunk_tokens, max_decode) if on_gpu else 0
+        self._caches = loaded.new_caches(num_pages, num_slots, workspace)
         self._graphs: DecodeGraphs | None = None
-        if max_decode and loaded.device.type == "cuda":
+        if max_decode and on_gpu:
             widths = width_buckets(loaded.engine.max_model_len)
             self._graphs = DecodeGraphs(loaded.network, self._caches, batch_buckets(max_decode), widths)
         self.arena = self._caches.arena

@@ -16,7 +16,7 @@ class PrefillConfig:
     redundant_experts: int = 0
     """Further copies of experts in each layer of a group, for experts with much to do; rounded up so that all ranks hold as many."""
     num_pages: int = 128
-    """Pages of 256 tokens on each rank: prompts being computed or being handed off."""
+    """Pages of 256 tokens on each rank: prompts being computed or being handed off. 0: as many as fit beside the rest, on a GPU."""
     num_slots: int = 8
     """Sequences on each rank at once."""
     chunk_tokens: int = 256
@@ -27,11 +27,12 @@ class PrefillConfig:
     """A router whose session is silent for so long is lost, and its requests are cancelled."""
 
     def __post_init__(self) -> None:
-        for key in ("ranks_per_replica", "num_pages", "num_slots", "chunk_tokens", "max_waiting"):
+        for key in ("ranks_per_replica", "num_slots", "chunk_tokens", "max_waiting"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"prefill.{key} is {getattr(self, key)}; it must be at least 1")
-        if self.replicas < 0:
-            raise ConfigError(f"prefill.replicas is {self.replicas}; it must be at least 0")
+        for key in ("replicas", "num_pages"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"prefill.{key} is {getattr(self, key)}; it must be at least 0")
         if self.redundant_experts < 0:
             raise ConfigError(f"prefill.redundant_experts is {self.redundant_experts}; it must be at least 0")
         if self.redundant_experts and self.ranks_per_replica == 1:

@@ -84,7 +84,7 @@ class PrefillLoop:
     ) -> None:
         """`on_death(reason)` is called when the loop cannot go on. `steps` is the caller's to close, before `stop`."""
         self._runner, self._config, self._metrics, self._clock, self._on_death = runner, config, metrics, clock, on_death
-        self._pages, self._slots = PageAllocator(config.num_pages), SlotAllocator(config.num_slots)
+        self._pages, self._slots = PageAllocator(len(runner.arena.pages)), SlotAllocator(config.num_slots)
         self._group_steps, self._chunk_tokens = steps, config.chunk_tokens
         self._planner = PrefillPlanner(chunk_tokens=config.chunk_tokens, max_sequences=config.num_slots)
         self._jobs: dict[str, Job] = {}

@@ -127,7 +127,8 @@ class PrefillWorker:
                 is_latency_bound=False,
                 num_redundant=self._config.redundant_experts,
             )
-        return ModelRunner(LoadedModel.load(self._model_path, self._engine, sharing), self._config.num_pages, self._config.num_slots)
+        loaded, config = LoadedModel.load(self._model_path, self._engine, sharing), self._config
+        return ModelRunner(loaded, config.num_pages, config.num_slots, chunk_tokens=config.chunk_tokens)
 
     def load(self) -> Load:
         return self._loop.load

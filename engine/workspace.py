@@ -1,0 +1,47 @@
+"""What a GPU needs beside weights, pages and slots: measured, by running the largest steps before any page is allocated."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import torch
+
+from core.kv_layout import PAGE_TOKENS
+from core.request import Request, SamplingParams
+from engine.batch import Chunk, build_batch
+from engine.cache.arena import Arena, ModelCaches
+from engine.graphs import DecodeGraphs, width_buckets
+from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.engine import LoadedModel
+
+MARGIN = 1.1
+"""For what differs from run to run: smaller graphs, libraries that load late, fragments."""
+MARGIN_BYTES = 512 << 20
+
+
+def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -> int:
+    """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence, and for decode graphs of `max_decode` sequences
+    (0: none). Compiles what such steps need. Raises torch.OutOfMemoryError if not even one page fits beside it."""
+    device, longest = loaded.device, loaded.engine.max_model_len
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info(device)[0]
+    caches = ModelCaches(Arena(loaded.layout, 1, 1, device), loaded.model)
+    torch.cuda.synchronize(device)
+    own = before - torch.cuda.mem_get_info(device)[0]
+    if chunk_tokens:
+        length = min(chunk_tokens, longest)
+        request = Request(request_id="workspace", token_ids=(0,) * longest, prompt_len=longest, sampling=SamplingParams(max_tokens=1))
+        sequence = Sequence.from_request(request)
+        sequence.slot_id, sequence.page_ids, sequence.num_computed = 0, [0] * -(-longest // PAGE_TOKENS), longest - length
+        loaded.network.forward(build_batch([Chunk(sequence, length)], device), caches)
+    graphs = DecodeGraphs(loaded.network, caches, [max_decode], width_buckets(longest)[-1:]) if max_decode else None
+    torch.cuda.synchronize(device)
+    taken = before - own - torch.cuda.mem_get_info(device)[0]
+    del graphs, caches
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(taken * MARGIN) + MARGIN_BYTES
