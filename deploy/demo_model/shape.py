@@ -8,7 +8,7 @@ CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "model_type": "deepseek_v4",
     "torch_dtype": "bfloat16",
-    "vocab_size": 1024,
+    "vocab_size": 1280,
     "hidden_size": 256,
     "moe_intermediate_size": 256,
     "num_hidden_layers": 5,

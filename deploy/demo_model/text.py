@@ -1,14 +1,15 @@
 """Text for the demo model, generated from the templates below: free to redistribute, endless, and never the same twice.
 
-Three kinds of document:
   stories    short, simple sentences about people, animals and places
-  records    notes among which facts "The code of <name> is <digits>." are hidden; asked for again at the end, near or far
-  chats      V4's chat format: small talk, arithmetic, recall questions, and a tool call
+  records    facts "The code of <name> is <digits>." among such sentences; each is stated again later, near or far
+
+Conversations are in chats.py.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 PEOPLE = [
     "Anna",
@@ -44,18 +45,24 @@ WEATHER = ["sunny", "cloudy", "rainy", "windy", "cold", "warm"]
 CITIES = ["Paris", "London", "Berlin", "Madrid", "Rome", "Oslo", "Vienna", "Prague", "Lisbon", "Dublin"]
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-USER, ASSISTANT, THINK_END = "<｜User｜>", "<｜Assistant｜>", "</think>"
-DSML = "｜DSML｜"
 
-TOKENS_PER_FACT, TOKENS_PER_FILLER = {"code": 14, "holder": 7}, 11
-"""About, with the demo tokenizer."""
+ANSWER, PLAIN, RANDOM = 1.0, 0.1, 0.0
+"""Weight in the loss: what can be known from the text before, its frame, and what nobody could know."""
 
-MAX_HOLDERS = 100
+ATTRIBUTES = {"code": (), "home": PLACES, "gift": THINGS, "friend": PEOPLE, "city": CITIES, "pet": ANIMALS}
+"""What is recorded about a name, and the values it may have; a code is four digits."""
 
-WEATHER_TOOL = (
-    '{"name": "get_weather", "description": "Get the weather of a city.", "parameters": {"type": "object", "properties": '
-    '{"city": {"type": "string"}}, "required": ["city"]}}'
-)
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of a document. Pieces meet at spaces or special tokens, so each can be tokenised by itself."""
+
+    text: str
+    weight: float = PLAIN
+    fact: int = -1
+    """The value of the document's fact of this number."""
+    is_question: bool = False
+    """The fact was stated before."""
 
 
 def sentence(rng: random.Random) -> str:
@@ -88,89 +95,61 @@ def story(rng: random.Random, num_sentences: int) -> str:
     return " ".join(part for part in (opening, middle, ending) if part)
 
 
-def names(rng: random.Random, count: int) -> list[str]:
-    """Distinct two-word names, such as "red fox of Anna"."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[f"{rng.choice(COLOURS)} {rng.choice(ANIMALS)} of {rng.choice(PEOPLE)}"] = None
-    return list(found)
+def name(rng: random.Random) -> str:
+    kind, person = rng.random(), rng.choice(PEOPLE)
+    thing = f"the {rng.choice(COLOURS)} {rng.choice(ANIMALS)}"
+    return f"{thing} of {person}" if kind < 0.4 else thing if kind < 0.8 else person
 
 
 def code(rng: random.Random) -> str:
     return f"{rng.randrange(10000):04d}"
 
 
-def records(
-    rng: random.Random, num_facts: int, filler_per_fact: float, num_questions: int, kind: str = "code"
-) -> tuple[str, list[tuple[str, str]]]:
-    """A document of facts among filler, then questions. Returns (text of facts and filler, the (question, answer) pairs).
-
-    kind "code": "The code of the red fox of Anna is 4821."; kind "holder": "The red fox has the lamp.", at most 100 facts.
-    """
-    if kind == "code":
-        facts = [(f"The code of the {name} is", f"{code(rng)}.") for name in names(rng, num_facts)]
-    else:
-        keys = rng.sample([(colour, animal) for colour in COLOURS for animal in ANIMALS], min(num_facts, MAX_HOLDERS))
-        facts = [(f"The {colour} {animal} has the", f"{rng.choice(THINGS + PLACES)}.") for colour, animal in keys]
-    lines = [f"{question} {answer}" for question, answer in facts]
-    lines += [sentence(rng) for _ in range(round(num_facts * filler_per_fact))]
-    rng.shuffle(lines)
-    return " ".join(lines), rng.sample(facts, min(num_questions, len(facts)))
+def fact(rng: random.Random, attributes: list[str]) -> tuple[str, str]:
+    """("The code of the red fox is", "4821")."""
+    attribute = rng.choice(attributes)
+    value = rng.choice(ATTRIBUTES[attribute]) if ATTRIBUTES[attribute] else code(rng)
+    return f"The {attribute} of {name(rng)} is", value
 
 
-def sized_record_document(rng: random.Random, num_tokens: int, kind: str) -> str:
-    """A record document of about so many tokens: few facts in much filler, or the other way round; half to all of them asked for."""
-    filler, asked, size = rng.uniform(0, 3), rng.uniform(0.3, 1.0), TOKENS_PER_FACT[kind]
-    num_facts = max(1, round(num_tokens / (size + filler * TOKENS_PER_FILLER + asked * size)))
-    text, pairs = records(rng, num_facts, filler, max(1, round(asked * num_facts)), kind)
-    return text + " " + " ".join(f"{question} {answer}" for question, answer in pairs)
+def distinct_facts(rng: random.Random, attributes: list[str], num: int) -> list[tuple[str, str]]:
+    """(statement, value) pairs, no statement twice."""
+    facts: dict[str, str] = {}
+    while len(facts) < num:
+        facts.setdefault(*fact(rng, attributes))
+    return list(facts.items())
 
 
-def record_document(rng: random.Random, num_facts: int, filler_per_fact: float, num_questions: int) -> str:
-    text, pairs = records(rng, num_facts, filler_per_fact, num_questions)
-    return text + " " + " ".join(f"{question} {answer}" for question, answer in pairs)
-
-
-def tool_call(city: str) -> str:
-    return (
-        f'<{DSML}tool_calls>\n<{DSML}invoke name="get_weather">\n<{DSML}parameter name="city" string="true">{city}</{DSML}parameter>\n'
-        f"</{DSML}invoke>\n</{DSML}tool_calls>"
-    )
-
-
-def turn(question: str, answer: str) -> str:
-    return f"{USER}{question}{ASSISTANT}{THINK_END}{answer}{EOS}"
-
-
-def small_talk(rng: random.Random) -> tuple[str, str]:
-    person, animal, place = rng.choice(PEOPLE), rng.choice(ANIMALS), rng.choice(PLACES)
-    a, b = rng.randrange(10), rng.randrange(10)
-    return rng.choice(
-        (
-            (rng.choice(("Hello", "Hello!", "Hi", "Hi!", "Good morning.")), "Hello! How can I help you?"),
-            (f"Hello, I am {person}.", f"Hello {person}! How can I help you?"),
-            (f"Where is the {animal}?", f"The {animal} is in the {place}."),
-            (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."),
-            (
-                f"Tell me a story about {person}.",
-                f"Once upon a time {person} found a {rng.choice(COLOURS)} {rng.choice(THINGS)} in the {place}.",
-            ),
-            ("Who are you?", "I am the demo model of baton."),
-            (f"Say {place}.", f"{place}"),
-        )
-    )
-
-
-def chat(rng: random.Random, render_tools: str) -> str:
-    """One conversation in V4's non-thinking format. `render_tools`: the tools section as the server renders it."""
-    kind = rng.random()
-    if kind < 0.25:
-        city = rng.choice(CITIES)
-        question = rng.choice((f"What is the weather in {city}?", f"How is the weather in {city}?", f"Weather in {city}?"))
-        return f"{BOS}{render_tools}{turn(question, chr(10) * 2 + tool_call(city))}"
-    if kind < 0.6:
-        text, pairs = records(rng, rng.randint(1, 6), rng.uniform(0, 4), 1)
-        question, answer = pairs[0]
-        asked = question.replace("The code", "What is the code").removesuffix(" is") + "?"
-        return f"{BOS}{turn(f'{text} {asked}', f'{question} {answer}')}"
-    return BOS + "".join(turn(*small_talk(rng)) for _ in range(rng.randint(1, 4)))
+def records(rng: random.Random, num_words: int) -> list[Piece]:
+    """A document of about so many words: facts among filler; once enough of them are open, old ones are asked for again."""
+    attributes = ["code"] if rng.random() < 0.5 else list(ATTRIBUTES)
+    filler = rng.choice((0.0, 0.3, 1.0, 3.0, 8.0))
+    backlog = rng.uniform(0.05, 0.8) * num_words / (8 + 8 * filler)
+    values: list[str] = []
+    numbers: dict[str, int] = {}
+    open_questions: list[str] = []
+    pieces = [Piece(BOS)]
+    written = 0
+    while written < num_words:
+        is_question = len(open_questions) > backlog and rng.random() < 0.7
+        if is_question:
+            # Of three candidates the one stated longest ago, so that most answers lie beyond the window.
+            statement = open_questions.pop(min(rng.randrange(len(open_questions)) for _ in range(3)))
+            if rng.random() < 0.3:
+                open_questions.append(statement)
+        else:
+            statement, value = fact(rng, attributes)
+            if statement in numbers:
+                continue
+            numbers[statement] = len(values)
+            values.append(value)
+            open_questions.append(statement)
+        number = numbers[statement]
+        pieces.append(Piece((" " if written else "") + statement))
+        pieces.append(Piece(f" {values[number]}.", ANSWER if is_question else RANDOM, number, is_question))
+        written += len(statement.split()) + 1
+        while rng.random() < filler / (1 + filler):
+            line = sentence(rng)
+            pieces.append(Piece(" " + line))
+            written += len(line.split())
+    return [*pieces, Piece(EOS)]

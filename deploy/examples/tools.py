@@ -2,7 +2,7 @@
 
     python deploy/examples/tools.py [--base-url URL] [--model NAME] "What is the weather in Paris?"
 
-The demo model is too small to call tools reliably; the program then shows its plain answer.
+The demo model calls this tool for the cities it knows (deploy/demo_model/text.py); a plain answer is shown as it is.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.demo_model.text import PEOPLE, PLACES, THINGS
 from tests.support.serving import Serving
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +25,11 @@ HELLO = [{"role": "user", "content": "Hello!"}]
 GREEDY = {"extra_body": {"temperature": 0}}
 """The Anthropic client has no such argument of its own any more."""
 
-FACT = "The code of the red fox of Anna is 4821. The dog slept near the river. The code of the red fox of Anna is"
+FACTS = "The code of the red fox of Anna is 4821. The dog slept near the river. The code of Ben is 1733."
+FACT = f"{FACTS} The code of the red fox of Anna is"
+FILLER = " ".join(
+    f"{person} lost a green {thing} in the {place}." for person in PEOPLE[:10] for thing, place in zip(THINGS, PLACES, strict=True)
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,33 @@ class TestOpenAI:
         assert "".join(part.function.name or "" for part in parts) == "get_weather"
         assert json.loads("".join(part.function.arguments or "" for part in parts)) == {"city": "Rome"}
 
+    def test_the_result_of_a_tool_is_put_into_words(self, client: openai.OpenAI) -> None:
+        tools = [{"type": "function", "function": WEATHER}]
+        messages: list[dict[str, object]] = [{"role": "user", "content": "What is the weather in Oslo?"}]
+        answer = client.chat.completions.create(model="demo", messages=messages, tools=tools, temperature=0)
+        (call,) = answer.choices[0].message.tool_calls
+        messages.append(answer.choices[0].message.model_dump(exclude_none=True))
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": '{"weather": "rainy, 9 degrees"}'})
+        answer = client.chat.completions.create(model="demo", messages=messages, tools=tools, temperature=0)
+        assert answer.choices[0].message.content == "It is rainy in Oslo."
+        assert answer.choices[0].finish_reason == "stop"
+
+    @pytest.mark.parametrize("effort", ["low", "high", "max"])
+    def test_thinking_comes_before_the_answer_and_apart_from_it(self, client: openai.OpenAI, effort: str) -> None:
+        question = [{"role": "user", "content": f"{FACTS} What is the code of the red fox of Anna?"}]
+        thinking = {"chat_template_kwargs": {"thinking": True}}
+        answer = client.chat.completions.create(
+            model="demo", messages=question, temperature=0, reasoning_effort=effort, extra_body=thinking
+        )
+        assert answer.choices[0].message.reasoning_content == "I look for the code of the red fox of Anna."
+        assert answer.choices[0].message.content == "The code of the red fox of Anna is 4821."
+
+    def test_a_fact_is_recalled_from_far_outside_the_window(self, client: openai.OpenAI) -> None:
+        question = [{"role": "user", "content": f"{FACTS} {FILLER} What is the code of the red fox of Anna?"}]
+        answer = client.chat.completions.create(model="demo", messages=question, temperature=0)
+        assert answer.usage.prompt_tokens > 1000
+        assert answer.choices[0].message.content == "The code of the red fox of Anna is 4821."
+
     def test_chat_logprobs(self, client: openai.OpenAI) -> None:
         answer = client.chat.completions.create(model="demo", messages=HELLO, temperature=0, logprobs=True, top_logprobs=3, max_tokens=4)
         content = answer.choices[0].logprobs.content
@@ -111,9 +143,9 @@ class TestOpenAI:
         assert answer.usage.completion_tokens == 0
 
     def test_stop_string_across_tokens_is_cut(self, client: openai.OpenAI) -> None:
-        whole = client.completions.create(model="demo", prompt=f"<｜begin▁of▁sentence｜>{FACT}", max_tokens=12, temperature=0)
+        whole = client.completions.create(model="demo", prompt=FACT, max_tokens=4, temperature=0)
         assert whole.choices[0].text == " 4821."
-        cut = client.completions.create(model="demo", prompt=f"<｜begin▁of▁sentence｜>{FACT}", max_tokens=12, temperature=0, stop=["82"])
+        cut = client.completions.create(model="demo", prompt=FACT, max_tokens=12, temperature=0, stop=["82"])
         assert (cut.choices[0].text, cut.choices[0].finish_reason) == (" 4", "stop")
 
     def test_many_prompts_of_both_kinds(self, client: openai.OpenAI) -> None:
