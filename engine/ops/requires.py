@@ -41,6 +41,11 @@ def flash_mla(device: torch.device) -> str | None:
     return reason if reason is not None or importlib.util.find_spec("flash_mla") else "flash_mla is not installed"
 
 
+def deep_ep(device: torch.device) -> str | None:
+    reason = cuda(device)
+    return reason if reason is not None or importlib.util.find_spec("deep_ep") else "deep_ep is not installed"
+
+
 def fp8_rows(engine: EngineConfig) -> str | None:
     return None if engine.kv_format == "fp8" else f"needs kv_format fp8, not {engine.kv_format}"
 

@@ -136,6 +136,12 @@ class Group:
             self.backend(rows.device).alltoall_base(out, rows.contiguous(), list(received), list(sent)).wait()
         return out
 
+    def gather_bytes(self, name: str, mine: bytes) -> list[bytes]:
+        """Everybody's, in the order of ranks; for the opening of things, over the store. `name` is used once."""
+        self.store.set(f"{name}/{self.rank}", mine)  # type: ignore[arg-type]  # bytes are taken, too
+        with self.working(f"the gathering of {name}"):
+            return [bytes(self.store.get(f"{name}/{rank}")) for rank in range(self.size)]
+
     def working(self, what: str) -> contextlib.AbstractContextManager[None]:
         """What is done inside needs all peers; a failure of the connections raises GroupLost."""
         return _lost(self.seat, f"lost a rank, or waited over {self.limits.step_s:g} s, in {what}")

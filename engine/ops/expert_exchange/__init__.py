@@ -118,4 +118,11 @@ def expert_exchange(group: Group, shape: ExchangeShape) -> ExpertExchange:
     return RowExchange(group, shape)
 
 
-OP = Op("expert_exchange", expert_exchange, backends={"gather": Impl("engine.ops.expert_exchange.gather", requires.cuda)})
+OP = Op(
+    "expert_exchange",
+    expert_exchange,
+    backends={
+        "gather": Impl("engine.ops.expert_exchange.gather", requires.cuda),
+        "deepep": Impl("engine.ops.expert_exchange.deepep", requires.deep_ep),
+    },
+)

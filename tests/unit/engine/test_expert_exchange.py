@@ -13,38 +13,15 @@ from core.request import Request, SamplingParams
 from engine.batch import Chunk
 from engine.config import EngineConfig
 from engine.engine import Engine, LoadedModel
-from engine.model.quantized import quantize_mxfp4
 from engine.ops.expert_exchange import ExchangeShape, expert_exchange
-from engine.ops.moe_experts import PackedExperts, moe_experts, pack
-from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, balanced_placement, even_placement
+from engine.ops.moe_experts import moe_experts
+from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Group, Limits
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
+from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, tokens_of
 from tests.support.ranks import LIMITS, run_group, seats
-
-HIDDEN, INNER, EXPERTS, TOP_K, LIMIT = 128, 64, 8, 3, 10.0
-
-
-def packed(experts: tuple[int, ...]) -> PackedExperts:
-    def draw(expert: int, which: int, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(100 * expert + which)) / shape[-1] ** 0.5
-
-    w1, w2, w3 = (
-        [quantize_mxfp4(draw(expert, which, *shape)) for expert in experts]
-        for which, shape in enumerate(((INNER, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN)))
-    )
-    return pack(list(w1), list(w2), list(w3), True)
-
-
-def tokens_of(rank: int, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    x = torch.randn(count, HIDDEN, generator=generator).to(dtype)
-    ids = torch.rand(count, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].contiguous()
-    return x, ids, torch.rand(count, TOP_K, generator=generator)
-
-
-SKEWED = balanced_placement([100, 1, 1, 50, 1, 1, 1, 1], 4, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,0 +1,55 @@
+"""The adapter to DeepEP against a stand-in with its documented shapes: the reference's sums, within the rounding of bf16."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.moe_experts import moe_experts
+from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
+from engine.parallel.group import Group
+from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, tokens_of
+from tests.support.fake_deep_ep import FakeDeepEP
+from tests.support.ranks import run_group
+
+
+@pytest.mark.parametrize("is_latency_bound", [False, True], ids=["normal", "low latency"])
+@pytest.mark.parametrize(
+    ("placement", "counts"),
+    [(even_placement(8, 2), (7, 16)), (even_placement(8, 4), (3, 0, 9, 1)), (even_placement(8, 2), (0, 0)), (SKEWED, (5, 2, 0, 16))],
+    ids=str,
+)
+def test_a_group_gives_the_sums_of_one_rank(
+    placement: ExpertPlacement, counts: tuple[int, ...], is_latency_bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", FakeDeepEP(len(counts)).module())
+    monkeypatch.delitem(sys.modules, "engine.ops.expert_exchange.deepep", raising=False)
+    monkeypatch.setenv("NVSHMEM_QP_DEPTH", "0")  # the adapter sets it; this takes it back
+    deepep = importlib.import_module("engine.ops.expert_exchange.deepep")
+    shape = ExchangeShape(hidden_size=HIDDEN, num_slots=len(placement.experts), max_tokens=16, is_latency_bound=is_latency_bound)
+
+    def rank(group: Group) -> list[torch.Tensor]:
+        exchange = deepep.run(group, shape)
+        sums = []
+        for turn in range(2):  # buffers are used again
+            x, ids, weights = tokens_of(group.rank + 10 * turn, counts[group.rank], torch.bfloat16)
+            arrived = exchange.dispatch(x, ids, SlotChoice(placement, group.rank)(ids), weights)
+            rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT)
+            sums.append(exchange.combine(rows, arrived))
+        exchange.close()
+        return sums
+
+    everything = packed(tuple(range(EXPERTS)))
+    for number, sums in enumerate(run_group(len(counts), rank)):
+        for turn, routed in enumerate(sums):
+            alone = moe_experts(*tokens_of(number + 10 * turn, counts[number], torch.bfloat16), everything, LIMIT)
+            assert routed.shape == alone.shape and routed.dtype == torch.float32
+            # Sums are rounded to bf16. Low latency also quantises hidden values to FP8 without their weight, so that each is rounded
+            # otherwise than in the reference: twice an rms error of 2^-4 / sqrt(12) to 2^-4 / sqrt(3) of the value.
+            limit = 0.05 if is_latency_bound else 0.005
+            assert (routed - alone).norm() <= limit * alone.norm(), f"rank {number}, turn {turn}"
+    sys.modules.pop("engine.ops.expert_exchange.deepep", None)
