@@ -63,10 +63,11 @@ def time_graph(calls: Sequence[Callable[[], object]], min_replay_ms: float = 0.3
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Copy bandwidth in bytes/s (read + written) and matrix rates in FLOP/s, on random values."""
-    source = torch.randint(0, 255, (4 * 2**30,), dtype=torch.uint8, device=device)
+    """Copy bandwidth in bytes/s (read + written; an elementwise kernel, since a copy in a graph may run on the slower copy engine) and
+    matrix rates in FLOP/s, on random values."""
+    source = torch.randint(0, 2**60, (2**29,), device=device)
     target = torch.empty_like(source)
-    copy = 2 * source.numel() / time_graph([functools.partial(target.copy_, source)])[0] * 1e6
+    copy = 2 * source.nbytes / time_graph([functools.partial(torch.bitwise_not, source, out=target)])[0] * 1e6
     del source, target
     torch.cuda.empty_cache()
     size = 8192

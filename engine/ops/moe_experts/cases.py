@@ -12,10 +12,10 @@ from engine.ops.cases import Bench, Case, Draw, Weights, generator, randn
 
 LIMIT = 10.0
 REASON = (
-    "FP8 products accumulate 128 channels with 13 bits below the largest, and hidden values next to an FP8 rounding border go to the "
-    "other side: 2^-4 of few values"
+    "FP8 matrix units sum 128 products with 13 bits below the largest (exact for most MXFP4 ones), so gate and up round to the other bf16 "
+    "here and there, and hidden values next to an FP8 rounding border to the other side of it, 2^-4 away"
 )
-TOLERANCE = 5e-3
+TOLERANCE, FP8_TOLERANCE = 5e-3, 2e-2
 
 
 def mxfp4(device: torch.device, seed: int, rows: int, columns: int, low: int = 117, high: int = 121) -> QuantizedWeight:
@@ -30,7 +30,7 @@ def mxfp4(device: torch.device, seed: int, rows: int, columns: int, low: int = 1
 
 def fp8(device: torch.device, seed: int, rows: int, columns: int) -> QuantizedWeight:
     random = generator(device, seed)
-    data = torch.randn(rows, columns, generator=random, device=device).mul_(100).to(torch.float8_e4m3fn)
+    data = torch.randn(rows, columns, generator=random, device=device).mul_(80).clamp_(-448, 448).to(torch.float8_e4m3fn)
     shape = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
     return QuantizedWeight("fp8", data, torch.randint(112, 115, shape, dtype=torch.uint8, generator=random, device=device))
 
@@ -74,8 +74,8 @@ def experts(
     return draw
 
 
-def _case(name: str, draw: Draw, small: bool = False) -> Case:
-    return Case(name, draw, TOLERANCE, REASON, small)
+def _case(name: str, draw: Draw, tolerance: float = TOLERANCE, small: bool = False) -> Case:
+    return Case(name, draw, tolerance, REASON, small)
 
 
 CASES = (
@@ -84,12 +84,16 @@ CASES = (
     _case("wide scales", experts(3, 4, 256, 128, 2, spread=(110, 121)), small=True),
     _case("odd sizes", experts(3, 3, 96, 64, 2), small=True),
     _case("local range", experts(7, 8, 128, 128, 3, local=(2, 3)), small=True),
-    _case("FP8", experts(3, 4, 256, 128, 2, kind="fp8"), small=True),
+    _case("FP8", experts(3, 4, 256, 128, 2, kind="fp8"), FP8_TOLERANCE, small=True),
+    _case("many rows, interpreted", experts(120, 1, 128, 128, 1), small=True),
+    _case("many rows, wide scales", experts(120, 1, 256, 128, 1, spread=(110, 121)), small=True),
+    _case("many rows of FP8", experts(120, 1, 128, 128, 1, kind="fp8"), FP8_TOLERANCE, small=True),
     _case("none of them here", experts(4, 8, 256, 256, 2, local=(8, 2))),
-    _case("FP8 of Base", experts(40, 8, 1024, 512, kind="fp8")),
+    _case("FP8 of Base", experts(40, 8, 1024, 512, kind="fp8"), FP8_TOLERANCE),
     _case("clamped", experts(40, 8, 1024, 512, spread=(121, 124))),
     _case("one expert takes all", experts(300, 8, 1024, 512, 1, one_expert=True)),
     _case("many rows", experts(2000, 8, 1024, 512)),
+    _case("many rows of FP8 of Base", experts(500, 8, 1024, 512, kind="fp8"), FP8_TOLERANCE),
     _case("some hundred rows", experts(300, 16, 1024, 512)),
     _case("Flash shape, batch 1", experts(1, 16, 4096, 2048)),
     _case("Flash shape, batch 32", experts(32, 16, 4096, 2048)),
@@ -116,7 +120,7 @@ def _deep_gemm_masked(rows: int, num_experts: int, width: int, inner: int) -> Ca
         import deep_gemm
 
         def product(n: int, k: int, offset: int) -> tuple[object, ...]:
-            random, height = generator(device, seed + offset), -(-rows // 64) * 64
+            random, height = generator(device, seed + offset), -(-rows // 128) * 128
             a, b = (
                 torch.randint(0, 100, shape, dtype=torch.uint8, generator=random, device=device).view(torch.float8_e4m3fn)
                 for shape in ((num_experts, height, k), (num_experts, n, k))

@@ -1,4 +1,4 @@
-"""Kernels of the routed experts over 4-bit weights: route, w1|w3 product with SwiGLU, w2 product, sum. Launched by triton.py.
+"""Kernels of the routed experts for few rows an expert, where the bytes of the weights count.
 
 Products run on FP8 matrix units (W4A8). e2m1 codes become e4m3 in registers through a byte table per group of 32 channels, so that
 the group scale is part of the e4m3 value: exact as long as a group's scale lies within 2^11 of the largest of its 128 channels
@@ -17,71 +17,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.ops.moe_experts.triton_route import place_of
 from engine.ops.triton_rounding import INTERPRETED, quantize, round_bf16, to_bf16
 
 BLOCK = tl.constexpr(128)
-
-
-@triton.jit(do_not_specialize=["num_pairs", "max_blocks"])
-def moe_route_kernel(
-    ids_ptr,
-    x_ptr,
-    codes_ptr,
-    scales_ptr,
-    pairs_ptr,
-    block_expert_ptr,
-    num_pairs,
-    num_experts,
-    max_blocks,
-    width,
-    padded_width,
-    PADDED_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """Programs below num_experts list the (token, place) pairs of an expert, in order, in blocks of BLOCK_M with -1 behind the
-    last; the others quantise 128 * GROUPS channels of a token. Each lister counts all pairs itself: no launch to count before."""
-    program = tl.program_id(0)
-    if program < num_experts:
-        experts = tl.arange(0, PADDED_E)
-        counts = tl.zeros([PADDED_E], tl.int32)
-        for start in range(0, num_pairs, CHUNK):
-            pair = start + tl.arange(0, CHUNK)
-            local = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-            local = tl.where((pair < num_pairs) & (local >= 0) & (local < num_experts), local, PADDED_E - 1)
-            counts += tl.histogram(local, PADDED_E)
-        counts = tl.where(experts < num_experts, counts, 0)
-        blocks = (counts + BLOCK_M - 1) // BLOCK_M
-        first_block = tl.sum(tl.where(experts < program, blocks, 0), 0)
-        own_blocks = tl.sum(tl.where(experts == program, blocks, 0), 0)
-        for block in range(own_blocks):
-            tl.store(block_expert_ptr + first_block + block, program)
-        base = first_block * BLOCK_M
-        found = 0
-        if own_blocks > 0:
-            for start in range(0, num_pairs, CHUNK):
-                pair = start + tl.arange(0, CHUNK)
-                mine = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32) == program
-                mine = mine & (pair < num_pairs)
-                rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-                tl.store(pairs_ptr + base + found + rank, pair, mask=mine)
-                found += tl.sum(mine.to(tl.int32), 0)
-            place = found + tl.arange(0, BLOCK_M)
-            tl.store(pairs_ptr + base + place, tl.full([BLOCK_M], -1, tl.int32), mask=place < own_blocks * BLOCK_M)
-        if program == 0:
-            for block in range(tl.sum(blocks, 0), max_blocks):
-                tl.store(block_expert_ptr + block, -1)
-    else:
-        groups_per_row = padded_width // BLOCK
-        pieces = tl.cdiv(groups_per_row, GROUPS)
-        token = ((program - num_experts) // pieces).to(tl.int64)
-        group = (program - num_experts) % pieces * GROUPS + tl.arange(0, GROUPS)
-        channel = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        x = tl.load(x_ptr + token * width + channel, mask=channel < width, other=0.0).to(tl.float32)
-        codes, scale = quantize(x, 1)
-        tl.store(codes_ptr + token * padded_width + channel, codes, mask=channel < padded_width)
-        tl.store(scales_ptr + token * groups_per_row + group[:, None], scale, mask=group[:, None] < groups_per_row)
 
 
 @triton.jit
@@ -134,28 +73,29 @@ def decode_portable(tile_ptr, words, HALF: tl.constexpr):
 
 
 @triton.jit
-def partial(tile_ptr, words_ptr, x0, x1, x2, x3, FP4: tl.constexpr):
+def partial(tiles_ptr, words_ptr, tile, x0, x1, x2, x3, FP4: tl.constexpr):
     """One tile of weights [128, 128] times x [128, M]: fp32 [128, M], scaled but for the activations' scale.
 
     FP4: x0..x3 are groups of 32 channels; else all four are the tile's 128 channels."""
     row = tl.arange(0, BLOCK)
-    words = tl.load(words_ptr + row)
     if FP4:
+        words = tl.load(words_ptr + tile * BLOCK + row)
+        tile_ptr = tiles_ptr + tile * (BLOCK * BLOCK // 2)
         if INTERPRETED:
             a0, a1 = decode_portable(tile_ptr, words[:, None], 0)
             a2, a3 = decode_portable(tile_ptr, words[:, None], 1)
         else:
-            packed = row[:, None] * 32 + tl.arange(0, 32)[None, :]
-            a0, a1 = decode(tl.load(tile_ptr + packed), words[:, None], 0)
-            a2, a3 = decode(tl.load(tile_ptr + BLOCK * 32 + packed), words[:, None], 1)
+            packed = tile_ptr + row[:, None] * 32 + tl.arange(0, 32)[None, :]
+            a0, a1 = decode(tl.load(packed), words[:, None], 0)
+            a2, a3 = decode(tl.load(packed + BLOCK * 32), words[:, None], 1)
         out = tl.dot(a0, x0)
         out = tl.dot(a1, x1, out)
         out = tl.dot(a2, x2, out)
         out = tl.dot(a3, x3, out)
         out = out * (((words >> 16) & 255) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
-        weight = tl.load(tile_ptr + row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
-        out = tl.dot(weight, x0) * words.to(tl.float32, bitcast=True)[:, None]
+        weight = tl.load(tiles_ptr + tile * (BLOCK * BLOCK) + row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+        out = tl.dot(weight, x0) * tl.load(words_ptr + tile).to(tl.float32, bitcast=True)
     return out
 
 
@@ -171,13 +111,13 @@ def load_x(codes_ptr, rows, FP4: tl.constexpr):
 
 
 @triton.jit
-def place_of(num_blocks, num_tiles, GROUP_BLOCKS: tl.constexpr):
-    """(block, tile) of this program: GROUP_BLOCKS blocks of tokens take a tile of weights after each other, then the next tile."""
-    program = tl.program_id(0)
-    per_group = GROUP_BLOCKS * num_tiles
-    first = program // per_group * GROUP_BLOCKS
-    size = tl.minimum(num_blocks - first, GROUP_BLOCKS)
-    return first + program % per_group % size, program % per_group // size
+def is_last(arrived_ptr, SPLITS: tl.constexpr):
+    """Whether all other programs of a tile have stored their part; the last one sets the count back to zero."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        tl.store(arrived_ptr, 0)
+    return last
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -191,6 +131,8 @@ def moe_hidden_kernel(
     weights_ptr,
     hidden_ptr,
     hidden_scales_ptr,
+    scratch_ptr,
+    arrived_ptr,
     num_blocks,
     num_tiles,
     k_tiles,
@@ -199,36 +141,50 @@ def moe_hidden_kernel(
     BLOCK_M: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
     FP4: tl.constexpr,
 ):
-    """hidden[pair] = quantised clamped SwiGLU(w1 x, w3 x) * weight, for one block of pairs and 128 channels."""
+    """hidden[pair] = quantised clamped SwiGLU(w1 x, w3 x) * weight, for one block of pairs and 128 channels.
+
+    With SPLITS > 1 that many programs share K: few experts alone would leave multiprocessors idle."""
     block, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:
         return
-    TILE: tl.constexpr = BLOCK * BLOCK // 2 if FP4 else BLOCK * BLOCK
     pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
     tokens = (tl.maximum(pairs, 0) // top_k).to(tl.int64)
     x_rows = tokens * (k_tiles * BLOCK)
     first = (expert * num_tiles + tile).to(tl.int64) * k_tiles * 2
     gate = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK, BLOCK_M], tl.float32)
-    scale = tl.load(scales_ptr + tokens * k_tiles)
-    for k in tl.range(0, k_tiles, num_stages=NUM_STAGES):
+    split = tl.program_id(1)
+    scale = tl.load(scales_ptr + tokens * k_tiles + k_tiles * split // SPLITS)
+    for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
         x0, x1, x2, x3 = load_x(codes_ptr + k * BLOCK, x_rows, FP4)
-        tile_ptr = tiles_ptr + (first + 2 * k) * TILE
-        word_ptr = words_ptr + (first + 2 * k) * BLOCK
         next_scale = tl.load(scales_ptr + tokens * k_tiles + tl.minimum(k + 1, k_tiles - 1))
-        gate += partial(tile_ptr, word_ptr, x0, x1, x2, x3, FP4) * scale[None, :]
-        up += partial(tile_ptr + TILE, word_ptr + BLOCK, x0, x1, x2, x3, FP4) * scale[None, :]
+        gate += partial(tiles_ptr, words_ptr, first + 2 * k, x0, x1, x2, x3, FP4) * scale[None, :]
+        up += partial(tiles_ptr, words_ptr, first + 2 * k + 1, x0, x1, x2, x3, FP4) * scale[None, :]
         scale = next_scale
+    real = pairs[None, :] >= 0
+    if SPLITS > 1:
+        part = tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK
+        size: tl.constexpr = 2 * BLOCK * BLOCK_M
+        own = scratch_ptr + tl.program_id(0).to(tl.int64) * (SPLITS * size) + part
+        tl.store(own + split * size, gate, mask=real)
+        tl.store(own + split * size + size // 2, up, mask=real)
+        if not is_last(arrived_ptr + tl.program_id(0), SPLITS):
+            return
+        gate = tl.zeros([BLOCK, BLOCK_M], tl.float32)
+        up = tl.zeros([BLOCK, BLOCK_M], tl.float32)
+        for other in tl.static_range(SPLITS):
+            gate += tl.load(own + other * size, mask=real, other=0.0, cache_modifier=".cg")
+            up += tl.load(own + other * size + size // 2, mask=real, other=0.0, cache_modifier=".cg")
     gate = tl.minimum(round_bf16(gate), limit)
     up = tl.minimum(tl.maximum(round_bf16(up), -limit), limit)
     weight = tl.load(weights_ptr + tl.maximum(pairs, 0))
     hidden = gate / (1.0 + tl.exp(-gate)) * up * weight[None, :]
     out, out_scale = quantize(round_bf16(hidden), 0)
     row = tl.maximum(pairs, 0).to(tl.int64)[None, :] * num_tiles + tile
-    real = pairs[None, :] >= 0
     tl.store(hidden_ptr + row * BLOCK + tl.arange(0, BLOCK)[:, None], out, mask=real)
     tl.store(hidden_scales_ptr + row, out_scale, mask=real)
 
@@ -242,6 +198,8 @@ def moe_out_kernel(
     pairs_ptr,
     block_expert_ptr,
     out_ptr,
+    scratch_ptr,
+    arrived_ptr,
     num_blocks,
     num_tiles,
     k_tiles,
@@ -249,6 +207,7 @@ def moe_out_kernel(
     BLOCK_M: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
     FP4: tl.constexpr,
 ):
     """out[pair] = w2 hidden[pair], bf16, for one block of pairs and 128 channels."""
@@ -256,75 +215,45 @@ def moe_out_kernel(
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:
         return
-    TILE: tl.constexpr = BLOCK * BLOCK // 2 if FP4 else BLOCK * BLOCK
     pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
     row = tl.maximum(pairs, 0).to(tl.int64)
     first = (expert * num_tiles + tile).to(tl.int64) * k_tiles
     total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
-    scale = tl.load(hidden_scales_ptr + row * k_tiles)
-    for k in tl.range(0, k_tiles, num_stages=NUM_STAGES):
+    split = tl.program_id(1)
+    scale = tl.load(hidden_scales_ptr + row * k_tiles + k_tiles * split // SPLITS)
+    for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
         x0, x1, x2, x3 = load_x(hidden_ptr + k * BLOCK, row * (k_tiles * BLOCK), FP4)
         next_scale = tl.load(hidden_scales_ptr + row * k_tiles + tl.minimum(k + 1, k_tiles - 1))
-        part = partial(tiles_ptr + (first + k) * TILE, words_ptr + (first + k) * BLOCK, x0, x1, x2, x3, FP4)
+        part = partial(tiles_ptr, words_ptr, first + k, x0, x1, x2, x3, FP4)
         total += part * scale[None, :]
         scale = next_scale
+    if SPLITS > 1:
+        real = pairs[None, :] >= 0
+        size: tl.constexpr = BLOCK * BLOCK_M
+        own = scratch_ptr + tl.program_id(0).to(tl.int64) * (SPLITS * size)
+        own += tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK
+        tl.store(own + split * size, total, mask=real)
+        if not is_last(arrived_ptr + tl.program_id(0), SPLITS):
+            return
+        total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
+        for other in tl.static_range(SPLITS):
+            total += tl.load(own + other * size, mask=real, other=0.0, cache_modifier=".cg")
     channel = tile * BLOCK + tl.arange(0, BLOCK)
     out = tl.trans(to_bf16(total))
     tl.store(out_ptr + row[:, None] * width + channel[None, :], out, mask=(pairs[:, None] >= 0) & (channel[None, :] < width))
 
 
-@triton.jit
-def moe_sum_kernel(out_ptr, ids_ptr, sum_ptr, num_experts, width, TOP_K: tl.constexpr, CHANNELS: tl.constexpr):
-    """sum[token] = fp32 sum of the rows of its pairs, in order; pairs of experts that are not here count nothing."""
-    token = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    total = tl.zeros([CHANNELS], tl.float32)
-    for place in tl.static_range(TOP_K):
-        local = tl.load(ids_ptr + token * TOP_K + place)
-        here = (local >= 0) & (local < num_experts)
-        row = out_ptr + (token * TOP_K + place) * width + channel
-        total += tl.load(row, mask=here & (channel < width), other=0.0).to(tl.float32)
-    tl.store(sum_ptr + token * width + channel, total, mask=channel < width)
-
-
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
-_ROUTE = {
-    "ids_ptr": "*i64",
-    "x_ptr": "*bf16",
-    "codes_ptr": _FP8,
-    "scales_ptr": "*fp32",
-    "pairs_ptr": _I32,
-    "block_expert_ptr": _I32,
-    "num_pairs": "i32",
-    "num_experts": _WIDE,
-    "max_blocks": "i32",
-    "width": _WIDE,
-    "padded_width": _WIDE,
-}
-_PRODUCT = {
-    "words_ptr": _I32,
-    "pairs_ptr": _I32,
-    "block_expert_ptr": _I32,
-    "hidden_ptr": _FP8,
-    "hidden_scales_ptr": "*fp32",
-    "num_blocks": "i32",
-    "num_tiles": _WIDE,
-    "k_tiles": _WIDE,
-}
+_PRODUCT = {"words_ptr": _I32, "pairs_ptr": _I32, "block_expert_ptr": _I32, "num_blocks": "i32", "num_tiles": _WIDE, "k_tiles": _WIDE}
+_PRODUCT |= {"hidden_ptr": _FP8, "hidden_scales_ptr": "*fp32", "scratch_ptr": "*fp32", "arrived_ptr": _I32}
 _HIDDEN = {**_PRODUCT, "codes_ptr": _FP8, "scales_ptr": "*fp32", "weights_ptr": "*fp32", "top_k": "i32", "limit": "fp32"}
 _OUT = {**_PRODUCT, "out_ptr": "*bf16", "width": _WIDE}
-_SUM = {"out_ptr": "*bf16", "ids_ptr": "*i64", "sum_ptr": "*fp32", "num_experts": _WIDE, "width": _WIDE}
 
 
-def _products(kernel, signature):
-    for fp4, block_m, warps, stages in ((True, 16, 4, 4), (True, 128, 8, 3), (False, 16, 4, 4)):
-        constexprs = {"BLOCK_M": block_m, "GROUP_BLOCKS": 1, "NUM_STAGES": stages, "FP4": fp4}
-        yield kernel, {**signature, "tiles_ptr": "*u8" if fp4 else _FP8}, constexprs, {"num_warps": warps}
+def _variants(kernel, signature):
+    for fp4, block_m, splits in ((True, 16, 1), (True, 16, 4), (True, 64, 1), (False, 16, 1)):
+        constexprs = {"BLOCK_M": block_m, "GROUP_BLOCKS": 1, "NUM_STAGES": 3, "SPLITS": splits, "FP4": fp4}
+        yield kernel, {**signature, "tiles_ptr": "*u8" if fp4 else _FP8}, constexprs, {"num_warps": 4}
 
 
-AOT = [
-    (moe_route_kernel, _ROUTE, {"PADDED_E": 512, "BLOCK_M": 16, "CHUNK": 1024, "GROUPS": 8}, {"num_warps": 4}),
-    *_products(moe_hidden_kernel, _HIDDEN),
-    *_products(moe_out_kernel, _OUT),
-    (moe_sum_kernel, _SUM, {"TOP_K": 6, "CHANNELS": 1024}, {"num_warps": 4}),
-]
+AOT = [*_variants(moe_hidden_kernel, _HIDDEN), *_variants(moe_out_kernel, _OUT)]

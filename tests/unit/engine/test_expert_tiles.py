@@ -1,0 +1,55 @@
+"""Packing of MXFP4 experts for the Triton kernels: what is exact is packed, what is not is refused or not widened."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from core.errors import ConfigError
+from engine.model.quantized import QuantizedWeight, quantize_mxfp4
+from engine.ops.moe_experts.triton import pack
+
+
+def weight(scale: torch.Tensor, value: int = 0x11) -> QuantizedWeight:
+    """[128, 128] of 0.5 (or `value`, two codes), scale bytes [128, 4]."""
+    return QuantizedWeight("mxfp4", torch.full((128, 64), value, dtype=torch.uint8), scale.to(torch.uint8))
+
+
+def widens(scale: torch.Tensor) -> bool:
+    return pack([weight(scale)], [weight(torch.full((128, 4), 120))], [weight(torch.full((128, 4), 120))], True).widens
+
+
+def test_groups_of_a_row_may_lie_eleven_powers_apart_and_not_twelve() -> None:
+    scale = torch.full((128, 4), 120)
+    scale[7, 2] = 109
+    assert widens(scale)
+    scale[7, 2] = 108
+    with pytest.raises(ConfigError, match=r"2\^11"):
+        widens(scale)
+
+
+def test_a_group_of_zeros_may_have_any_scale() -> None:
+    scale = torch.full((128, 4), 120)
+    scale[7] = 0
+    zeros = weight(scale)
+    zeros.data[7] = 0
+    assert pack([zeros], [zeros], [zeros], True).widens
+
+
+def test_tiles_whose_rows_lie_too_far_apart_are_not_widened() -> None:
+    scale = torch.full((128, 4), 120)
+    scale[3] = 106
+    assert widens(scale)
+    scale[3] = 105
+    assert not widens(scale)
+
+
+def test_unquantised_and_mixed_experts_are_refused() -> None:
+    plain, quantized = torch.zeros(128, 128), quantize_mxfp4(torch.randn(128, 128))
+    for w1 in (plain, QuantizedWeight("fp8", plain.to(torch.float8_e4m3fn), torch.full((1, 1), 127, dtype=torch.uint8))):
+        with pytest.raises(ConfigError, match="all MXFP4 or all FP8"):
+            pack([w1], [quantized], [quantized], True)
+    with pytest.raises(ConfigError, match="float32"):
+        pack([quantized], [quantized], [quantized], False)
