@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from core.errors import Mismatch, Unavailable
@@ -27,27 +27,18 @@ def place(
 ) -> tuple[Member, Member]:
     """The least loaded pair with equal KV layouts.
 
-    `avoid`: (name, incarnation) of ranks that failed this request or refused it; used only when there is no other. Raises Unavailable
-    when a role has no rank, Mismatch when no two fit each other.
+    prefill   prompt tokens to compute before this one's turn
+    decode    what the request adds to the squares of the shares of slots and of pages in use: a short request goes where few sequences
+              are, a long one where few pages are taken, and both stay even
+
+    The ranks of a group step together, so the mean of a rank's group counts as much as the rank itself. A rank without room for the
+    request comes after all that have it. `avoid`: (name, incarnation) of ranks that failed this request or refused it; used only when
+    there is no other. Raises Unavailable when a role has no rank, Mismatch when no two fit each other.
     """
     for role, found in (("prefill", prefills), ("decode", decodes)):
         if not found:
             raise Unavailable(f"no {role} rank is ready")
     avoided = set(avoid)
-
-    def is_avoided(candidate: Candidate) -> bool:
-        return (candidate.member.name, candidate.member.incarnation) in avoided
-
-    def prefill_cost(c: Candidate) -> tuple[bool, int, int]:
-        return is_avoided(c), max(c.load.waiting_tokens, c.in_flight_tokens), c.load.num_running + c.load.num_waiting
-
-    def decode_cost(c: Candidate) -> tuple[bool, bool, float, int]:
-        pages = -(-request.max_total_tokens // PAGE_TOKENS)
-        is_full = c.load.pages_total > 0 and (c.load.pages_free < pages or c.load.slots_free == 0)
-        requests = max(c.load.num_running + c.load.num_waiting, c.in_flight_requests)
-        used = 1 - c.load.pages_free / c.load.pages_total if c.load.pages_total else 0.0
-        return is_avoided(c), is_full, requests + used, c.member.replica
-
     fingerprints = {candidate.member.fingerprint for candidate in decodes}
     fitting = [candidate for candidate in prefills if candidate.member.fingerprint in fingerprints]
     if not fitting:
@@ -55,6 +46,35 @@ def place(
             f"no prefill rank has the KV layout of a decode rank: {prefills[0].member.name} has {prefills[0].member.fingerprint}, "
             f"{decodes[0].member.name} has {decodes[0].member.fingerprint}"
         )
-    prefill = min(fitting, key=prefill_cost).member
-    decode = min((c for c in decodes if c.member.fingerprint == prefill.fingerprint), key=decode_cost).member
-    return prefill, decode
+    prefill = _least(fitting, prefill_load, -(-len(request.token_ids) // PAGE_TOKENS), avoided)
+    same = [candidate for candidate in decodes if candidate.member.fingerprint == prefill.fingerprint]
+    num_pages = -(-request.max_total_tokens // PAGE_TOKENS)
+    return prefill, _least(same, lambda rank: decode_load(rank, num_pages), num_pages, avoided)
+
+
+def prefill_load(rank: Candidate) -> float:
+    """Prompt tokens; each request beyond them counts as one more."""
+    return max(rank.load.waiting_tokens, rank.in_flight_tokens) + rank.load.num_running + rank.load.num_waiting
+
+
+def decode_load(rank: Candidate, num_pages: int) -> float:
+    """What one more sequence of so many pages costs there. What was placed since the last report counts, too."""
+    load = rank.load
+    slots_total, pages_total = max(load.slots_total, 1), max(load.pages_total, 1)
+    requests = max(load.num_running + load.num_waiting, rank.in_flight_requests)
+    pages = max(load.pages_total - load.pages_free, rank.in_flight_tokens // PAGE_TOKENS)
+    return requests / slots_total**2 + pages * num_pages / pages_total**2
+
+
+def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], num_pages: int, avoided: set[tuple[str, int]]) -> Member:
+    groups: dict[int, list[float]] = {}
+    for rank in ranks:
+        groups.setdefault(rank.member.replica, []).append(load_of(rank))
+
+    def cost(rank: Candidate) -> tuple[bool, bool, float, int, int]:
+        member, load, group = rank.member, rank.load, groups[rank.member.replica]
+        is_full = load.pages_total > 0 and (load.pages_free < num_pages or load.slots_free == 0)
+        is_avoided = (member.name, member.incarnation) in avoided
+        return is_avoided, is_full, load_of(rank) + sum(group) / len(group), member.replica, member.rank
+
+    return min(ranks, key=cost).member

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from typing import Any
 
 import pytest
 
 from core.errors import InvalidRequest, Mismatch, Unavailable
+from core.kv_layout import PAGE_TOKENS
 from core.request import Load, Member, Request, SamplingParams
 from router.placement import Candidate, place
 from router.sampling import sampling_params
@@ -14,8 +17,8 @@ from router.sampling import sampling_params
 REQUEST = Request(request_id="r", token_ids=(1,) * 300, prompt_len=300, sampling=SamplingParams(max_tokens=100))
 
 
-def candidate(role: str, replica: int, fingerprint: str = "f", tokens: int = 0, requests: int = 0, **load: int) -> Candidate:
-    member = Member(role=role, replica=replica, rank=0, address="a:1", incarnation=replica + 1, fingerprint=fingerprint)
+def candidate(role: str, replica: int, fingerprint: str = "f", tokens: int = 0, requests: int = 0, rank: int = 0, **load: int) -> Candidate:
+    member = Member(role=role, replica=replica, rank=rank, address="a:1", incarnation=replica + 1, fingerprint=fingerprint)
     return Candidate(member, Load(**{"pages_free": 100, "pages_total": 100, "slots_free": 8, "slots_total": 8, **load}), requests, tokens)
 
 
@@ -46,6 +49,59 @@ class TestPlacement:
         assert place(REQUEST, prefills, [candidate("decode", 0, "new")])[0].replica == 1
         with pytest.raises(Mismatch, match=r"prefill/0\.0 has old.*decode/0\.0 has new"):
             place(REQUEST, prefills[:1], [candidate("decode", 0, "new")])
+
+    def test_a_short_request_goes_where_few_sequences_are_and_a_long_one_where_few_pages_are_taken(self) -> None:
+        decodes = [candidate("decode", 0, num_running=2, pages_free=30), candidate("decode", 1, num_running=4, pages_free=92)]
+        sampling = SamplingParams(max_tokens=20 * PAGE_TOKENS)
+        long = Request(request_id="r", token_ids=(1,) * 300, prompt_len=300, sampling=sampling)
+        short = Request(request_id="r", token_ids=(1,), prompt_len=1, sampling=SamplingParams(max_tokens=1))
+        assert [place(one, [candidate("prefill", 0)], decodes)[1].replica for one in (short, long)] == [0, 1]
+
+    def test_a_prefill_rank_without_room_comes_last(self) -> None:
+        prefills = [candidate("prefill", 0, pages_free=1), candidate("prefill", 1, waiting_tokens=5000)]
+        assert place(REQUEST, prefills, [candidate("decode", 0)])[0].replica == 1
+
+    def test_among_ranks_as_busy_the_idler_group_is_chosen(self) -> None:
+        decodes = [candidate("decode", group, rank=rank, num_running=2 * rank * (group == 0)) for group in (0, 1) for rank in (0, 1)]
+        assert place(REQUEST, [candidate("prefill", 0)], decodes)[1].name == "decode/1.0"
+        prefills = [candidate("prefill", group, rank=rank, waiting_tokens=900 * rank * (group == 0)) for group in (0, 1) for rank in (0, 1)]
+        assert place(REQUEST, prefills, decodes)[0].name == "prefill/1.0"
+
+    def test_ranks_of_groups_stay_even_under_mixed_lengths(self, rng: random.Random) -> None:
+        """Two groups of four ranks; a fifth of the requests is 50 times as long as the others. A step lasts as long as its fullest rank:
+        both its sequences and its pages must be near the mean."""
+        names = [(group, rank) for group in (0, 1) for rank in range(4)]
+        held: dict[tuple[int, int], list[tuple[int, int]]] = {name: [] for name in names}  # (step of its end, pages)
+        sequences, pages = [], []
+        for step in range(4000):
+            for running in held.values():
+                running[:] = [one for one in running if one[0] > step]
+            decodes = [
+                candidate(
+                    "decode",
+                    group,
+                    rank=rank,
+                    num_running=len(held[group, rank]),
+                    pages_free=4000 - sum(size for _, size in held[group, rank]),
+                    pages_total=4000,
+                    slots_free=64 - len(held[group, rank]),
+                    slots_total=64,
+                )
+                for group, rank in names
+            ]
+            num_pages = 4 if rng.random() < 0.8 else 200
+            request = dataclasses.replace(REQUEST, sampling=SamplingParams(max_tokens=num_pages * PAGE_TOKENS - REQUEST.prompt_len))
+            chosen = place(request, [candidate("prefill", 0)], decodes)[1]
+            held[chosen.replica, chosen.rank].append((step + rng.randint(50, 350), num_pages))
+            if step >= 500:
+                sequences.append([len(running) for running in held.values()])
+                pages.append([sum(size for _, size in running) for running in held.values()])
+
+        def imbalance(loads: list[list[int]]) -> float:
+            return sum(max(one) * len(one) / sum(one) for one in loads) / len(loads)
+
+        print(f"sequences {imbalance(sequences):.2f}, pages {imbalance(pages):.2f}")
+        assert imbalance(sequences) < 1.1 and imbalance(pages) < 1.2
 
     def test_a_missing_role_is_named(self) -> None:
         with pytest.raises(Unavailable, match="decode"):
