@@ -23,44 +23,43 @@ def kv_store_kernel(
     unit_stride, row_stride, scale_unit_stride, scale_row_stride,
     TOKENS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
+    GROUPS: tl.constexpr = DIM // 64  # the last group of an FP8 row is the rope channels
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     alive = token < tokens
-    channel = tl.arange(0, DIM)
-    at = token[:, None] * DIM + channel[None, :]
-    x = tl.load(kv_ptr + at, mask=alive[:, None], other=0.0).to(tl.float32)
     unit = tl.load(units_ptr + token, mask=alive, other=-1)
     row = tl.load(rows_ptr + token, mask=alive, other=0)
-    x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None] * tl.load(weight_ptr + channel).to(tl.float32)[None, :]
-    pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
-    turned = alive[:, None] & (pair >= 0)[None, :]
-    angle = token[:, None] * (ROPE // 2) + pair[None, :]
-    c = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-    s = tl.load(sin_ptr + angle, mask=turned, other=0.0)
-    even, odd = tl.split(tl.reshape(x, [TOKENS, DIM // 2, 2]))
-    x = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [TOKENS, DIM]).to(kv_ptr.dtype.element_ty)
-    stored = (unit >= 0)[:, None] & (channel >= 0)[None, :]
-    base = data_ptr + (unit * unit_stride + row * row_stride)[:, None]
+    stored = (unit >= 0)[:, None, None]
+    group = tl.arange(0, GROUPS)[None, :, None]
+    channel = group * 64 + tl.arange(0, 64)[None, None, :]
+    at = token[:, None, None] * DIM + channel
+    x = tl.load(kv_ptr + at, mask=alive[:, None, None], other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(tl.sum(x * x, 2), 1) / DIM + eps)
+    x = x * scale[:, None, None] * tl.load(weight_ptr + channel).to(tl.float32)
+    pair = group * 32 + tl.arange(0, 32)[None, None, :] - (DIM - ROPE) // 2
+    turned = alive[:, None, None] & (pair >= 0)
+    c = tl.load(cos_ptr + token[:, None, None] * (ROPE // 2) + pair, mask=turned, other=1.0)
+    s = tl.load(sin_ptr + token[:, None, None] * (ROPE // 2) + pair, mask=turned, other=0.0)
+    even, odd = tl.split(tl.reshape(x, [TOKENS, GROUPS, 32, 2]))
+    x = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [TOKENS, GROUPS, 64]).to(kv_ptr.dtype.element_ty)
+    base = data_ptr + (unit * unit_stride + row * row_stride)[:, None, None]
     if FP8:
-        GROUPS: tl.constexpr = DIM // 64
         x = x.to(tl.bfloat16).to(tl.float32)
-        groups = tl.reshape(x, [TOKENS, GROUPS, 64])
-        exponent = ceil_exponent(tl.math.div_rn(tl.maximum(tl.max(tl.abs(groups), 2), 1e-4), 448.0))
+        exponent = ceil_exponent(tl.math.div_rn(tl.maximum(tl.max(tl.abs(x), 2), 1e-4), 448.0))
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         power = (exponent << 23).to(tl.float32, bitcast=True)
-        codes = tl.clamp(groups * inverse[:, :, None], -448.0, 448.0).to(tl.float8e4nv)
-        values = tl.reshape(codes.to(tl.float32) * power[:, :, None], [TOKENS, DIM])
-        nope = (channel < DIM - ROPE)[None, :]
-        tl.store(base + channel[None, :], tl.reshape(codes, [TOKENS, DIM]).to(tl.uint8, bitcast=True), mask=stored & nope)
+        codes = tl.clamp(x * inverse[:, :, None], -448.0, 448.0).to(tl.float8e4nv)
+        nope = channel < DIM - ROPE
+        tl.store(base + channel, codes.to(tl.uint8, bitcast=True), mask=stored & nope)
         rope_base = (base + (DIM - ROPE)).to(tl.pointer_type(tl.bfloat16))
-        tl.store(rope_base + (channel[None, :] - (DIM - ROPE)), x.to(tl.bfloat16), mask=stored & ~nope)
-        group = tl.arange(0, GROUPS)  # the last group is the rope channels: its byte is padding, zero
-        bytes = tl.where((group < GROUPS - 1)[None, :], exponent, 0).to(tl.uint8)
+        tl.store(rope_base + (channel - (DIM - ROPE)), x.to(tl.bfloat16), mask=stored & (channel >= DIM - ROPE))
+        place = tl.arange(0, GROUPS)[None, :]
         scale_base = scale_ptr + (unit * scale_unit_stride + row * scale_row_stride)[:, None]
-        tl.store(scale_base + group[None, :], bytes, mask=(unit >= 0)[:, None] & (group >= 0)[None, :])
-        x = tl.where(nope, values, x)
+        tl.store(scale_base + place, tl.where(place < GROUPS - 1, exponent, 0).to(tl.uint8), mask=(unit >= 0)[:, None] & (place >= 0))
+        x = tl.where(nope, codes.to(tl.float32) * power[:, :, None], x)
     else:
-        tl.store(base.to(tl.pointer_type(out_ptr.dtype.element_ty)) + channel[None, :], x.to(out_ptr.dtype.element_ty), mask=stored)
-    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=alive[:, None])
+        typed = base.to(tl.pointer_type(out_ptr.dtype.element_ty))
+        tl.store(typed + channel, x.to(out_ptr.dtype.element_ty), mask=stored & (channel >= 0))
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=alive[:, None, None])
 
 
 def run(
@@ -73,11 +72,11 @@ def run(
     units: torch.Tensor,
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """As the reference; D and the rope width powers of two, tensors contiguous."""
+    """As the reference; D a power of two and a multiple of 64, the rope width a power of two, tensors contiguous."""
     tokens, dim = kv.shape
     rope = 2 * cos.shape[1]
     assert all(tensor.is_contiguous() for tensor in (kv, weight, cos, sin, units, rows)) and pool.data.stride(2) == 1
-    assert dim & (dim - 1) == 0 and rope & (rope - 1) == 0 and isinstance(pool.form, Fp8KvRows | PlainRows), f"{dim=} {rope=} {pool.form}"
+    assert dim & (dim - 1) == 0 and dim % 64 == 0 and rope & (rope - 1) == 0 and isinstance(pool.form, Fp8KvRows | PlainRows), f"{dim=} {rope=} {pool.form}"
     out = torch.empty(tokens, dim, dtype=pool.form.dtype, device=kv.device)
     if tokens:
         block = 1 if tokens <= 1024 else 4
