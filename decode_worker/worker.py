@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 
 import torch
+from prometheus_client import CollectorRegistry
 
 from core.clock import SystemClock, new_incarnation
 from core.log import get_logger
@@ -24,6 +25,7 @@ from engine.memory import memory_run
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Group, Rendezvous, Seat
 from engine.parallel.membership import Membership
+from engine.parallel.metrics import ExpertLoadCollector
 from engine.parallel.steps import batch_bucket
 from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
@@ -77,7 +79,7 @@ class DecodeWorker:
                 Membership.open, self._seat, self._rendezvous, self._engine, self._config.max_running, batch_bucket, clock
             )
             parts.push_async_callback(asyncio.to_thread, membership.close)
-            runner = await asyncio.to_thread(self._load, membership.group)
+            runner = await asyncio.to_thread(self._load, membership.group, registry)
             endpoint = MetricsEndpoint(registry, self._host)
             parts.push_async_callback(asyncio.to_thread, endpoint.close)
             self.member = Member(
@@ -118,7 +120,7 @@ class DecodeWorker:
         log.info("decode.ready", member=self.member.name, address=self.member.address, incarnation=self.member.incarnation)
         return self.member
 
-    def _load(self, group: Group | None) -> Runner:
+    def _load(self, group: Group | None, registry: CollectorRegistry) -> Runner:
         if self._new_runner is not None:
             return self._new_runner()
         sharing = None
@@ -130,6 +132,8 @@ class DecodeWorker:
                 num_redundant=self._config.redundant_experts,
             )
         loaded, config = LoadedModel.load(self._model_path, self._engine, sharing), self._config
+        if loaded.share is not None:
+            registry.register(ExpertLoadCollector("decode", loaded.share))
         return ModelRunner(loaded, config.num_pages, config.num_slots, max_decode=config.max_running)
 
     def load(self) -> Load:

@@ -67,11 +67,11 @@ class Block:
     def forward(self, last: torch.Tensor | Unspread, step: Step, cache: LayerCache) -> Unspread:
         """`last`: of the block before; the streams in the first."""
         last = self._attn_hc.run(last, lambda x: self._attention.forward(x, step, cache))
-        return self._ffn_hc.run(last, lambda x: self._moe.forward(x, step.batch.token_ids_T))
+        return self._ffn_hc.run(last, lambda x: self._moe.forward(x, step.batch.token_ids_T, step.batch.places.positions_T))
 
     def join(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Serve the peers' tokens with the experts held here; x: [0, d]."""
-        self._moe.forward(x, token_ids)
+        self._moe.forward(x, token_ids, token_ids)
 
 
 class DeepseekV4:

@@ -22,14 +22,15 @@ class MoE:
         self._experts = build.ops.pack["moe_experts"](w1, w2, w3, build.quantize)
         self._w1, self._w2, self._w3 = (Linear(build, f"{prefix}.shared_experts.{name}.weight") for name in ("w1", "w2", "w3"))
 
-    def forward(self, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """x: [T, d] after ffn_norm; token_ids: int64 [T]. Returns [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
+    def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up, whose experts are not counted). Returns
+        [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
         fixed = None if self._table is None else self._table[token_ids]
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, fixed, self._topk, self._scaling)
         if self._share is None:
             routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
         else:
-            arrived = self._share.dispatch(x, ids, weights)
+            arrived = self._share.dispatch(x, ids, weights, positions)
             rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit)
             routed = self._share.exchange.combine(rows, arrived)
         hidden = self._ops.swiglu(self._w1(x).float(), self._w3(x).float(), self._limit, x.dtype)

@@ -11,7 +11,7 @@ from core.errors import ConfigError
 from engine.config import ModelConfig
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.registry import BoundOps
-from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
+from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement, imbalance
 from engine.parallel.group import Group
 
 _EXPERT = re.compile(r"(.*\.ffn)\.experts\.(\d+)\..*")
@@ -41,19 +41,18 @@ class LayerShare:
         """Tokens of this rank's sequences that each expert has had, since the start."""
         self._choose = SlotChoice(placement, rank, device)
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Arrived:
-        flat = ids.flatten()
-        self.load.index_add_(0, flat, torch.ones_like(flat))
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> Arrived:
+        """Count what each expert gets of tokens with a position, and send all."""
+        self.load.index_add_(0, ids.flatten(), (positions >= 0).long().repeat_interleave(ids.shape[1], output_size=ids.numel()))
         return self.exchange.dispatch(x, ids, self._choose(ids), weights)
 
 
 class ExpertShare:
     """All layers'."""
 
-    def __init__(self, layers: dict[str, LayerShare], exchange: ExpertExchange) -> None:
+    def __init__(self, layers: dict[str, LayerShare]) -> None:
         self.layers = layers
         """By the prefix of their tensors: "layers.0.ffn", and so on, then "mtp.0.ffn"."""
-        self._exchange = exchange
 
     @staticmethod
     def open(sharing: Sharing, model: ModelConfig, ops: BoundOps, device: torch.device) -> ExpertShare:
@@ -70,9 +69,10 @@ class ExpertShare:
             is_latency_bound=sharing.is_latency_bound,
         )
         exchange: ExpertExchange = ops.expert_exchange(group, shape)
+        group.before_close(exchange.close)
         prefixes = [f"layers.{layer}.ffn" for layer in range(model.num_hidden_layers)]
         prefixes += [f"mtp.{index}.ffn" for index in range(model.num_nextn_predict_layers)]
-        return ExpertShare({prefix: LayerShare(placement, group.rank, exchange, device) for prefix in prefixes}, exchange)
+        return ExpertShare({prefix: LayerShare(placement, group.rank, exchange, device) for prefix in prefixes})
 
     def is_wanted(self, name: str) -> bool:
         """Whether this rank needs a tensor of the checkpoint: all but other ranks' experts."""
@@ -83,5 +83,7 @@ class ExpertShare:
         """int64 [layers, experts] on the CPU: tokens of this rank's sequences by expert, since the start."""
         return torch.stack([layer.load for layer in self.layers.values()]).cpu()
 
-    def close(self) -> None:
-        self._exchange.close()
+    def imbalance(self) -> list[float]:
+        """Of each layer: the busiest rank's tokens over the mean, as this rank's sequences have used the experts. 1 is perfect."""
+        counts = self.load().tolist()
+        return [imbalance(one, layer.placement) if any(one) else 1.0 for one, layer in zip(counts, self.layers.values(), strict=True)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ class Group:
     def __init__(self, seat: Seat, store: TCPStore, limits: Limits) -> None:
         self.seat, self.store, self.limits = seat, store, limits
         self._backends: dict[str, Any] = {}
+        self._closers: list[Callable[[], None]] = []
 
     @staticmethod
     def join(seat: Seat, limits: Limits, rendezvous: Rendezvous | None = None) -> Group:
@@ -118,7 +119,13 @@ class Group:
 
     def close(self) -> None:
         """Leave: peers that are waiting, or will, raise GroupLost."""
+        while self._closers:
+            self._closers.pop()()
         self._backends.clear()
+
+    def before_close(self, close: Callable[[], None]) -> None:
+        """Have something closed that uses the group, the latest first."""
+        self._closers.append(close)
 
     def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
         """int64 [size] on the CPU: how many rows go to each rank -> how many come from each."""

@@ -40,6 +40,13 @@ def metric(serving: Serving, member: str, name: str) -> float:
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
 
+def expert_tokens(serving: Serving, member: str) -> list[float]:
+    with urllib.request.urlopen(f"http://{serving.members[member].metrics_address}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    assert any("_expert_imbalance{" in line for line in lines)
+    return [float(line.split()[-1]) for line in lines if "_expert_tokens_total{" in line]
+
+
 def steps_of(serving: Serving, role: str, size: int) -> list[tuple[float, float]]:
     """For each rank of the group: steps joined without work, steps with work."""
     names = (f"baton_{role}_joined_steps_total", f"baton_{role}_steps_total")
@@ -68,4 +75,7 @@ def test_groups_give_the_tokens_of_one_engine(prefill: int, decode: int, count: 
             serving.wait(functools.partial(have_stepped_alike, serving, role, size))
             steps = steps_of(serving, role, size)
             assert (sum(joined for joined, _ in steps) > 0) == (size > 1) and all(worked for _, worked in steps), f"{role}: {steps}"
+            for rank in range(size if size > 1 else 0):  # each token has two experts in each of five layers
+                computed = serving.workers[f"{role}/0.{rank}"].load().tokens_total
+                assert 2 * 5 * computed == sum(expert_tokens(serving, f"{role}/0.{rank}"))
         assert serving.deaths == []
