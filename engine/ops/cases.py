@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from engine.cache.arena import RowPool
+from engine.config import EngineConfig
 from engine.ops.registry import Op, load_backend
 
 Draw = Callable[[torch.device, int], tuple[Any, ...]]
@@ -39,6 +40,8 @@ class Case:
     """Why this much: what is rounded where."""
     small: bool = False
     """Small enough for Triton's interpreter on CPU (well under a second)."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Formats of the arguments: a backend that does not suit them is left out."""
     written: tuple[int, ...] = ()
     """Arguments that the op writes to: compared after it, beside what it returns; a RowPool as its data, then its scales."""
     check: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None] | None = None

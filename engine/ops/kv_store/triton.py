@@ -76,7 +76,8 @@ def run(
     tokens, dim = kv.shape
     rope = 2 * cos.shape[1]
     assert all(tensor.is_contiguous() for tensor in (kv, weight, cos, sin, units, rows)) and pool.data.stride(2) == 1
-    assert dim & (dim - 1) == 0 and dim % 64 == 0 and rope & (rope - 1) == 0 and isinstance(pool.form, Fp8KvRows | PlainRows), f"{dim=} {rope=} {pool.form}"
+    assert isinstance(pool.form, Fp8KvRows | PlainRows), pool.form
+    assert dim & (dim - 1) == 0 and dim % 64 == 0 and rope & (rope - 1) == 0, f"{dim=} {rope=}"
     out = torch.empty(tokens, dim, dtype=pool.form.dtype, device=kv.device)
     if tokens:
         block = 1 if tokens <= 1024 else 4

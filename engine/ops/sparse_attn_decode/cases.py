@@ -6,6 +6,7 @@ import torch
 
 from engine.cache.arena import RowPool
 from engine.cache.rows import RowFormat, kv_rows
+from engine.config import EngineConfig
 from engine.ops.cases import Bench, Case, Draw, generator, randn
 
 SCALE = 512**-0.5
@@ -55,15 +56,15 @@ def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv
     return draw
 
 
-def _case(name: str, draw: Draw, small: bool = False) -> Case:
-    return Case(name, draw, TOLERANCE, REASON, small)
+def _case(name: str, draw: Draw, small: bool = False, kv_format: str = "fp8") -> Case:
+    return Case(name, draw, TOLERANCE, REASON, small, EngineConfig(kv_format=kv_format))
 
 
 CASES = (
     _case("no sequences", decode((), 64, 0), small=True),
     _case("window alone", decode((1, 127, 128, 129, 5), 64, 0)),
     _case("one head block, few tokens", decode((1, 3, 40), 16, 4, topk=8), small=True),
-    _case("heads of the demo model, bf16 rows", decode((5, 1200), 4, 128, kv_format="bf16"), small=True),
+    _case("heads of the demo model, bf16 rows", decode((5, 1200), 4, 128, kv_format="bf16"), small=True, kv_format="bf16"),
     _case("sequences without entries beside ones with", decode((3, 4, 5, 127, 2500), 64, 4)),
     _case("fillers", decode((0, 700, 0), 64, 4)),
     _case("ratio 4, selected", decode((8192, 4096, 2047, 2049), 64, 4)),
