@@ -81,7 +81,7 @@ class DecodeLoop:
     def start(self, receiver: KVReceiver) -> None:
         self._receiver = receiver
         self._refresh_load()
-        self._group_steps.start(lambda: self._thread.put(_wake))
+        self._group_steps.start(lambda: self._thread.put(_wake), self._on_death)
         self._thread.start()
 
     def stop(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from core.clock import SystemClock, new_incarnation
+from core.errors import ConfigError
 from core.log import get_logger
 from core.metrics import MetricsEndpoint, new_registry
 from core.request import Load, Member
@@ -71,6 +72,9 @@ class DecodeWorker:
 
     async def start(self) -> Member:
         """Load, register memory, listen; ready when it returns. Raises ConfigError and its kin, and then leaves nothing behind."""
+        if (self._seat is None) != (self._config.ranks_per_replica == 1):
+            ranks = self._config.ranks_per_replica
+            raise ConfigError(f"decode.ranks_per_replica is {ranks}; a group is started by the controller (`baton up`)")
         async with contextlib.AsyncExitStack() as parts:
             listener = Listener(self._host, self._port)
             parts.push_async_callback(listener.stop, STOP_GRACE_S)

@@ -102,7 +102,7 @@ class PrefillLoop:
     def start(self, sender: KVSender) -> None:
         self._sender = sender
         self._refresh_load()
-        self._group_steps.start(lambda: self._thread.put(_wake))
+        self._group_steps.start(lambda: self._thread.put(_wake), self._on_death)
         self._thread.start()
 
     def stop(self) -> None:

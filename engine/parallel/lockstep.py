@@ -1,7 +1,7 @@
 """The edge of `steps`: votes and decisions over small TCP connections, each rank to rank 0.
 
     steps = GroupSteps(group, budget_of, clock)
-    steps.start(wake)
+    steps.start(wake, stuck)
     while ...:
         budget = steps.agreed(wanted)        # never waits; `wake()` is called when the answer may have changed
         if budget is not None:
@@ -29,6 +29,9 @@ from engine.parallel.steps import Go, StepBoard
 
 log = get_logger("group")
 
+STUCK_LIMITS = 3
+"""A step that takes so many times what a rank may wait for its peers does not end."""
+
 _MESSAGE = struct.Struct("!BQI")
 
 
@@ -53,8 +56,8 @@ class Steps(Protocol):
     waited_s: float
     """Time that this rank had work and waited for its peers between steps."""
 
-    def start(self, wake: Callable[[], None]) -> None:
-        """`wake()` is called from another thread whenever `agreed` may have another answer."""
+    def start(self, wake: Callable[[], None], stuck: Callable[[str], None]) -> None:
+        """`wake()` is called from another thread whenever `agreed` may have another answer, `stuck(reason)` when a step does not end."""
         ...
 
     def agreed(self, wanted: int) -> int | None:
@@ -76,7 +79,7 @@ class SoloSteps:
     def __init__(self, budget: int) -> None:
         self._budget = budget
 
-    def start(self, wake: Callable[[], None]) -> None:
+    def start(self, wake: Callable[[], None], stuck: Callable[[str], None]) -> None:
         pass
 
     def agreed(self, wanted: int) -> int | None:
@@ -101,6 +104,7 @@ class GroupSteps:
         self._step = 0
         self._voted: int | None = None
         self._waiting_since: float | None = None
+        self._stepping_since: float | None = None
         self._go: Go | None = None
         self._lost = ""
         self.is_ending = False
@@ -116,12 +120,13 @@ class GroupSteps:
         self._selector.register(self._stop_receiver, selectors.EVENT_READ, None)
         self._thread: threading.Thread | None = None
 
-    def start(self, wake: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=self._read, args=(wake,), name="votes", daemon=True)
+    def start(self, wake: Callable[[], None], stuck: Callable[[str], None]) -> None:
+        self._thread = threading.Thread(target=self._read, args=(wake, stuck), name="votes", daemon=True)
         self._thread.start()
 
     def agreed(self, wanted: int) -> int | None:
         with self._lock:
+            self._stepping_since = None
             if self._lost:
                 raise GroupLost(self._lost)
             if self.is_ending:
@@ -140,6 +145,7 @@ class GroupSteps:
                 self.waited_s += self._clock.now() - self._waiting_since
                 self._waiting_since = None
             self._step, self._go = self._step + 1, None
+            self._stepping_since = self._clock.now()
             self._vote(next_wanted)
 
     def close(self) -> None:
@@ -226,13 +232,22 @@ class GroupSteps:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return link
 
-    def _read(self, wake: Callable[[], None]) -> None:
+    def _read(self, wake: Callable[[], None], stuck: Callable[[str], None]) -> None:
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(min(self._limit_s / 4, 1.0)):
                 if key.data is None:
                     return
                 self._read_from(key.data, self._links[key.data])
                 wake()
+            if self._is_stuck():
+                stuck(f"{self._seat.member}: a step takes over {STUCK_LIMITS * self._limit_s:g} s")
+                return
+
+    def _is_stuck(self) -> bool:
+        """The exchange of rows has deadlines of its own. This is for what waits without one, on a GPU."""
+        with self._lock:
+            since = self._stepping_since
+            return since is not None and self._clock.now() - since > STUCK_LIMITS * self._limit_s
 
     def _read_from(self, peer: int, link: socket.socket) -> None:
         try:

@@ -1,4 +1,4 @@
-"""A cluster whose decode replica is a group of four processes: ranks that die or freeze take their group with them, and no token is wrong.
+"""A prefill group of two and a decode group of four processes: ranks that die or freeze take their group with them, and no token is wrong.
 
 tests/e2e/test_groups.py has the comparison of tokens for many prompts.
 """
@@ -30,6 +30,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         print(
             found.up(
+                "prefill.ranks_per_replica=2",
                 "decode.ranks_per_replica=4",
                 "decode.num_pages=64",
                 "decode.num_slots=8",
@@ -97,21 +98,26 @@ def test_every_rank_of_the_group_is_a_member_and_gets_requests(settled: Cluster,
 
 
 @pytest.mark.parametrize(
-    ("rank", "how"), [(2, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["2 killed", "0 killed", "1 frozen"]
+    ("victim", "how"),
+    [("decode/0.2", signal.SIGKILL), ("decode/0.0", signal.SIGKILL), ("decode/0.1", signal.SIGSTOP), ("prefill/0.1", signal.SIGKILL)],
+    ids=str,
 )
 def test_a_lost_rank_costs_a_pause_and_its_whole_group_comes_back(
-    settled: Cluster, undisturbed: dict[str, str], rank: int, how: signal.Signals
+    settled: Cluster, undisturbed: dict[str, str], victim: str, how: signal.Signals
 ) -> None:
-    before = ranks_of(settled, "decode")
-    prefill = ranks_of(settled, "prefill")
+    role = victim.partition("/")[0]
+    before = {one: ranks_of(settled, one) for one in ("prefill", "decode")}
+    lost = before.pop(role)
     clients = Clients(settled)
-    clients.wait_until_all_have(3)
-    os.kill(before[f"decode/0.{rank}"], how)
-    seconds = settled.wait_until_settled(BACK_WITHIN_S, frozenset(before.values()))
-    print(f"group back after {seconds:.1f} s")
+    if role == "decode":
+        clients.wait_until_all_have(3)
+    os.kill(lost[victim], how)
+    seconds = settled.wait_until_settled(BACK_WITHIN_S, frozenset(lost.values()))
+    print(f"{role} group back after {seconds:.1f} s")
     assert clients.results() == undisturbed
-    assert ranks_of(settled, "prefill") == prefill  # other groups go on
-    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in before.values())
+    for other, ranks in before.items():
+        assert ranks_of(settled, other) == ranks  # other groups go on
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in lost.values())
     time.sleep(1.0)
     for name, row in settled.rows().items():
         if row.member.role != "router":
@@ -129,6 +135,16 @@ def test_survivors_of_a_killed_rank_say_who_was_lost(settled: Cluster) -> None:
         if "rank.failed" in line and "GroupLost" in line
     ]
     assert any("decode/0.3 of its group is gone" in line for line in reasons), reasons
+
+
+def test_a_new_controller_adopts_the_groups(settled: Cluster, undisturbed: dict[str, str]) -> None:
+    before = {role: ranks_of(settled, role) for role in ("prefill", "decode")}
+    clients = Clients(settled)
+    controller = settled.controller_pid()
+    kill(controller)
+    settled.wait_until_settled(BACK_WITHIN_S, frozenset({controller}))
+    assert clients.results() == undisturbed
+    assert {role: ranks_of(settled, role) for role in before} == before
 
 
 def test_a_group_drains_as_a_whole_and_streams_go_on(settled: Cluster, undisturbed: dict[str, str]) -> None:
