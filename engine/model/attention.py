@@ -21,7 +21,7 @@ from engine.model.step import Step
 class Attention:
     def __init__(self, build: Build, prefix: str, ratio: int) -> None:
         model = build.model
-        self._ops, self._ratio, self._eps = build.ops, ratio, model.rms_norm_eps
+        self._ops, self._sides, self._ratio, self._eps = build.ops, build.sides, ratio, model.rms_norm_eps
         self._heads, self._dim, self._groups = model.num_attention_heads, model.head_dim, model.o_groups
         self._scale = model.head_dim**-0.5
         self._wq_a = Linear(build, f"{prefix}.wq_a.weight")
@@ -39,16 +39,12 @@ class Attention:
     def forward(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """x: [T, d] after attn_norm -> [T, d]. Reads and writes the cache of the batch's sequences."""
         cos, sin = step.tokens[self._ratio]
-        qr = self._ops.rms_norm(self._wq_a(x), self._q_norm, self._eps)
-        q = self._ops.q_norm_rope(self._wq_b(qr).unflatten(1, (self._heads, self._dim)), cos, sin, self._eps)
         before = [] if step.places.is_decode else [self._window_before(step, number, cache) for number in range(len(step.batch.starts_S))]
-        kv = self._ops.kv_store(self._wkv(x), self._kv_norm, cos, sin, self._eps, cache.window, step.window_units_T, step.window_rows_T)
-        chosen = step.dense[:, :0]
-        if self._compressor is not None:
-            pending = cache.ring if self._ratio == 4 else cache.state
-            assert pending is not None and cache.entries is not None
-            self._compressor.store(x, step, pending, cache.entries)
-            chosen = step.dense if self._indexer is None else self._indexer.select(x, qr, step, cache)
+        stored = self._sides[0].start(lambda: self._store(x, step, cache))
+        qr = self._ops.rms_norm(self._wq_a(x), self._q_norm, self._eps)
+        selected = self._sides[1].start(lambda: self._select(x, qr, step, cache))
+        q = self._ops.q_norm_rope(self._wq_b(qr).unflatten(1, (self._heads, self._dim)), cos, sin, self._eps)
+        kv, chosen = stored(), selected()
         if step.places.is_decode:
             o = self._decode(q, chosen, step, cache)
         else:
@@ -60,6 +56,24 @@ class Attention:
             o = torch.cat(parts)
         o = self._ops.output_derotate(o, cos, sin).flatten(1).unflatten(1, (self._groups, -1))
         return self._wo_b(self._ops.grouped_linear(o, self._wo_a).flatten(1))
+
+    def _store(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+        """Window rows, and the entries that are closed, go into the cache. Returns the window rows as stored, [T, D]."""
+        cos, sin = step.tokens[self._ratio]
+        kv: torch.Tensor = self._ops.kv_store(
+            self._wkv(x), self._kv_norm, cos, sin, self._eps, cache.window, step.window_units_T, step.window_rows_T
+        )
+        if self._compressor is not None:
+            pending = cache.ring if self._ratio == 4 else cache.state
+            assert pending is not None and cache.entries is not None
+            self._compressor.store(x, step, pending, cache.entries)
+        return kv
+
+    def _select(self, x: torch.Tensor, qr: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+        """int32 [T, K]: the entries that each token attends to, -1 unused."""
+        if self._indexer is not None:
+            return self._indexer.select(x, qr, step, cache)
+        return step.dense if self._ratio else step.dense[:, :0]
 
     def _decode(self, q: torch.Tensor, chosen: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """[S, H, D] -> o [S, H, D], over rings and pages where they lie. chosen: int32 [S, K]."""

@@ -20,6 +20,7 @@ from engine.model.attention import Attention
 from engine.model.linear import Build, Linear
 from engine.model.moe import MoE
 from engine.model.quantized import Weight
+from engine.model.side_stream import SideStream
 from engine.model.step import Step, StepMaker
 from engine.ops.registry import BoundOps
 from engine.parallel.experts import ExpertShare
@@ -87,9 +88,11 @@ class DeepseekV4:
     ) -> None:
         """`share`: this rank's part of the experts, in a group."""
         dtype = torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
-        build = Build(model, ops, weights, dtype, share)
+        embed = weights["embed.weight"]
+        assert isinstance(embed, torch.Tensor)
+        self._embed = embed.to(dtype)
+        build = Build(model, ops, weights, dtype, share, (SideStream(embed.device), SideStream(embed.device)))
         self._model, self._ops, self._dtype = model, ops, dtype
-        self._embed = build.tensor("embed.weight").to(dtype)
         self._new_step = StepMaker(model, self._embed.device)
         self._layers = [Block(build, layer, ratio, layer < model.num_hash_layers) for layer, ratio in enumerate(model.compress_ratios)]
         self._head_fn = ops.pack["hc_head"](build.tensor("hc_head_fn"))

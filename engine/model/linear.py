@@ -9,6 +9,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.model.quantized import QuantizedWeight, Weight, to_float64
+from engine.model.side_stream import SideStream
 from engine.ops.registry import BoundOps
 from engine.parallel.experts import ExpertShare
 
@@ -25,6 +26,8 @@ class Build:
     """Of activations: bfloat16, or float32 for comparison with other implementations."""
     share: ExpertShare | None = None
     """The experts of this rank, in a group; None: all are here."""
+    sides: tuple[SideStream, SideStream] = (SideStream(torch.device("cpu")), SideStream(torch.device("cpu")))
+    """For work that can be done beside the main stream's."""
 
     @property
     def quantize(self) -> bool:

@@ -10,7 +10,7 @@ from engine.model.linear import Build, Linear
 class MoE:
     def __init__(self, build: Build, prefix: str, is_hash: bool) -> None:
         model = build.model
-        self._ops, self._topk = build.ops, model.num_experts_per_tok
+        self._ops, self._side, self._topk = build.ops, build.sides[0], model.num_experts_per_tok
         self._scaling, self._limit = model.routed_scaling_factor, model.swiglu_limit
         self._gate = Linear(build, f"{prefix}.gate.weight", torch.float32)
         self._bias = None if is_hash else build.tensor(f"{prefix}.gate.bias").float()
@@ -25,6 +25,7 @@ class MoE:
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up, whose experts are not counted). Returns
         [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
+        shared = self._side.start(lambda: self._shared(x))
         fixed = None if self._table is None else self._table[token_ids]
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, fixed, self._topk, self._scaling)
         if self._share is None:
@@ -33,6 +34,8 @@ class MoE:
             arrived = self._share.dispatch(x, ids, weights, positions)
             rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit)
             routed = self._share.exchange.combine(rows, arrived)
-        hidden = self._ops.swiglu(self._w1(x).float(), self._w3(x).float(), self._limit, x.dtype)
-        total: torch.Tensor = (routed + self._w2(hidden).float()).to(x.dtype)
+        total: torch.Tensor = (routed + shared()).to(x.dtype)
         return total
+
+    def _shared(self, x: torch.Tensor) -> torch.Tensor:
+        return self._w2(self._ops.swiglu(self._w1(x), self._w3(x), self._limit, x.dtype))

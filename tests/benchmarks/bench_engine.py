@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def cut_shape(folder: pathlib.Path, layers: int | None, into: pathlib.Path) -> p
 
 def new_sequence(number: int, length: int, page_ids: list[int]) -> Sequence:
     """One that has `length` tokens in its cache and one to be run."""
-    ids = tuple((number * 7919 + i * 104729) % 100003 for i in range(length + 1))
+    ids = (7,) * length + ((number * 7919 + 11) % 100003,)
     sequence = Sequence.from_request(Request(request_id=str(number), token_ids=ids, prompt_len=1, sampling=SamplingParams(max_tokens=1)))
     sequence.slot_id, sequence.page_ids, sequence.num_computed = number, page_ids, length
     return sequence
@@ -88,36 +89,36 @@ def step_bytes(loaded: LoadedModel, batch: int, context: int, ranks: int) -> dic
 
 
 def bench_decode(
-    loaded: LoadedModel, batches: list[int], contexts: list[int], ranks: int, bandwidth: float, profile: bool
-) -> list[dict[str, Any]]:
-    rows = []
+    loaded: LoadedModel, shapes: list[tuple[int, int]], rank: int, ranks: int, bandwidth: float, profile: bool
+) -> Iterator[dict[str, Any]]:
+    """`shapes`: (batch, context)."""
     free = int(torch.cuda.mem_get_info()[0] * 0.85)
-    num_slots = max(batches)
-    wanted = max(batch * (context // 256 + 1) for batch in batches for context in contexts)
+    num_slots = max(batch for batch, _ in shapes)
+    wanted = max(batch * (context // 256 + 1) for batch, context in shapes)
     num_pages = min(wanted, max(64, (free - num_slots * loaded.layout.slot_bytes) // loaded.layout.page_bytes // 2))
     caches = loaded.new_caches(num_pages, num_slots)
     fill(loaded, caches)
-    for context in contexts:
+    for batch, context in shapes:
         width = -(-(context // 256 + 1) // PAGES_STEP) * PAGES_STEP
-        for batch in batches:
-            graphs = DecodeGraphs(loaded.network, caches, [batch], [width])
-            pages = context // 256 + 1
-            sequences = [new_sequence(n, context, [(n * pages + i) % num_pages for i in range(pages)]) for n in range(batch)]
-            graph, logits = graphs.fill([Chunk(sequence, 1) for sequence in sequences])
-            times = time_replays(graph)
-            assert bool(logits.isfinite().all()), "logits are not finite"
-            parts = step_bytes(loaded, batch, context, ranks)
-            median = statistics.median(times)
-            floor = sum(parts.values()) / bandwidth * 1e3
-            row = {
-                "batch": batch, "context": context, "ms": round(median, 3), "spread": round((times[-2] - times[1]) / 2 / median, 3),
-                "tokens/s": round(batch * 1e3 / median, 1), "floor ms": round(floor, 3), "share": round(floor / median, 3), "bytes": parts,
-            }  # fmt: skip
-            if profile:
-                row["profile us"] = profile_step(graph)
-            rows.append(row)
-            del graphs, graph, logits
-    return rows
+        graphs = DecodeGraphs(loaded.network, caches, [batch], [width])
+        pages = context // 256 + 1
+        sequences = [new_sequence(n, context, [(n * pages + i) % num_pages for i in range(pages)]) for n in range(batch)]
+        for sequence in sequences:
+            sequence.token_ids[-1] += rank * batch  # other tokens on every rank, which other experts see
+        graph, logits = graphs.fill([Chunk(sequence, 1) for sequence in sequences])
+        times = time_replays(graph)
+        assert bool(logits.isfinite().all()), "logits are not finite"
+        parts = step_bytes(loaded, batch, context, ranks)
+        median = statistics.median(times)
+        floor = sum(parts.values()) / bandwidth * 1e3
+        row = {
+            "batch": batch, "context": context, "ms": round(median, 3), "spread": round((times[-2] - times[1]) / 2 / median, 3),
+            "tokens/s": round(batch * 1e3 / median, 1), "floor ms": round(floor, 3), "share": round(floor / median, 3), "bytes": parts,
+        }  # fmt: skip
+        if profile:
+            row["profile us"] = profile_step(graph)
+        del graphs, graph, logits
+        yield row
 
 
 def time_replays(graph: torch.cuda.CUDAGraph) -> list[float]:
@@ -158,8 +159,7 @@ def prefill_flops(model: ModelConfig, tokens: int) -> float:
     return total
 
 
-def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: float, profile: bool) -> list[dict[str, Any]]:
-    rows = []
+def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: float, profile: bool) -> Iterator[dict[str, Any]]:
     caches = loaded.new_caches(max(prompts) // 256 + 1, 2)
     for prompt in prompts:
         sequence = new_sequence(0, prompt - 1, list(range(-(-prompt // 256))))
@@ -171,7 +171,7 @@ def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: flo
                 sequence.num_computed = start
                 loaded.network.forward(build_batch([Chunk(sequence, min(chunk, prompt - start))], loaded.device), caches)
 
-        for _ in range(4):
+        for _ in range(3):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             start.record()
@@ -187,8 +187,7 @@ def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: flo
         }  # fmt: skip
         if profile:
             row["profile us"] = profile_step(run)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def commit() -> str:
@@ -203,7 +202,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     sharing = None
     if arguments.ranks > 1:
         seat = Seat(rank=rank, size=arguments.ranks, name="bench/0", host="127.0.0.1", rendezvous=rendezvous)
-        group = Group.join(seat, Limits(start_s=300, step_s=300))
+        group = Group.join(seat, Limits(start_s=300, step_s=90))
         sharing = Sharing(group=group, max_tokens=max(arguments.batches, default=1), is_latency_bound=not arguments.prompts)
     engine = EngineConfig(device="cuda", load="dummy", max_model_len=1 << 20, ops=dict(pair.split("=") for pair in arguments.ops))
     with tempfile.TemporaryDirectory() as folder:
@@ -216,23 +215,38 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         "weights GB": round(tensor_bytes(loaded.network) / 1e9, 2), "ops": {choice.op: choice.backend for choice in loaded.ops.choices},
         "decode": [], "prefill": [],
     }  # fmt: skip
-    if arguments.prompts:
-        report["prefill"] = bench_prefill(loaded, arguments.prompts, arguments.chunk, rate, arguments.profile)
-    if arguments.batches:
-        report["decode"] = bench_decode(loaded, arguments.batches, arguments.contexts, arguments.ranks, bandwidth, arguments.profile)
-    if rank == 0:
-        print(loaded.ops.table())
-        for row in (*report["decode"], *report["prefill"]):
-            print({key: value for key, value in row.items() if key != "profile us"})
-            for name, spent in list(row.get("profile us", {}).items())[:25]:
-                print(f"    {spent:10.1f} us  {name}")
+
+    def save() -> None:
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    if arguments.prompts:
+        for row in bench_prefill(loaded, arguments.prompts, arguments.chunk, rate, arguments.profile):
+            report["prefill"].append(row)
+            if rank == 0:
+                show(row)
+                save()
+    shapes = [(batch, context) for context in arguments.contexts for batch in arguments.batches] + arguments.also
+    if shapes:
+        for row in bench_decode(loaded, shapes, rank, arguments.ranks, bandwidth, arguments.profile):
+            report["decode"].append(row)
+            if rank == 0:
+                show(row)
+                save()
+
+
+def show(row: dict[str, Any]) -> None:
+    print({key: value for key, value in row.items() if key != "profile us"}, flush=True)
+    for name, spent in list(row.get("profile us", {}).items())[:16]:
+        print(f"    {spent:10.1f} us  {name}", flush=True)
 
 
 def main() -> None:
     def ints(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part]
+
+    def pairs(text: str) -> list[tuple[int, int]]:
+        return [(int(batch), int(context)) for batch, context in (part.split("x") for part in text.split(",") if part)]
 
     parser = argparse.ArgumentParser(description="Time steps of a model with dummy weights.")
     parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path("deploy/model_shapes/v4_flash"))
@@ -240,6 +254,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--batches", type=ints, default=[])
     parser.add_argument("--contexts", type=ints, default=[8192])
+    parser.add_argument("--also", type=pairs, default=[], metavar="BATCHxCONTEXT,...", help="further decode steps")
     parser.add_argument("--prompts", type=ints, default=[])
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--ops", nargs="*", default=[], metavar="OP=BACKEND")
