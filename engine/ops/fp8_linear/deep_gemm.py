@@ -11,6 +11,8 @@ import torch
 from engine.model.quantized import QuantizedWeight
 from engine.ops.fp8_linear import triton
 
+FEW_ROWS = 32
+"""So many rows go to the Triton kernel."""
 SCALE_ALIGNMENT = 4
 """Columns of activation scales are read by the bulk copy engine: 16 bytes."""
 
@@ -20,7 +22,7 @@ def run(x: torch.Tensor, weight: triton.PackedWeight) -> torch.Tensor:
     flat = x.flatten(0, -2).contiguous()
     padded = len(weight.codes)
     out = torch.empty(len(flat), padded, dtype=x.dtype, device=x.device)
-    if 0 < len(flat) <= triton.FEW_ROWS and padded == weight.shape[0]:
+    if 0 < len(flat) <= FEW_ROWS and padded == weight.shape[0]:
         triton.run_few(flat, weight, out)
     elif len(flat):
         activations = triton.act_quant(flat, weight.scale.shape[1], SCALE_ALIGNMENT)

@@ -25,16 +25,17 @@ SMALLEST_N = 64
 
 @dataclass(frozen=True, slots=True)
 class FewConfig:
-    """Of the kernel for few rows, by rows rounded up (tests/benchmarks/results)."""
+    """Of the kernel for few rows (tests/benchmarks/results)."""
 
     block_n: int
-    programs: int
+    programs: int = 264
     """K is split until there are about so many."""
-    stages: int
-    warps: int
+    stages: int = 4
+    warps: int = 4
 
 
-FEW = {16: FewConfig(64, 528, 5, 4), 32: FewConfig(128, 396, 4, 4), 64: FewConfig(128, 264, 4, 8)}
+def choose_few(n_size: int) -> FewConfig:
+    return FewConfig(128 if n_size >= 2048 else 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, config: Fe
     """x: [M <= 64, K] contiguous; out: [M, N]."""
     rows, k_tiles = len(x), weight.codes.shape[1] // FP8_BLOCK
     block_m = max(16, triton.next_power_of_2(rows))
-    config = config or FEW[block_m]
+    config = config or choose_few(len(weight.codes))
     tiles = len(weight.codes) // config.block_n
     per_split = triton.cdiv(k_tiles, max(1, min(k_tiles // 4, config.programs // tiles, 16)))
     splits = triton.cdiv(k_tiles, per_split)
@@ -212,7 +213,7 @@ def act_quant(x: torch.Tensor, k_tiles: int, column_alignment: int = 1) -> tuple
     return codes, scale.T[:rows]
 
 
-def run_many(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, block_m: int = 128, stages: int = 4, warps: int = 8) -> None:
+def run_many(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, block_m: int = 64, stages: int = 4, warps: int = 4) -> None:
     """x: [M, K] contiguous; out: [M, N]."""
     n_tiles, k_tiles = weight.scale.shape
     codes, scale = act_quant(x, k_tiles)
@@ -261,15 +262,9 @@ _QUANT = {
 _MANY = {**_SIZES, **_WEIGHT, "x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "n_tiles": "i32:16"}
 AOT = [
     *(
-        (
-            fp8_linear_few_kernel,
-            _FEW,
-            {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "SPLITS": splits, "NUM_STAGES": config.stages},
-            {"num_warps": config.warps},
-        )
-        for block_m, config in FEW.items()
-        for splits in (1, 8)
+        (fp8_linear_few_kernel, _FEW, {"BLOCK_M": rows, "BLOCK_N": n, "SPLITS": splits, "NUM_STAGES": 4}, {"num_warps": 4})
+        for rows, n, splits in ((16, 64, 8), (16, 128, 1), (16, 128, 4), (64, 128, 1), (64, 128, 4))
     ),
     (act_quant_kernel, _QUANT, {"BLOCK_M": 16}, {"num_warps": 4}),
-    (fp8_linear_many_kernel, _MANY, {"BLOCK_M": 128, "GROUP": 8, "NUM_STAGES": 4}, {"num_warps": 8}),
+    (fp8_linear_many_kernel, _MANY, {"BLOCK_M": 64, "GROUP": 8, "NUM_STAGES": 4}, {"num_warps": 4}),
 ]

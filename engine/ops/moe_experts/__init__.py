@@ -47,4 +47,12 @@ def pack(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activati
     return PackedExperts(torch.stack(w13), torch.stack([to_float64(down) for down in w2]), quantize_activations)
 
 
-OP = Op("moe_experts", moe_experts, pack, backends={"triton": Impl("engine.ops.moe_experts.triton", requires.triton)})
+OP = Op(
+    "moe_experts",
+    moe_experts,
+    pack,
+    backends={
+        "deep_gemm": Impl("engine.ops.moe_experts.deep_gemm", requires.deep_gemm),
+        "triton": Impl("engine.ops.moe_experts.triton", requires.triton),
+    },
+)

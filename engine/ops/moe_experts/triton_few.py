@@ -5,11 +5,11 @@ the group scale is part of the e4m3 value: exact as long as a group's scale lies
 (`pack` checks). What remains, one power of two per row and 128 channels, multiplies the fp32 partial product together with the
 activations' scale: the matrix units never sum more than 128 channels, whose FP8 accumulation is short of fp32.
 
-Layout of weights (`pack` makes it): tiles of 128 rows x 128 channels, 8 KiB in one piece: two halves [128 rows, 32 bytes], half h
-holding channel groups 2h and 2h + 1. In each 4 bytes lie channels c..c+3 of both groups: nibble i of the low 16 bits is the
-magnitude of channel c + i of group 2h, nibble i of the high 16 bits that of group 2h + 1; bit 8 i + 3 is the sign of the former,
-bit 8 i + 7 of the latter. `words` has an int32 per row and tile: bits 4 g..4 g + 3 the exponent of group g (2..13, biased so that
-e4m3's 1.0 is 7), bits 16..23 the ue8m0 byte of what remains.
+FP8 experts lie in rows, as in the checkpoint. MXFP4 ones lie in tiles of 128 rows x 128 channels (`pack` makes them), 8 KiB in one
+piece: two halves [128 rows, 32 bytes], half h holding channel groups 2h and 2h + 1. In each 4 bytes lie channels c..c+3 of both
+groups: nibble i of the low 16 bits is the magnitude of channel c + i of group 2h, nibble i of the high 16 bits that of group 2h + 1;
+bit 8 i + 3 is the sign of the former, bit 8 i + 7 of the latter. `words` has an int32 per row and tile: bits 4 g..4 g + 3 the exponent
+of group g (2..13, biased so that e4m3's 1.0 is 7), bits 16..23 the ue8m0 byte of what remains.
 """
 
 from __future__ import annotations
@@ -73,14 +73,13 @@ def decode_portable(tile_ptr, words, HALF: tl.constexpr):
 
 
 @triton.jit
-def partial(tiles_ptr, words_ptr, tile, x0, x1, x2, x3, FP4: tl.constexpr):
-    """One tile of weights [128, 128] times x [128, M]: fp32 [128, M], scaled but for the activations' scale.
-
-    FP4: x0..x3 are groups of 32 channels; else all four are the tile's 128 channels."""
+def partial(tiles_ptr, words_ptr, expert, place, tile, k, x, num_tiles, k_tiles, PLACES: tl.constexpr, FP4: tl.constexpr):
+    """One tile of weights [128, 128] times x [128, M]: fp32 [128, M], scaled but for the activations' scale. x: as `load_x` has it."""
     row = tl.arange(0, BLOCK)
     if FP4:
-        words = tl.load(words_ptr + tile * BLOCK + row)
-        tile_ptr = tiles_ptr + tile * (BLOCK * BLOCK // 2)
+        index = ((expert * num_tiles + tile) * k_tiles + k) * PLACES + place
+        words = tl.load(words_ptr + index * BLOCK + row)
+        tile_ptr = tiles_ptr + index * (BLOCK * BLOCK // 2)
         if INTERPRETED:
             a0, a1 = decode_portable(tile_ptr, words[:, None], 0)
             a2, a3 = decode_portable(tile_ptr, words[:, None], 1)
@@ -88,14 +87,15 @@ def partial(tiles_ptr, words_ptr, tile, x0, x1, x2, x3, FP4: tl.constexpr):
             packed = tile_ptr + row[:, None] * 32 + tl.arange(0, 32)[None, :]
             a0, a1 = decode(tl.load(packed), words[:, None], 0)
             a2, a3 = decode(tl.load(packed + BLOCK * 32), words[:, None], 1)
-        out = tl.dot(a0, x0)
-        out = tl.dot(a1, x1, out)
-        out = tl.dot(a2, x2, out)
-        out = tl.dot(a3, x3, out)
+        out = tl.dot(a0, x[0])
+        out = tl.dot(a1, x[1], out)
+        out = tl.dot(a2, x[2], out)
+        out = tl.dot(a3, x[3], out)
         out = out * (((words >> 16) & 255) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
-        weight = tl.load(tiles_ptr + tile * (BLOCK * BLOCK) + row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
-        out = tl.dot(weight, x0) * tl.load(words_ptr + tile).to(tl.float32, bitcast=True)
+        n_tile = (expert * PLACES + place) * num_tiles + tile
+        weight_row = tiles_ptr + (n_tile * BLOCK + row[:, None]) * (k_tiles * BLOCK) + tl.arange(0, BLOCK)[None, :]
+        out = tl.dot(tl.load(weight_row + k * BLOCK), x[0]) * tl.load(words_ptr + n_tile * k_tiles + k)
     return out
 
 
@@ -154,16 +154,16 @@ def moe_hidden_kernel(
     pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
     tokens = (tl.maximum(pairs, 0) // top_k).to(tl.int64)
     x_rows = tokens * (k_tiles * BLOCK)
-    first = (expert * num_tiles + tile).to(tl.int64) * k_tiles * 2
+    expert = expert.to(tl.int64)
     gate = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     split = tl.program_id(1)
     scale = tl.load(scales_ptr + tokens * k_tiles + k_tiles * split // SPLITS)
     for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
-        x0, x1, x2, x3 = load_x(codes_ptr + k * BLOCK, x_rows, FP4)
+        x = load_x(codes_ptr + k * BLOCK, x_rows, FP4)
         next_scale = tl.load(scales_ptr + tokens * k_tiles + tl.minimum(k + 1, k_tiles - 1))
-        gate += partial(tiles_ptr, words_ptr, first + 2 * k, x0, x1, x2, x3, FP4) * scale[None, :]
-        up += partial(tiles_ptr, words_ptr, first + 2 * k + 1, x0, x1, x2, x3, FP4) * scale[None, :]
+        gate += partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
+        up += partial(tiles_ptr, words_ptr, expert, 1, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
         scale = next_scale
     real = pairs[None, :] >= 0
     if SPLITS > 1:
@@ -217,14 +217,14 @@ def moe_out_kernel(
         return
     pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
     row = tl.maximum(pairs, 0).to(tl.int64)
-    first = (expert * num_tiles + tile).to(tl.int64) * k_tiles
+    expert = expert.to(tl.int64)
     total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     split = tl.program_id(1)
     scale = tl.load(hidden_scales_ptr + row * k_tiles + k_tiles * split // SPLITS)
     for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
-        x0, x1, x2, x3 = load_x(hidden_ptr + k * BLOCK, row * (k_tiles * BLOCK), FP4)
+        x = load_x(hidden_ptr + k * BLOCK, row * (k_tiles * BLOCK), FP4)
         next_scale = tl.load(hidden_scales_ptr + row * k_tiles + tl.minimum(k + 1, k_tiles - 1))
-        part = partial(tiles_ptr, words_ptr, first + k, x0, x1, x2, x3, FP4)
+        part = partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 1, FP4)
         total += part * scale[None, :]
         scale = next_scale
     if SPLITS > 1:
@@ -244,7 +244,7 @@ def moe_out_kernel(
 
 
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
-_PRODUCT = {"words_ptr": _I32, "pairs_ptr": _I32, "block_expert_ptr": _I32, "num_blocks": "i32", "num_tiles": _WIDE, "k_tiles": _WIDE}
+_PRODUCT = {"pairs_ptr": _I32, "block_expert_ptr": _I32, "num_blocks": "i32", "num_tiles": _WIDE, "k_tiles": _WIDE}
 _PRODUCT |= {"hidden_ptr": _FP8, "hidden_scales_ptr": "*fp32", "scratch_ptr": "*fp32", "arrived_ptr": _I32}
 _HIDDEN = {**_PRODUCT, "codes_ptr": _FP8, "scales_ptr": "*fp32", "weights_ptr": "*fp32", "top_k": "i32", "limit": "fp32"}
 _OUT = {**_PRODUCT, "out_ptr": "*bf16", "width": _WIDE}
@@ -253,7 +253,8 @@ _OUT = {**_PRODUCT, "out_ptr": "*bf16", "width": _WIDE}
 def _variants(kernel, signature):
     for fp4, block_m, splits in ((True, 16, 1), (True, 16, 4), (True, 64, 1), (False, 16, 1)):
         constexprs = {"BLOCK_M": block_m, "GROUP_BLOCKS": 1, "NUM_STAGES": 3, "SPLITS": splits, "FP4": fp4}
-        yield kernel, {**signature, "tiles_ptr": "*u8" if fp4 else _FP8}, constexprs, {"num_warps": 4}
+        weight = {"tiles_ptr": "*u8", "words_ptr": _I32} if fp4 else {"tiles_ptr": _FP8, "words_ptr": "*fp32"}
+        yield kernel, {**signature, **weight}, constexprs, {"num_warps": 4}
 
 
 AOT = [*_variants(moe_hidden_kernel, _HIDDEN), *_variants(moe_out_kernel, _OUT)]

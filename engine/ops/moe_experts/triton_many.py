@@ -1,8 +1,8 @@
 """Kernels of the routed experts for many rows an expert, where the arithmetic counts.
 
-MXFP4 tiles are widened to FP8 with one scale per 128 x 128 first, once a call: 1.5 bytes a weight through memory, against thousands
-of products with it. That is exact while the group scales of a tile lie within 2^14 of each other (`pack` looks). Then come FP8
-products, as for FP8 checkpoints.
+MXFP4 tiles are widened to FP8 rows with one scale per 128 x 128 first, once a call: 1.5 bytes a weight through memory, against
+thousands of products with it. That is exact while the group scales of a tile lie within 2^14 of each other (`pack` looks). Rows of x
+are gathered into slots: blocks of BLOCK_M slots belong to one expert, so that any grouped FP8 product serves, ours or a library's.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ BLOCK = tl.constexpr(128)
 
 
 @triton.jit
-def moe_widen_kernel(tiles_ptr, words_ptr, wide_ptr, scale_ptr):
-    """One MXFP4 tile of 128 x 128 (triton_few.py) -> e4m3 [128, 128] and its fp32 scale."""
+def moe_widen_kernel(tiles_ptr, words_ptr, wide_ptr, scale_ptr, num_tiles, k_tiles, PLACES: tl.constexpr):
+    """One MXFP4 tile (triton_few.py) -> its place in e4m3 [E, PLACES, num_tiles * 128, k_tiles * 128], and its fp32 scale."""
     program = tl.program_id(0).to(tl.int64)
+    place, k = program % PLACES, program // PLACES % k_tiles
+    expert, tile = program // PLACES // k_tiles // num_tiles, program // PLACES // k_tiles % num_tiles
+    n_tile = (expert * PLACES + place) * num_tiles + tile
     row = tl.arange(0, BLOCK)
     words = tl.load(words_ptr + program * BLOCK + row)
     byte = (words >> 16) & 255
     largest = tl.max(byte, 0)
     factor = ((byte - largest + 127) << 23).to(tl.float32, bitcast=True)[:, None]
     tile_ptr = tiles_ptr + program * (BLOCK * BLOCK // 2)
-    at = wide_ptr + program * (BLOCK * BLOCK) + row[:, None] * BLOCK + tl.arange(0, 32)[None, :]
+    at = wide_ptr + (n_tile * BLOCK + row[:, None]) * (k_tiles * BLOCK) + k * BLOCK + tl.arange(0, 32)[None, :]
     packed = tile_ptr + row[:, None] * 32 + tl.arange(0, 32)[None, :]
     for half in tl.static_range(2):
         if INTERPRETED:
@@ -36,86 +39,127 @@ def moe_widen_kernel(tiles_ptr, words_ptr, wide_ptr, scale_ptr):
             first, second = decode(tl.load(packed + half * (BLOCK * 32)), words[:, None], half)
         tl.store(at + half * 64, to_fp8(first.to(tl.float32) * factor))
         tl.store(at + half * 64 + 32, to_fp8(second.to(tl.float32) * factor))
-    tl.store(scale_ptr + program, (largest << 23).to(tl.float32, bitcast=True))
+    tl.store(scale_ptr + n_tile * k_tiles + k, (largest << 23).to(tl.float32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_slots"])
+def moe_gather_kernel(
+    x_ptr,
+    pairs_ptr,
+    block_expert_ptr,
+    codes_ptr,
+    scales_ptr,
+    experts_ptr,
+    num_slots,
+    top_k,
+    width,
+    k_tiles,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Slot s gets the token of its pair, quantised: codes [num_slots, k_tiles * 128], scales [k_tiles, num_slots], and its expert,
+    -1 for slots of no block. Slots of a block behind its last pair keep what is there: nobody reads what comes of them."""
+    slot = tl.program_id(0).to(tl.int64)
+    expert = tl.load(block_expert_ptr + slot // BLOCK_M)
+    if tl.program_id(1) == 0:
+        tl.store(experts_ptr + slot, expert)
+    if expert < 0:
+        return
+    pair = tl.load(pairs_ptr + slot)
+    if pair < 0:
+        return
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    channel = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + (pair // top_k).to(tl.int64) * width + channel, mask=channel < width, other=0.0).to(tl.float32)
+    codes, scale = quantize(x, 1)
+    tl.store(codes_ptr + slot * (k_tiles * BLOCK) + channel, codes, mask=channel < k_tiles * BLOCK)
+    tl.store(scales_ptr + group[:, None].to(tl.int64) * num_slots + slot, scale, mask=group[:, None] < k_tiles)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
 def moe_many_kernel(
     codes_ptr,
     scales_ptr,
     wide_ptr,
     wide_scales_ptr,
-    pairs_ptr,
     block_expert_ptr,
     out_ptr,
-    num_blocks,
+    num_slots,
     num_tiles,
     k_tiles,
-    pairs_per_row,
-    width,
-    PLACES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """out[pair, place, channel] = w row[pair // pairs_per_row], bf16 [pairs, PLACES, width], for one block of pairs and 128 channels."""
-    block, column = place_of(num_blocks, num_tiles * PLACES, GROUP_BLOCKS)
+    """out[slot] = w row[slot], bf16 [num_slots, num_tiles * 128], for one block of slots and 128 channels."""
+    block, tile = place_of(num_slots // BLOCK_M, num_tiles, GROUP_BLOCKS)
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:
         return
-    pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    row = (tl.maximum(pairs, 0) // pairs_per_row).to(tl.int64)
+    slot = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK)
-    tile, place = column // PLACES, column % PLACES
-    first = (expert * num_tiles + tile).to(tl.int64) * k_tiles * PLACES + place
-    x_ptr = codes_ptr + row[:, None] * (k_tiles * BLOCK) + n[None, :]
-    tile_ptr = wide_ptr + first * (BLOCK * BLOCK) + n[:, None] + n[None, :] * BLOCK
+    n_tile = expert.to(tl.int64) * num_tiles + tile
+    x_ptr = codes_ptr + slot[:, None] * (k_tiles * BLOCK) + n[None, :]
+    weight_ptr = wide_ptr + (n_tile * BLOCK + n[None, :]) * (k_tiles * BLOCK) + n[:, None]
     total = tl.zeros([BLOCK_M, BLOCK], tl.float32)
-    scale = tl.load(scales_ptr + row * k_tiles)
-    wide_scale = tl.load(wide_scales_ptr + first)
+    scale = tl.load(scales_ptr + slot)
+    wide_scale = tl.load(wide_scales_ptr + n_tile * k_tiles)
     for k in tl.range(0, k_tiles, num_stages=NUM_STAGES):
         after = tl.minimum(k + 1, k_tiles - 1)
-        next_scale = tl.load(scales_ptr + row * k_tiles + after)
-        next_wide_scale = tl.load(wide_scales_ptr + first + after * PLACES)
-        part = tl.dot(tl.load(x_ptr + k * BLOCK), tl.load(tile_ptr + k * (PLACES * BLOCK * BLOCK)))
+        next_scale = tl.load(scales_ptr + after.to(tl.int64) * num_slots + slot)
+        next_wide_scale = tl.load(wide_scales_ptr + n_tile * k_tiles + after)
+        part = tl.dot(tl.load(x_ptr + k * BLOCK), tl.load(weight_ptr + k * BLOCK))
         total += part * (scale * wide_scale)[:, None]
         scale, wide_scale = next_scale, next_wide_scale
-    channel = tile * BLOCK + n
-    at = (tl.maximum(pairs, 0).to(tl.int64)[:, None] * PLACES + place) * width + channel[None, :]
-    tl.store(out_ptr + at, to_bf16(total), mask=(pairs[:, None] >= 0) & (channel[None, :] < width))
+    tl.store(out_ptr + slot[:, None] * (num_tiles * BLOCK) + tile * BLOCK + n[None, :], to_bf16(total))
 
 
-@triton.jit
-def moe_act_kernel(gate_up_ptr, ids_ptr, weights_ptr, hidden_ptr, hidden_scales_ptr, num_experts, num_tiles, limit, GROUPS: tl.constexpr):
-    """hidden[pair] = quantised clamped SwiGLU * weight of bf16 [pair, gate | up], for 128 * GROUPS channels."""
-    pair = tl.program_id(0).to(tl.int64)
-    expert = tl.load(ids_ptr + pair)
-    if (expert < 0) | (expert >= num_experts):
+@triton.jit(do_not_specialize=["num_slots"])
+def moe_act_kernel(
+    gate_up_ptr,
+    pairs_ptr,
+    block_expert_ptr,
+    weights_ptr,
+    codes_ptr,
+    scales_ptr,
+    num_slots,
+    num_tiles,
+    limit,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Slot s gets the quantised clamped SwiGLU of bf16 [gate | up] times its pair's weight: codes [num_slots, num_tiles * 128], scales
+    [num_tiles, num_slots]."""
+    slot = tl.program_id(0).to(tl.int64)
+    if tl.load(block_expert_ptr + slot // BLOCK_M) < 0:
+        return
+    pair = tl.load(pairs_ptr + slot)
+    if pair < 0:
         return
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     channel = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     width = num_tiles * BLOCK
     inside = channel < width
-    gate = tl.minimum(tl.load(gate_up_ptr + pair * 2 * width + channel, mask=inside, other=0.0).to(tl.float32), limit)
-    up = tl.load(gate_up_ptr + (pair * 2 + 1) * width + channel, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.minimum(tl.load(gate_up_ptr + slot * 2 * width + channel, mask=inside, other=0.0).to(tl.float32), limit)
+    up = tl.load(gate_up_ptr + (slot * 2 + 1) * width + channel, mask=inside, other=0.0).to(tl.float32)
     hidden = gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit) * tl.load(weights_ptr + pair)
     codes, scale = quantize(round_bf16(hidden), 1)
-    tl.store(hidden_ptr + pair * width + channel, codes, mask=inside)
-    tl.store(hidden_scales_ptr + pair * num_tiles + group[:, None], scale, mask=group[:, None] < num_tiles)
+    tl.store(codes_ptr + slot * width + channel, codes, mask=inside)
+    tl.store(scales_ptr + group[:, None].to(tl.int64) * num_slots + slot, scale, mask=group[:, None] < num_tiles)
 
 
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
-_MANY = {"codes_ptr": _FP8, "scales_ptr": "*fp32", "wide_ptr": _FP8, "wide_scales_ptr": "*fp32", "pairs_ptr": _I32}
-_MANY |= {"block_expert_ptr": _I32, "out_ptr": "*bf16", "num_blocks": "i32", "num_tiles": _WIDE, "k_tiles": _WIDE}
-_MANY |= {"pairs_per_row": "i32", "width": _WIDE}
-_ACT = {"gate_up_ptr": "*bf16", "ids_ptr": "*i64", "weights_ptr": "*fp32", "hidden_ptr": _FP8, "hidden_scales_ptr": "*fp32"}
-_ACT |= {"num_experts": _WIDE, "num_tiles": _WIDE, "limit": "fp32"}
-_WIDEN = {"tiles_ptr": "*u8", "words_ptr": _I32, "wide_ptr": _FP8, "scale_ptr": "*fp32"}
+_SLOTS = {"codes_ptr": _FP8, "scales_ptr": "*fp32", "block_expert_ptr": _I32, "num_slots": "i32"}
+_GATHER = {**_SLOTS, "x_ptr": "*bf16", "pairs_ptr": _I32, "experts_ptr": _I32, "top_k": "i32", "width": _WIDE, "k_tiles": _WIDE}
+_MANY = {**_SLOTS, "wide_ptr": _FP8, "wide_scales_ptr": "*fp32", "out_ptr": "*bf16", "num_tiles": _WIDE, "k_tiles": _WIDE}
+_ACT = {**_SLOTS, "gate_up_ptr": "*bf16", "pairs_ptr": _I32, "weights_ptr": "*fp32", "num_tiles": _WIDE, "limit": "fp32"}
+_WIDEN = {"tiles_ptr": "*u8", "words_ptr": _I32, "wide_ptr": _FP8, "scale_ptr": "*fp32", "num_tiles": _WIDE, "k_tiles": _WIDE}
 AOT = [
-    (moe_widen_kernel, _WIDEN, {}, {"num_warps": 4}),
+    *((moe_widen_kernel, _WIDEN, {"PLACES": places}, {"num_warps": 4}) for places in (1, 2)),
+    (moe_gather_kernel, _GATHER, {"BLOCK_M": 128, "GROUPS": 32}, {"num_warps": 4}),
     *(
-        (moe_many_kernel, _MANY, {"PLACES": places, "BLOCK_M": 128, "GROUP_BLOCKS": 8, "NUM_STAGES": 3}, {"num_warps": 8})
-        for places in (1, 2)
+        (moe_many_kernel, _MANY, {"BLOCK_M": block_m, "GROUP_BLOCKS": 8, "NUM_STAGES": stages}, {"num_warps": warps})
+        for block_m, stages, warps in ((64, 4, 4), (128, 3, 8))
     ),
-    (moe_act_kernel, _ACT, {"GROUPS": 8}, {"num_warps": 4}),
+    (moe_act_kernel, _ACT, {"BLOCK_M": 128, "GROUPS": 16}, {"num_warps": 4}),
 ]

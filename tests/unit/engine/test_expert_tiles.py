@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from core.errors import ConfigError
 from engine.model.quantized import QuantizedWeight, quantize_mxfp4
-from engine.ops.moe_experts.triton import pack
+from engine.ops.moe_experts.tiles import pack_experts as pack
 
 
 def weight(scale: torch.Tensor, value: int = 0x11) -> QuantizedWeight:

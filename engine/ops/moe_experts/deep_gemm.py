@@ -1,0 +1,40 @@
+"""Routed experts as the Triton backend has them, but for many rows: there DeepGEMM (package sgl-deep-gemm) multiplies."""
+
+from __future__ import annotations
+
+import deep_gemm
+import torch
+
+from engine.model.quantized import Weight
+from engine.ops.moe_experts import triton
+from engine.ops.moe_experts.tiles import PackedExperts, pack_experts
+
+MANY_ROWS = 128
+"""Rows an expert from which widening and blocks of 128 pay."""
+
+
+def run(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float) -> torch.Tensor:
+    """As the reference, x in bf16."""
+    if not experts.widens or ids.numel() < MANY_ROWS * experts.num_experts:
+        return triton.run(x, ids, weights, experts, limit)
+    config = triton.Many(block_m=deep_gemm.get_mk_alignment_for_contiguous_layout())
+    return triton.run_with(x, ids, weights, experts, limit, config, multiply)
+
+
+def multiply(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    slots: triton.Slots,
+    config: triton.Many,
+) -> torch.Tensor:
+    """triton.Product."""
+    out = torch.empty(len(codes), weight.shape[1], dtype=torch.bfloat16, device=codes.device)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes, scales), (weight, weight_scale), out, slots.experts)
+    return out
+
+
+def pack(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activations: bool) -> PackedExperts:
+    """As the Triton backend's."""
+    return pack_experts(w1, w2, w3, quantize_activations)
