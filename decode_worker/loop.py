@@ -5,7 +5,7 @@ Everything that happens to a request happens in this thread: commands and transf
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from core.clock import Clock
@@ -70,7 +70,7 @@ class DecodeLoop:
         )
         self._planner = DecodePlanner(max_running=config.max_running)
         self._jobs: dict[str, Job] = {}
-        self._running: list[Sequence] = []
+        self._running: dict[str, Sequence] = {}
         """In the order in which they became ready."""
         self._thread = InboxThread("decode-loop", self._turn, self._died)
         self._failed_steps, self._steps, self._tokens = 0, 0, 0
@@ -96,8 +96,8 @@ class DecodeLoop:
     def reserve(self, request: Request, outbox: Outbox) -> None:
         self._thread.put(lambda: self._reserve(request, outbox))
 
-    def cancel(self, request_id: str, outbox: Outbox) -> None:
-        self._thread.put(lambda: self._cancel(request_id, outbox))
+    def cancel(self, request_ids: Iterable[str], outbox: Outbox) -> None:
+        self._thread.put(lambda: self._cancel(request_ids, outbox))
 
     def session_closed(self, outbox: Outbox) -> None:
         """Cancel everything that came over a session."""
@@ -174,10 +174,10 @@ class DecodeLoop:
             sequence.page_ids, sequence.slot_id = list(held.page_ids), held.slot_id
             job.sequence, job.ready = sequence, self._clock.now()
             job.stages["reserved"] = job.ready - job.arrived
-            self._running.append(sequence)
+            self._running[sequence.request_id] = sequence
 
     def _step(self, budget: int) -> None:
-        plan = self._planner.plan(self._running, self._reservations.pages, budget)
+        plan = self._planner.plan(list(self._running.values()), self._reservations.pages, budget)
         for sequence in plan.preempted:
             self._preempt(sequence.request_id)
         ending = sum(chunk.sequence.num_output_tokens + 1 >= chunk.sequence.request.sampling.max_tokens for chunk in plan.chunks)
@@ -254,17 +254,17 @@ class DecodeLoop:
         self._jobs[request_id].outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request_id, error)]))
         self._end(request_id, "preempted")
 
-    def _cancel(self, request_id: str, outbox: Outbox) -> None:
-        job = self._jobs.get(request_id)
-        if job is not None and job.outbox is outbox:
-            self._end(request_id, "cancelled")
+    def _cancel(self, request_ids: Iterable[str], outbox: Outbox) -> None:
+        for request_id in request_ids:
+            job = self._jobs.get(request_id)
+            if job is not None and job.outbox is outbox:
+                self._end(request_id, "cancelled")
 
     def _end(self, request_id: str, outcome: str) -> None:
         """The one way out, from any state: pages back at once, or after quarantine."""
         job = self._jobs.pop(request_id)
         self._metrics.requests.labels(outcome).inc()
-        if job.sequence is not None:
-            self._running = [sequence for sequence in self._running if sequence is not job.sequence]
+        self._running.pop(request_id, None)
         held = self._reservations.end(request_id)
         assert held is not None, f"{request_id} had a job and no reservation"
         if not job.started:

@@ -54,12 +54,13 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
     def handle(self, command: decode_pb2.DecodeCommand, outbox: Outbox) -> None:
         """What a router said; the outbox is its session's."""
-        kind = command.WhichOneof("command")
-        if kind == "reserve":
-            self._loop.reserve(decode_request(command.reserve), outbox)
-        elif kind == "cancel":
-            self._loop.cancel(command.cancel, outbox)
-        elif kind == "ping":
+        cancelled = frozenset(command.cancels)
+        if cancelled:
+            self._loop.cancel(cancelled, outbox)
+        for request in command.reserves:
+            if request.request_id not in cancelled:
+                self._loop.reserve(decode_request(request), outbox)
+        if command.ping:
             outbox.post(decode_pb2.DecodeUpdate(pong=command.ping))
 
     def finish(self, update: decode_pb2.DecodeUpdate) -> None:

@@ -11,7 +11,7 @@ Everything that happens to a job happens in this thread: commands and transfer e
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from core.clock import Clock
@@ -126,8 +126,8 @@ class PrefillLoop:
         """Hand the request off under this reservation, in place of the one before."""
         self._thread.put(lambda: self._hand_on(request_id, reservation, outbox))
 
-    def cancel(self, request_id: str, outbox: Outbox) -> None:
-        self._thread.put(lambda: self._cancel(request_id, outbox))
+    def cancel(self, request_ids: Iterable[str], outbox: Outbox) -> None:
+        self._thread.put(lambda: self._cancel(request_ids, outbox))
 
     def session_closed(self, outbox: Outbox) -> None:
         """Cancel everything that came over a session."""
@@ -331,11 +331,12 @@ class PrefillLoop:
         self._pages.free(job.request_id)
         self._slots.free(job.request_id)
 
-    def _cancel(self, request_id: str, outbox: Outbox) -> None:
-        job = self._jobs.get(request_id)
-        if job is not None and job.outbox is outbox:
-            self._metrics.requests.labels("cancelled").inc()
-            self._drop(job, None)
+    def _cancel(self, request_ids: Iterable[str], outbox: Outbox) -> None:
+        for request_id in request_ids:
+            job = self._jobs.get(request_id)
+            if job is not None and job.outbox is outbox:
+                self._metrics.requests.labels("cancelled").inc()
+                self._drop(job, None)
 
     def _drop(self, job: Job, error: BatonError | None) -> None:
         """Give a job up; the router is told unless it asked for it. Pages stay until the sender has let go of them."""

@@ -54,14 +54,16 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
 
     def handle(self, command: prefill_pb2.PrefillCommand, outbox: Outbox) -> None:
         """What a router said; the outbox is its session's."""
-        kind = command.WhichOneof("command")
-        if kind == "run":
-            self._loop.run(decode_request(command.run.request), decode_reservation(command.run.reservation), outbox)
-        elif kind == "hand_on":
-            self._loop.hand_on(command.hand_on.request_id, decode_reservation(command.hand_on.reservation), outbox)
-        elif kind == "cancel":
-            self._loop.cancel(command.cancel, outbox)
-        elif kind == "ping":
+        cancelled = frozenset(command.cancels)
+        if cancelled:
+            self._loop.cancel(cancelled, outbox)
+        for run in command.runs:
+            if run.request.request_id not in cancelled:
+                self._loop.run(decode_request(run.request), decode_reservation(run.reservation), outbox)
+        for hand_on in command.hand_ons:
+            if hand_on.request_id not in cancelled:
+                self._loop.hand_on(hand_on.request_id, decode_reservation(hand_on.reservation), outbox)
+        if command.ping:
             outbox.post(prefill_pb2.PrefillUpdate(pong=command.ping))
 
     def finish(self, update: prefill_pb2.PrefillUpdate) -> None:

@@ -8,16 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("hello", "reserve", "cancel", "ping")
+    __slots__ = ("hello", "reserves", "cancels", "ping")
     HELLO_FIELD_NUMBER: _ClassVar[int]
-    RESERVE_FIELD_NUMBER: _ClassVar[int]
-    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RESERVES_FIELD_NUMBER: _ClassVar[int]
+    CANCELS_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
-    reserve: _common_pb2.Request
-    cancel: str
+    reserves: _containers.RepeatedCompositeFieldContainer[_common_pb2.Request]
+    cancels: _containers.RepeatedScalarFieldContainer[str]
     ping: int
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., reserve: _Optional[_Union[_common_pb2.Request, _Mapping]] = ..., cancel: _Optional[str] = ..., ping: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., reserves: _Optional[_Iterable[_Union[_common_pb2.Request, _Mapping]]] = ..., cancels: _Optional[_Iterable[str]] = ..., ping: _Optional[int] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("request_id", "reservation")

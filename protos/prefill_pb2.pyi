@@ -8,18 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillCommand(_message.Message):
-    __slots__ = ("hello", "run", "cancel", "ping", "hand_on")
+    __slots__ = ("hello", "runs", "cancels", "ping", "hand_ons")
     HELLO_FIELD_NUMBER: _ClassVar[int]
-    RUN_FIELD_NUMBER: _ClassVar[int]
-    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    CANCELS_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
-    HAND_ON_FIELD_NUMBER: _ClassVar[int]
+    HAND_ONS_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
-    run: PrefillRun
-    cancel: str
+    runs: _containers.RepeatedCompositeFieldContainer[PrefillRun]
+    cancels: _containers.RepeatedScalarFieldContainer[str]
     ping: int
-    hand_on: HandOn
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., run: _Optional[_Union[PrefillRun, _Mapping]] = ..., cancel: _Optional[str] = ..., ping: _Optional[int] = ..., hand_on: _Optional[_Union[HandOn, _Mapping]] = ...) -> None: ...
+    hand_ons: _containers.RepeatedCompositeFieldContainer[HandOn]
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[PrefillRun, _Mapping]]] = ..., cancels: _Optional[_Iterable[str]] = ..., ping: _Optional[int] = ..., hand_ons: _Optional[_Iterable[_Union[HandOn, _Mapping]]] = ...) -> None: ...
 
 class PrefillRun(_message.Message):
     __slots__ = ("request", "reservation")

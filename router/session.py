@@ -32,6 +32,9 @@ from protos import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill
 
 log = get_logger("router")
 
+MERGED_BYTES = 2**20
+"""Commands that wait go out as one message, up to about this size."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
@@ -118,21 +121,21 @@ class RankSession:
         self.in_flight.pop(request_id, None)
 
     def reserve(self, request: Request) -> None:
-        self._send(decode_pb2.DecodeCommand(reserve=encode_request(request)))
+        self._send(decode_pb2.DecodeCommand(reserves=[encode_request(request)]))
 
     def run(self, request: Request, reservation: Reservation) -> None:
         run = prefill_pb2.PrefillRun(request=encode_request(request), reservation=encode_reservation(reservation))
-        self._send(prefill_pb2.PrefillCommand(run=run))
+        self._send(prefill_pb2.PrefillCommand(runs=[run]))
 
     def hand_on(self, request_id: str, reservation: Reservation) -> None:
         """What a prefill rank has and will have computed of this request goes under this reservation from now on."""
         hand_on = prefill_pb2.HandOn(request_id=request_id, reservation=encode_reservation(reservation))
-        self._send(prefill_pb2.PrefillCommand(hand_on=hand_on))
+        self._send(prefill_pb2.PrefillCommand(hand_ons=[hand_on]))
 
     def cancel(self, request_id: str) -> None:
         """Harmless for requests that have ended. A broken session has cancelled everything already."""
         if self.is_connected:
-            self._send(self._command(cancel=request_id))
+            self._send(self._command(cancels=[request_id]))
 
     async def close(self) -> None:
         self._task.cancel()
@@ -193,6 +196,8 @@ class RankSession:
                     command = await self._outgoing.get()
             except TimeoutError:
                 command = self._command(ping=1)
+            while not self._outgoing.empty() and command.ByteSize() < MERGED_BYTES:
+                command.MergeFrom(self._outgoing.get_nowait())
             await call.write(command)
 
     def _dispatch(self, update: Any) -> None:

@@ -1,0 +1,93 @@
+"""What a router's session sends: everything that waits, as one message."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from core.request import Member, Request, SamplingParams
+from decode_worker.server import DecodeService
+from prefill_worker.server import PrefillService
+from protos import common_pb2, decode_pb2, prefill_pb2
+from router.session import MERGED_BYTES, RankSession
+
+MEMBER = Member(role="decode", replica=0, rank=0, address="127.0.0.1:1", incarnation=7)
+
+
+class Call:
+    """Takes what is written; `gate` holds the writer up."""
+
+    def __init__(self) -> None:
+        self.written: list[Any] = []
+        self.gate = asyncio.Event()
+
+    async def write(self, command: Any) -> None:
+        self.written.append(command)
+        await self.gate.wait()
+
+
+def new_request(name: str, num_tokens: int = 3) -> Request:
+    return Request(request_id=name, token_ids=(400,) * num_tokens, prompt_len=num_tokens, sampling=SamplingParams(max_tokens=4))
+
+
+def test_what_waits_goes_out_as_one_message_of_bounded_size() -> None:
+    async def live() -> None:
+        session, call = RankSession(MEMBER, "r", 5.0), Call()
+        await session.close()  # nobody answers at its address; what it writes is what matters
+        session.is_connected = True
+        writer = asyncio.create_task(session._write(call))
+        session.cancel("first")
+        while not call.written:
+            await asyncio.sleep(0)
+        for number in range(1000):
+            session.cancel(str(number))
+        session.reserve(new_request("small"))
+        session.reserve(new_request("large", num_tokens=MERGED_BYTES))
+        session.reserve(new_request("last"))
+        call.gate.set()
+        while len(call.written) < 3:
+            await asyncio.sleep(0)
+        writer.cancel()
+        first, second, third = call.written
+        assert list(first.cancels) == ["first"]
+        assert list(second.cancels) == [str(number) for number in range(1000)]
+        assert [request.request_id for request in second.reserves] == ["small", "large"]
+        assert [request.request_id for request in third.reserves] == ["last"]
+
+    asyncio.run(live())
+
+
+class Loop:
+    """In place of a worker's loop: what it was told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def cancel(self, request_ids: frozenset[str], outbox: Any) -> None:
+        self.told.append(("cancel", sorted(request_ids)))
+
+    def reserve(self, request: Request, outbox: Any) -> None:
+        self.told.append(("reserve", request.request_id))
+
+    def run(self, request: Request, reservation: Any, outbox: Any) -> None:
+        self.told.append(("run", request.request_id))
+
+    def hand_on(self, request_id: str, reservation: Any, outbox: Any) -> None:
+        self.told.append(("hand_on", request_id))
+
+
+def wire(*names: str) -> list[common_pb2.Request]:
+    return [common_pb2.Request(request_id=name, token_ids=[1]) for name in names]
+
+
+def test_cancels_count_first_and_what_is_cancelled_in_its_own_message_never_begins() -> None:
+    loop: Any = Loop()
+    command = decode_pb2.DecodeCommand(reserves=wire("a", "b"), cancels=["old", "b"])
+    DecodeService(loop, MEMBER, 5.0).handle(command, outbox=None)  # type: ignore[arg-type]
+    assert loop.told == [("cancel", ["b", "old"]), ("reserve", "a")]
+    loop.told.clear()
+    runs = [prefill_pb2.PrefillRun(request=request) for request in wire("a", "b")]
+    hand_ons = [prefill_pb2.HandOn(request_id="c"), prefill_pb2.HandOn(request_id="d")]
+    command = prefill_pb2.PrefillCommand(runs=runs, cancels=["a", "c"], hand_ons=hand_ons)
+    PrefillService(loop, MEMBER, 5.0).handle(command, outbox=None)  # type: ignore[arg-type]
+    assert loop.told == [("cancel", ["a", "c"]), ("run", "b"), ("hand_on", "d")]
