@@ -143,7 +143,7 @@ def test_cancelling_a_kept_request_frees_its_pages_at_once(rank: Rank) -> None:
     rank.run()
     rank.turns(4)
     rank.close("r.1", MemberLost("gone"))
-    rank.loop.cancel("r.1", rank.outbox)
+    rank.loop.cancel(["r.1"], rank.outbox)
     rank.turn()
     assert rank.loop.is_idle and rank.loop.load.pages_free == NUM_PAGES
 
