@@ -37,19 +37,22 @@ def _multiply(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int], count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """float64 [R, count] in (0, 1): row r, column v depends on (seeds[r], positions[r], v) alone.
+    """`uniforms_of` for Python integers; seeds in [0, 2^64)."""
+    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
+    ints = [torch.tensor(values, dtype=torch.int64, device=device) for values in (signed, list(positions))]
+    return uniforms_of(ints[0], ints[1], count)
+
+
+def uniforms_of(seeds: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+    """float64 [R, count] in (0, 1): row r, column v depends on (seeds[r], positions[r], v) alone. seeds, positions: int64 [R].
 
     Key: the two words of the 64-bit seed. Counter: (v // 2, position, 0, 0). Columns 2i and 2i + 1 take words (0, 1) and (2, 3) of
     the result: x = its top 52 bits, u = (x + 1/2) / 2^52, which float64 holds exactly.
     """
-
-    def column(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
-
-    low, high = column([seed & _MASK for seed in seeds]), column([(seed >> 32) & _MASK for seed in seeds])
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    pairs = torch.arange(-(-count // 2), device=device)[None]
-    words = philox((pairs, column(list(positions)), zero, zero), (low, high))
+    low, high = (seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]
+    zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
+    pairs = torch.arange(-(-count // 2), device=seeds.device)[None]
+    words = philox((pairs, positions[:, None], zero, zero), (low, high))
     even, odd = ((words[i] << 20) | (words[i + 1] >> 12) for i in (0, 2))
     bits = torch.stack((even, odd), dim=2).flatten(1)[:, :count]
     return (bits.double() + 0.5) * 2.0**-52

@@ -17,6 +17,7 @@ import torch
 
 from core.errors import InternalError
 from core.request import SamplingParams
+from engine.ops.sample import Draws, Filters, Penalties
 from engine.philox import uniforms
 from engine.sequence import Sequence
 
@@ -37,6 +38,47 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         for row, token in zip(rest, chosen, strict=True):
             tokens[row] = token
     return tokens
+
+
+def draws_of(sequences: list[Sequence], vocab_size: int, device: torch.device | str) -> Draws:
+    """What the op `sample` needs to give each sequence the token that `sample` here gives it."""
+    params = [sequence.request.sampling for sequence in sequences]
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    def whole(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    filters = penalties = bias = None
+    if any(p.top_k or p.top_p < 1.0 or p.min_p > 0 for p in params if not p.is_greedy):
+        filters = Filters(whole([p.top_k for p in params]), column([p.top_p for p in params]), column([p.min_p for p in params]))
+    if any(_has_penalties(p) for p in params):
+        counts = torch.zeros(len(params), vocab_size, dtype=torch.int32)
+        seen = torch.zeros(len(params), vocab_size, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            seen[row, sequence.token_ids] = True
+            counts[row] = torch.bincount(torch.tensor(sequence.token_ids[sequence.request.prompt_len :]), minlength=vocab_size)
+        penalties = Penalties(
+            column([p.presence_penalty for p in params]),
+            column([p.frequency_penalty for p in params]),
+            column([p.repetition_penalty for p in params]),
+            counts.to(device),
+            seen.to(device),
+        )
+    if any(p.logit_bias for p in params):
+        bias = torch.zeros(len(params), vocab_size, dtype=torch.float64)
+        for row, p in enumerate(params):
+            _add_bias(bias[row], p)
+        bias = bias.to(device)
+    return Draws(
+        column([p.temperature for p in params]),
+        whole([p.seed - 2**64 if p.seed >= 2**63 else p.seed for p in params]),
+        whole([len(sequence.token_ids) for sequence in sequences]),
+        filters,
+        penalties,
+        bias,
+    )
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:

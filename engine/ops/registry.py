@@ -46,6 +46,7 @@ OP_NAMES = (
     "output_derotate",
     "q_norm_rope",
     "rms_norm",
+    "sample",
     "sparse_attn_decode",
     "sparse_attn_prefill",
     "swiglu",
