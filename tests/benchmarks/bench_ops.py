@@ -34,6 +34,7 @@ MAX_BYTES = 40 * 2**30
 def time_graph(calls: Sequence[Callable[[], object]], min_replay_ms: float = 0.3) -> tuple[float, float]:
     """(median, spread) of one call in us: all calls in one graph, replayed."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # the inputs are drawn
     with torch.cuda.stream(stream):
         for call in calls:
             call()

@@ -88,9 +88,9 @@ CASES = (
     _case("fp8 prefill", [(0, 8192)], "fp8", 2e-3),
     _case("bf16 decode", DECODE, "bf16", 2e-3, fillers=2),
     _case("bf16 chunks", MANY, "bf16", 2e-3),
-    _case("index fp8 decode", DECODE, "index fp8", 5e-3, fillers=2),
-    _case("index fp8 chunks", MANY, "index fp8", 5e-3),
-    _case("index fp8 prefill", [(0, 8192)], "index fp8", 5e-3),
+    _case("index fp8 decode", DECODE, "index fp8", 1e-2, fillers=2),
+    _case("index fp8 chunks", MANY, "index fp8", 1e-2),
+    _case("index fp8 prefill", [(0, 8192)], "index fp8", 1e-2),
     _case("index fp4 chunks", MANY, "index fp4", 2e-2),
     _case("index bf16 chunks", MANY, "index bf16", 2e-3),
 )

@@ -8,6 +8,7 @@ import torch
 
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
+from engine.cache.rows import Fp8IndexRows
 from engine.ops.index_logits import triton
 
 ROWS = 64
@@ -15,8 +16,8 @@ RATIO = 4
 
 
 def run(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlaces, num_entries: int) -> torch.Tensor:
-    """As the reference; pages of 64 keys, 32 or 64 heads of 128 channels in format fp8."""
-    if places.is_decode or not len(q) or not num_entries:
+    """As the reference; pages of 64 keys, 32 or 64 heads of 128 channels. Formats other than fp8 are the Triton kernel's, too."""
+    if places.is_decode or not isinstance(keys.form, Fp8IndexRows) or not len(q) or not num_entries:
         return triton.run(q, weights, keys, places, num_entries)
     #   gathered = [ num_entries keys of the first sequence | of the second | ... ], whole pages
     pages = places.page_table_SP[:, : -(-num_entries // ROWS)].clamp(min=0).long()

@@ -1,7 +1,7 @@
 """Index scores straight from the pages, with keys as the long side of the matrix product: a head's sum stays within a thread quad.
 
-Decode: a program takes one query and a run of pages. Prefill: a program keeps 128 keys and takes the queries of its tile one after
-the other, sequence by sequence, skipping those that see none of its keys.
+Decode: a program takes one query and a run of pages, which the copy engine brings. Prefill: a program keeps 128 keys and takes the
+queries of its tile one after the other, sequence by sequence, skipping those that see none of its keys.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
@@ -17,113 +18,77 @@ from engine.cache.rows import Fp4IndexRows, Fp8IndexRows
 ROWS = 64
 """Keys in a page."""
 RATIO = 4
-PROGRAMS = 2112
-"""Programs of a decode launch to aim at: 16 for each multiprocessor of an H200."""
+PROGRAMS = 528
+"""Programs of a decode launch, at most: as many as an H200 runs at once, so that there is one wave of equal ones."""
+STAGES = 5
+"""Pages on their way to a decode program."""
 QUERIES, KEYS = 64, 128
 """Tile of a prefill program."""
 
 
 @triton.jit
-def _keys(data_ptr, scale_ptr, page, row, inside, data_stride, scale_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr):
-    """Keys [BLOCK, WIDTH] as the matrix product takes them, and factors fp32 [BLOCK] of their scores."""
-    factor = tl.full([BLOCK], 1.0, tl.float32)
+def _keys(raw, exponent, FORM: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    """Keys [N, WIDTH] as the matrix product takes them, from rows as they are stored (fp4: uint8 [N, WIDTH / 2] and exponents uint8
+    [N, WIDTH / 32])."""
     if FORM == "fp4":
-        byte, group = tl.arange(0, WIDTH // 2), tl.arange(0, WIDTH // 32)
-        at = page[:, None] * data_stride + row[:, None] * (WIDTH // 2) + byte[None, :]
-        pairs = tl.load(data_ptr + at, mask=inside[:, None], other=0)
-        at = page[:, None] * scale_stride + row[:, None] * (WIDTH // 32) + group[None, :]
-        exponent = tl.load(scale_ptr + at, mask=inside[:, None], other=0)
-        scale = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-        values = tl.reshape(tl.join(_e2m1(pairs & 15), _e2m1(pairs >> 4)), [BLOCK, WIDTH // 32, 32]) * scale[:, :, None]
-        keys = tl.reshape(values, [BLOCK, WIDTH]).to(tl.bfloat16)
-    else:
-        channel = tl.arange(0, WIDTH)
-        at = page[:, None] * data_stride + row[:, None] * WIDTH + channel[None, :]
-        keys = tl.load(data_ptr + at, mask=inside[:, None], other=0.0)
-        if FORM == "fp8":
-            factor = tl.load(scale_ptr + page * scale_stride + row, mask=inside, other=0.0)
-    return keys, factor
+        codes = tl.reshape(tl.join(raw & 15, raw >> 4), [N, WIDTH // 32, 32]).to(tl.int32)
+        magnitude = codes & 7
+        # Bits of bf16: e2m1's exponent and mantissa, above the group's exponent; 0.5 is the only value that is not normal.
+        bits = (magnitude << 6) + ((exponent.to(tl.int32) - 1) << 7)[:, :, None] - tl.where(magnitude == 1, 64, 0)
+        bits = tl.where(magnitude == 0, 0, bits) | ((codes & 8) << 12)
+        raw = tl.reshape(bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), [N, WIDTH])
+    return raw
 
 
 @triton.jit
-def _e2m1(code):
-    """fp32 value of a 4-bit code."""
-    magnitude = (code & 7).to(tl.float32)
-    value = tl.where(magnitude < 4, magnitude * 0.5, tl.where(magnitude < 6, magnitude - 2, magnitude * 2 - 8))
-    return tl.where(code >= 8, -value, value)
-
-
-@triton.jit
-def _score(keys, factor, query, weights, FORM: tl.constexpr):
+def _score(keys, query, weights, FORM: tl.constexpr):
     """fp32 [N]. query: [heads, WIDTH]."""
     if FORM == "fp32":
         dots = tl.dot(keys, tl.trans(query), input_precision="ieee")
     else:
         dots = tl.dot(keys, tl.trans(query))
-    return tl.sum(tl.maximum(dots, 0.0) * weights[None, :], 1) * factor
+    return tl.sum(tl.maximum(dots, 0.0) * weights[None, :], 1)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_entries"])
+@triton.jit(do_not_specialize=["table_stride", "num_entries", "num_pages"])
 def decode_logits_kernel(
-    q_ptr,
-    weights_ptr,
-    data_ptr,
-    scale_ptr,
-    positions_ptr,
-    sequences_ptr,
-    table_ptr,
-    scores_ptr,
-    data_stride,
-    scale_stride,
-    table_stride,
-    scores_stride,
-    num_entries,
-    PAGES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FORM: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    data, q_ptr, weights_ptr, scale_ptr, positions_ptr, sequences_ptr, table_ptr, scores_ptr,
+    scale_stride, table_stride, scores_stride, num_entries, num_pages,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """data: descriptor of the pages' rows, a block of which is a page."""
     token = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * PAGES * 64
+    first = tl.program_id(0) * num_pages
     visible = tl.minimum((tl.load(positions_ptr + token) + 1) // 4, num_entries).to(tl.int32)
-    if first < visible:
-        head, channel = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    if first * 64 < visible:
+        head, channel, row = tl.arange(0, HEADS), tl.arange(0, WIDTH), tl.arange(0, 64)
         query = tl.load(q_ptr + (token * HEADS + head[:, None]) * WIDTH + channel[None, :])
         weights = tl.load(weights_ptr + token * HEADS + head)
         table_ptr += tl.load(sequences_ptr + token) * table_stride
-        for start in tl.range(first, tl.minimum(first + PAGES * 64, visible), BLOCK, num_stages=STAGES):
-            entry = start + tl.arange(0, BLOCK)
-            inside = entry < visible
-            page = tl.load(table_ptr + entry // 64, mask=inside, other=0).to(tl.int64)
-            keys, factor = _keys(data_ptr, scale_ptr, page, entry % 64, inside, data_stride, scale_stride, BLOCK, WIDTH, FORM)
-            tl.store(scores_ptr + token * scores_stride + entry, _score(keys, factor, query, weights, FORM), mask=inside)
+        scores_ptr += token * scores_stride
+        for number in tl.range(first, tl.minimum(first + num_pages, (visible + 63) // 64), num_stages=STAGES):
+            page = tl.load(table_ptr + number)
+            raw = tl.reshape(data.load([page, 0, 0]), [64, data.block_shape[2]])
+            scale = scale_ptr + page.to(tl.int64) * scale_stride
+            if FORM == "fp4":
+                group = tl.arange(0, WIDTH // 32)
+                keys = _keys(raw, tl.load(scale + row[:, None] * (WIDTH // 32) + group[None, :]), FORM, 64, WIDTH)
+            else:
+                keys = raw
+            score = _score(keys, query, weights, FORM)
+            if FORM == "fp8":
+                score *= tl.load(scale + row)
+            entry = number * 64 + row
+            tl.store(scores_ptr + entry, score, mask=entry < visible)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_entries", "num_tokens"])
 def prefill_logits_kernel(
-    q_ptr,
-    weights_ptr,
-    data_ptr,
-    scale_ptr,
-    positions_ptr,
-    sequences_ptr,
-    table_ptr,
-    scores_ptr,
-    data_stride,
-    scale_stride,
-    table_stride,
-    scores_stride,
-    num_entries,
-    num_tokens,
-    QUERIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FORM: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    data_ptr, q_ptr, weights_ptr, scale_ptr, positions_ptr, sequences_ptr, table_ptr, scores_ptr,
+    data_stride, scale_stride, table_stride, scores_stride, num_entries, num_tokens,
+    QUERIES: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, ELEMENTS: tl.constexpr,
+    FORM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(1) * QUERIES
     start = tl.program_id(0) * BLOCK
     token = tile + tl.arange(0, QUERIES)
@@ -143,11 +108,19 @@ def prefill_logits_kernel(
             most = tl.max(tl.where(sequence == number, visible, 0), 0)
             inside = entry < most
             page = tl.load(table_ptr + number * table_stride + entry // 64, mask=inside, other=0).to(tl.int64)
-            keys, factor = _keys(data_ptr, scale_ptr, page, entry % 64, inside, data_stride, scale_stride, BLOCK, WIDTH, FORM)
+            at = (page * data_stride + entry % 64 * ELEMENTS)[:, None] + tl.arange(0, ELEMENTS)[None, :]
+            keys = tl.load(data_ptr + at, mask=inside[:, None])
+            factor = tl.full([BLOCK], 1.0, tl.float32)
+            if FORM == "fp4":
+                group = tl.arange(0, WIDTH // 32)
+                at = (page * scale_stride + entry % 64 * (WIDTH // 32))[:, None] + group[None, :]
+                keys = _keys(keys, tl.load(scale_ptr + at, mask=inside[:, None], other=1), FORM, BLOCK, WIDTH)
+            elif FORM == "fp8":
+                factor = tl.load(scale_ptr + page * scale_stride + entry % 64, mask=inside, other=0.0)
             for row in tl.range(begin, end, num_stages=STAGES):
                 query = tl.load(q_ptr + (row * HEADS + head[:, None]) * WIDTH + channel[None, :])
                 weights = tl.load(weights_ptr + row * HEADS + head)
-                score = _score(keys, factor, query, weights, FORM)
+                score = _score(keys, query, weights, FORM) * factor
                 tl.store(scores_ptr + row * scores_stride.to(tl.int64) + entry, score, mask=inside)
 
 
@@ -172,48 +145,44 @@ def run(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlac
     scores = empty_scores(tokens, num_entries, q.device)
     if not scores.numel():
         return scores
-    form = form_of(keys)
-    data, scale = keys.data, keys.scale
+    form, data, scale = form_of(keys), keys.data, keys.scale
     if form != "fp4":
         data = data.view({"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp32": torch.float32}[form])
         scale = scale.view(torch.float32) if form == "fp8" else data
-    arguments = (q.contiguous(), weights.contiguous(), data, scale, places.positions_T, places.sequences_T, places.page_table_SP, scores)
-    strides = (data.stride(0), scale.stride(0), places.page_table_SP.stride(0), scores.stride(0))
+    table = places.page_table_SP
+    arguments = (q.contiguous(), weights.contiguous(), scale, places.positions_T, places.sequences_T, table, scores)
     if places.is_decode:
-        pages = min(64, max(4, triton.next_power_of_2(tokens * triton.cdiv(num_entries, ROWS) // PROGRAMS)))
-        constants = {"PAGES": pages, "BLOCK": 128, "HEADS": heads, "WIDTH": width, "FORM": form, "STAGES": 3}
-        decode_logits_kernel[(triton.cdiv(num_entries, pages * ROWS), tokens)](*arguments, *strides, num_entries, **constants)
+        num_pages = triton.cdiv(tokens * triton.cdiv(num_entries, ROWS), PROGRAMS)
+        descriptor = TensorDescriptor(data, list(data.shape), list(data.stride()), [1, ROWS, data.shape[2]])
+        decode_logits_kernel[(triton.cdiv(num_entries, num_pages * ROWS), tokens)](
+            descriptor, *arguments, scale.stride(0), table.stride(0), scores.stride(0), num_entries, num_pages,
+            HEADS=heads, WIDTH=width, FORM=form, STAGES=STAGES,
+        )  # fmt: skip
     else:
-        constants = {"QUERIES": QUERIES, "BLOCK": KEYS, "HEADS": heads, "WIDTH": width, "FORM": form, "STAGES": 3}
-        grid = (triton.cdiv(num_entries, KEYS), triton.cdiv(tokens, QUERIES))
-        prefill_logits_kernel[grid](*arguments, *strides, num_entries, tokens, **constants)
+        prefill_logits_kernel[(triton.cdiv(num_entries, KEYS), triton.cdiv(tokens, QUERIES))](
+            data, *arguments, data.stride(0), scale.stride(0), table.stride(0), scores.stride(0), num_entries, tokens,
+            QUERIES=QUERIES, BLOCK=KEYS, HEADS=heads, WIDTH=width, ELEMENTS=data.shape[2], FORM=form, STAGES=3,
+        )  # fmt: skip
     return scores
 
 
-_POINTERS = {"weights_ptr": "*fp32", "positions_ptr": "*i64", "sequences_ptr": "*i64", "table_ptr": "*i32", "scores_ptr": "*fp32"}
-_STRIDES = {"data_stride": "i32:16", "scale_stride": "i32:16", "table_stride": "i32", "scores_stride": "i32:16", "num_entries": "i32"}
-_TYPES = {"fp8": ("*fp8e4nv", "*fp8e4nv", "*fp32"), "fp4": ("*bf16", "*u8", "*u8"), "bf16": ("*bf16", "*bf16", "*bf16")}
-
-
-def _signature(form: str) -> dict[str, str]:
-    q, data, scale = _TYPES[form]
-    return {"q_ptr": q, "data_ptr": data, "scale_ptr": scale, **_POINTERS, **_STRIDES}
-
-
+_TYPES = {"weights_ptr": "*fp32", "positions_ptr": "*i64", "sequences_ptr": "*i64", "table_ptr": "*i32", "scores_ptr": "*fp32"}
+_TYPES |= {"scale_stride": "i32:16", "table_stride": "i32", "scores_stride": "i32:16", "num_entries": "i32"}
+_FORMS = (("fp8", "fp8e4nv", "fp8e4nv", "fp32", 128), ("fp4", "bf16", "u8", "u8", 64), ("bf16", "bf16", "bf16", "bf16", 128))
 AOT = [
     (
         decode_logits_kernel,
-        _signature(form),
-        {"PAGES": 4, "BLOCK": 128, "HEADS": 64, "WIDTH": 128, "FORM": form, "STAGES": 3},
+        _TYPES | {"data": f"tensordesc<{data}[1, 64, {elements}]>", "q_ptr": f"*{q}", "scale_ptr": f"*{scale}", "num_pages": "i32"},
+        {"HEADS": 64, "WIDTH": 128, "FORM": form, "STAGES": STAGES},
         {"num_warps": 4},
     )
-    for form in _TYPES
+    for form, q, data, scale, elements in _FORMS
 ] + [
     (
         prefill_logits_kernel,
-        {**_signature(form), "num_tokens": "i32"},
-        {"QUERIES": QUERIES, "BLOCK": KEYS, "HEADS": 64, "WIDTH": 128, "FORM": form, "STAGES": 3},
+        _TYPES | {"data_ptr": f"*{data}", "q_ptr": f"*{q}", "scale_ptr": f"*{scale}", "data_stride": "i32:16", "num_tokens": "i32"},
+        {"QUERIES": QUERIES, "BLOCK": KEYS, "HEADS": 64, "WIDTH": 128, "ELEMENTS": elements, "FORM": form, "STAGES": 3},
         {"num_warps": 4},
     )
-    for form in _TYPES
+    for form, q, data, scale, elements in _FORMS
 ]

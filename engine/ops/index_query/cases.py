@@ -47,7 +47,7 @@ def _case(
     tokens: int,
     index_format: str,
     dtype: torch.dtype = torch.bfloat16,
-    bound: float = 3e-3,
+    bound: float = 1e-2,
     small: bool = False,
     heads: int = HEADS,
     width: int = WIDTH,

@@ -27,7 +27,7 @@ def cluster_size(rows: int, num_scores: int, num_sms: int) -> int:
 
 
 def run(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch.Tensor:
-    """As the reference, indices in ascending order; logits contiguous in rows, no NaN among the visible ones."""
+    """As the reference; logits contiguous in rows, no NaN among the visible ones."""
     rows, num_scores = logits.shape
     assert k <= MOST and num_scores <= LONGEST, f"{k=} of {num_scores}, at most {MOST} of {LONGEST}"
     assert logits.dtype == torch.float32 and num_visible.dtype == torch.int64 and num_visible.is_contiguous()

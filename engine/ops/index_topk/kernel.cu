@@ -1,4 +1,4 @@
-// The k largest of each row, exactly, lowest index first among equals, written in ascending order of index.
+// The k largest of each row, exactly, of equals the lowest indices; the same row gives the same order of indices every time.
 //
 // One cluster of blocks a row. A row is cut into groups of 32 consecutive scores. Every block of the cluster streams its share
 // of the row and leaves the groups' maxima in the first block's shared memory. The k groups with the largest maxima (the earlier
@@ -26,6 +26,7 @@ struct alignas(16) Shared {
   int chosen[MAX_K];
   int sums[2][WARPS];
   int bin, above, inside;
+  unsigned most;
 };
 
 // Order of floats as that of unsigned integers; -0 equals +0. 0 is no score's key.
@@ -33,12 +34,6 @@ __device__ unsigned key_of(float x) {
   x += 0.0f;
   unsigned bits = __float_as_uint(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// The block's keys: thread t's i-th is number (t / 32) * 32 * N + i * 32 + t % 32 of the row, so that a warp reads 32 in a line.
-template <int N>
-__device__ int number_of(int i) {
-  return (threadIdx.x >> 5) * 32 * N + i * 32 + (threadIdx.x & 31);
 }
 
 // Sum of `value` over the warps before this one; every lane of a warp gives the same. `turn` alternates between calls, so that one
@@ -65,29 +60,6 @@ __device__ int sum_before(int value, int (&sums)[2][WARPS], int turn) {
 struct Range {
   unsigned least, most;
 };
-
-// Of the block's keys that are not 0 (there is one).
-template <int N>
-__device__ Range find_range(const unsigned (&keys)[N], Shared& shared) {
-  unsigned least = ~0u, most = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (keys[i] != 0) least = min(least, keys[i]);
-    most = max(most, keys[i]);
-  }
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  least = __reduce_min_sync(~0u, least);
-  most = __reduce_max_sync(~0u, most);
-  if (lane == 0) {
-    shared.sums[0][warp] = static_cast<int>(least);
-    shared.sums[1][warp] = static_cast<int>(most);
-  }
-  __syncthreads();
-  least = __reduce_min_sync(~0u, static_cast<unsigned>(shared.sums[0][lane]));
-  most = __reduce_max_sync(~0u, static_cast<unsigned>(shared.sums[1][lane]));
-  __syncthreads();
-  return {least, most};
-}
 
 struct Cut {
   unsigned key;  // keys above it are taken,
@@ -130,27 +102,43 @@ __device__ Cut find_cut(const unsigned (&keys)[N], Range range, int k, Shared& s
   return {range.least + prefix, k};
 }
 
-// Give each taken key its place, in the order of their numbers, and call put(place, i).
-template <int N, typename Put>
+// Give each taken key a place, those of a thread one after the other, and call put(place, i). IN_LINES: the i-th keys of a warp's
+// threads follow each other in the row, then the next ones; else a thread's keys do.
+template <bool IN_LINES, int N, typename Put>
 __device__ void take(const unsigned (&keys)[N], Cut cut, Shared& shared, Put put) {
-  const unsigned lower_lanes = (1u << (threadIdx.x & 31)) - 1;
   int above = 0, equal = 0;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    above += __popc(__ballot_sync(~0u, keys[i] > cut.key));
-    equal += __popc(__ballot_sync(~0u, keys[i] == cut.key));
+    above += keys[i] > cut.key;
+    equal += keys[i] == cut.key;
   }
   // Both counts in one word: a block holds at most 32,768 keys.
-  const int before = sum_of_warps_before(above << 16 | equal, shared.sums, 1);
+  const int before = sum_before(above << 16 | equal, shared.sums, 1);
   above = static_cast<unsigned>(before) >> 16;
   equal = before & 0xffff;
+  if (IN_LINES) {
+    // Which of the equal ones come first matters if not all are taken: then they are placed after all others.
+    const int lane = threadIdx.x & 31;
+    const int all = __reduce_add_sync(~0u, shared.sums[1][lane]);
+    if ((all & 0xffff) > cut.ties) {
+      int place = (all >> 16) + __shfl_sync(~0u, equal, 0);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const unsigned ties = __ballot_sync(~0u, keys[i] == cut.key);
+        const int mine = place + __popc(ties & ((1u << lane) - 1));
+        if (keys[i] > cut.key) put(above++, i);
+        if (keys[i] == cut.key && mine < (all >> 16) + cut.ties) put(mine, i);
+        place += __popc(ties);
+      }
+      return;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const unsigned higher = __ballot_sync(~0u, keys[i] > cut.key), ties = __ballot_sync(~0u, keys[i] == cut.key);
-    const int my_above = above + __popc(higher & lower_lanes), my_equal = equal + __popc(ties & lower_lanes);
-    if (keys[i] > cut.key || (keys[i] == cut.key && my_equal < cut.ties)) put(my_above + min(my_equal, cut.ties), i);
-    above += __popc(higher);
-    equal += __popc(ties);
+    const bool ties = keys[i] == cut.key;
+    if (keys[i] > cut.key || (ties && equal < cut.ties)) put(above + min(equal, cut.ties), i);
+    above += keys[i] > cut.key;
+    equal += ties;
   }
 }
 
@@ -170,7 +158,7 @@ struct Row {
     return four;
   }
 
-  // 0 past the end.
+  // 0 past the row's end.
   __device__ unsigned key(int index) const { return index < count ? key_of(scores[index]) : 0; }
 };
 
@@ -237,7 +225,7 @@ __device__ void select_in_groups(const Row& row, int num_groups, int k, Range ra
     keys[i] = key >= range.least ? key : 0;
   }
   const Cut cut = find_cut(keys, range, k, shared);
-  take(keys, cut, shared, [&](int at, int i) { out[at] = shared.chosen[first + i] * GROUP + (threadIdx.x & 31); });
+  take<true>(keys, cut, shared, [&](int at, int i) { out[at] = shared.chosen[first + i] * GROUP + (threadIdx.x & 31); });
 }
 
 }  // namespace
@@ -260,15 +248,25 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_topk(
   const Row row = {start, count, reinterpret_cast<unsigned long long>(start) % 16 == 0};
   const bool in_groups = count > MAX_GROUPS;
   if (!in_groups && !is_first) return;
-  if (is_first)
+  if (is_first) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) shared.histogram[i] = 0;
+    if (threadIdx.x == 0) shared.most = 0;
+  }
   unsigned keys[KEYS];
+  const int first = threadIdx.x * KEYS;
+  const Range any = {1, ~0u};
   if (!in_groups) {
 #pragma unroll
-    for (int i = 0; i < KEYS; ++i) keys[i] = row.key(number_of<KEYS>(i));
+    for (int i = 0; i < KEYS; i += 4) {
+      const float4 four = row.load(first + i, 0.0f);
+      keys[i + 0] = first + i + 0 < count ? key_of(four.x) : 0;
+      keys[i + 1] = first + i + 1 < count ? key_of(four.y) : 0;
+      keys[i + 2] = first + i + 2 < count ? key_of(four.z) : 0;
+      keys[i + 3] = first + i + 3 < count ? key_of(four.w) : 0;
+    }
     __syncthreads();
-    const Cut cut = find_cut(keys, find_range(keys, shared), k, shared);
-    take(keys, cut, shared, [&](int at, int i) { out[at] = number_of<KEYS>(i); });
+    const Cut cut = find_cut(keys, any, k, shared);
+    take<false>(keys, cut, shared, [&](int at, int i) { out[at] = first + i; });
     return;
   }
   const int num_groups = (count + GROUP - 1) / GROUP;
@@ -280,19 +278,26 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_topk(
   if (!is_first) return;
   cluster_wait();
 #pragma unroll
-  for (int i = 0; i < KEYS; ++i) {
-    const int group = number_of<KEYS>(i);
-    keys[i] = group < num_groups ? shared.maxima[group] : 0;
+  for (int i = 0; i < KEYS; i += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(&shared.maxima[first + i]);
+    keys[i + 0] = first + i + 0 < num_groups ? four.x : 0;
+    keys[i + 1] = first + i + 1 < num_groups ? four.y : 0;
+    keys[i + 2] = first + i + 2 < num_groups ? four.z : 0;
+    keys[i + 3] = first + i + 3 < num_groups ? four.w : 0;
   }
-  Range range = find_range(keys, shared);
+  unsigned most = 0;
+#pragma unroll
+  for (int i = 0; i < KEYS; ++i) most = max(most, keys[i]);
+  most = __reduce_max_sync(~0u, most);
+  if ((threadIdx.x & 31) == 0) atomicMax(&shared.most, most);
+  unsigned least = 1;
   if (num_groups <= k) {  // all of them; scores may be less than any maximum
     for (int i = threadIdx.x; i < num_groups; i += THREADS) shared.chosen[i] = i;
-    range.least = 1;
   } else {
-    const Cut cut = find_cut(keys, range, k, shared);
-    take(keys, cut, shared, [&](int at, int i) { shared.chosen[at] = number_of<KEYS>(i); });
-    range.least = cut.ties > 0 ? cut.key : cut.key + 1;
+    const Cut cut = find_cut(keys, any, k, shared);
+    take<false>(keys, cut, shared, [&](int at, int i) { shared.chosen[at] = first + i; });
+    least = cut.ties > 0 ? cut.key : cut.key + 1;
   }
   __syncthreads();
-  select_in_groups(row, min(num_groups, k), k, range, out, shared);
+  select_in_groups(row, min(num_groups, k), k, {least, shared.most}, out, shared);
 }
