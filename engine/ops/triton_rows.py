@@ -30,19 +30,23 @@ def rounded(x, BF16: tl.constexpr):
 
 
 @triton.jit
-def normed(x, weight_ptr, eps, DIM: tl.constexpr):
-    factor = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)
-    return x * factor[:, None] * tl.load(weight_ptr + tl.arange(0, DIM)).to(tl.float32)[None, :]
+def normed(x, weight, eps, DIM: tl.constexpr):
+    """weight: [DIM]."""
+    return x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None] * weight.to(tl.float32)[None, :]
 
 
 @triton.jit
-def rotated(x, cos_ptr, sin_ptr, row, N: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr):
-    """The last ROPE channels turned; row: [N] of cos and sin, fp32 [rows, ROPE / 2]."""
+def turns(cos_ptr, sin_ptr, row, DIM: tl.constexpr, ROPE: tl.constexpr):
+    """Cosine and sine, [N, DIM / 2] of pairs of channels: 1 and 0 before the last ROPE channels, and for rows < 0. row: [N] of cos and
+    sin, fp32 [rows, ROPE / 2]."""
     pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
     turned = (row >= 0)[:, None] & (pair >= 0)[None, :]
     angle = row[:, None] * (ROPE // 2) + pair[None, :]
-    c = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-    s = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+    return tl.load(cos_ptr + angle, mask=turned, other=1.0), tl.load(sin_ptr + angle, mask=turned, other=0.0)
+
+
+@triton.jit
+def rotated(x, c, s, N: tl.constexpr, DIM: tl.constexpr):
     even, odd = tl.split(tl.reshape(x, [N, DIM // 2, 2]))
     return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [N, DIM])
 
@@ -122,13 +126,12 @@ def store_row(x, data_ptr, scale_ptr, DIM: tl.constexpr, ROPE: tl.constexpr, FOR
 
 @triton.jit
 def store_entry(
-    entry, row, number, unit, weight_ptr, cos_ptr, sin_ptr, data_ptr, scale_ptr, eps, data_stride, scale_stride, per_page,
+    entry, weight, c, s, number, unit, data_ptr, scale_ptr, eps, data_stride, scale_stride, per_page,
     DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """A pooled entry fp32 [1, DIM] -> row `number` mod per_page of page `unit`: rounded, normed, rotated by the cos and sin of `row`,
-    spread if it is a quantised index key, encoded."""
-    x = normed(rounded(entry, BF16), weight_ptr, eps, DIM)
-    x = rounded(rotated(x, cos_ptr, sin_ptr, row + tl.zeros([1], tl.int64), 1, DIM, ROPE), BF16)
+    """A pooled entry fp32 [1, DIM] -> row `number` mod per_page of page `unit`: rounded, normed, turned, spread if it is a quantised index
+    key, encoded. weight: of the norm; c, s: of `turns`."""
+    x = rounded(rotated(normed(rounded(entry, BF16), weight, eps, DIM), c, s, 1, DIM), BF16)
     if FORM == "fp8_index" or FORM == "fp4_index":
         x = rounded(spread(x, 1, DIM), BF16)
     place = number % per_page

@@ -14,8 +14,10 @@ import triton.language as tl
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
 from engine.ops.compress_c4.triton import SIGNATURE
-from engine.ops.triton_rows import form_name, store_entry
+from engine.ops.triton_rows import form_name, store_entry, turns
 
+BATCH = 8
+"""Tokens that a prefill program has in registers, and as many on their way."""
 NEUTRAL = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -24,15 +26,15 @@ def compress_c128_kernel(
     projected_ptr, ape_ptr, state_ptr, positions_ptr, sequences_ptr, starts_ptr, slots_ptr, table_ptr, weight_ptr, cos_ptr, sin_ptr,
     data_ptr, scale_ptr, num_tokens, eps, state_stride, table_stride, data_stride, scale_stride, per_page,
     DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, BF16: tl.constexpr,
-    CLOSE: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+    CLOSE: tl.constexpr, KEEP: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     place = position % 128
     if (position >= 0) & ((place == 0) | (position == tl.load(starts_ptr + token))):
         sequence = tl.load(sequences_ptr + token)
-        ahead = tl.arange(0, 128)
-        near = tl.load(sequences_ptr + token + ahead, mask=token + ahead < num_tokens, other=-1)
+        rest = token + tl.arange(0, 128)
+        near = tl.load(sequences_ptr + rest, mask=rest < num_tokens, other=-1)
         count = tl.minimum(tl.sum((near == sequence).to(tl.int32), 0), (128 - place).to(tl.int32))
         is_last = tl.load(sequences_ptr + token + count, mask=token + count < num_tokens, other=-1) != sequence
         closes = place + count == 128
@@ -42,16 +44,31 @@ def compress_c128_kernel(
             top = tl.load(state_ptr + channel, mask=(place > 0) & (channel < DIM), other=NEUTRAL)
             total = tl.load(state_ptr + DIM + channel, mask=(place > 0) & (channel < DIM), other=0.0)
             weighted = tl.load(state_ptr + 2 * DIM + channel, mask=(place > 0) & (channel < DIM), other=0.0)
-            for step in tl.range(0, count, num_stages=STAGES):
-                row = projected_ptr + (token + step) * (2 * DIM) + channel
-                value = tl.load(row)
-                score = tl.load(row + DIM) + tl.load(ape_ptr + (place + step) * DIM + channel)
-                higher = tl.maximum(top, score)
-                keep = tl.exp(top - higher)
-                add = tl.exp(score - higher)
-                total = total * keep + add
-                weighted = weighted * keep + add * value
-                top = higher
+            # BATCH tokens at a time, the next ones on their way; within a thread a batch's rows are registers.
+            ahead = tl.arange(0, BATCH)
+            there = (ahead < count)[:, None]
+            at = (token + ahead)[:, None] * (2 * DIM) + channel[None, :]
+            value = tl.load(projected_ptr + at, mask=there, other=0.0)
+            score = tl.load(projected_ptr + at + DIM, mask=there, other=0.0)
+            score += tl.load(ape_ptr + (place + ahead)[:, None] * DIM + channel[None, :], mask=there, other=0.0)
+            for first in range(0, count, BATCH):
+                there = (first + BATCH + ahead < count)[:, None]
+                at = (token + first + BATCH + ahead)[:, None] * (2 * DIM) + channel[None, :]
+                next_value = tl.load(projected_ptr + at, mask=there, other=0.0)
+                next_score = tl.load(projected_ptr + at + DIM, mask=there, other=0.0)
+                next_ape = tl.load(ape_ptr + (place + first + BATCH + ahead)[:, None] * DIM + channel[None, :], mask=there, other=0.0)
+                for step in tl.static_range(BATCH):
+                    new = tl.sum(tl.where((ahead == step)[:, None], score, 0.0), 0)
+                    higher = tl.maximum(top, new)
+                    keep = tl.exp(top - higher)
+                    add = tl.exp(new - higher)
+                    gain = add * tl.sum(tl.where((ahead == step)[:, None], value, 0.0), 0)
+                    active = first + step < count
+                    total = tl.where(active, total * keep + add, total)
+                    weighted = tl.where(active, weighted * keep + gain, weighted)
+                    top = tl.where(active, higher, top)
+                value = next_value
+                score = next_score + next_ape
             if KEEP and is_last:
                 tl.store(state_ptr + channel, top)
                 tl.store(state_ptr + DIM + channel, total)
@@ -59,8 +76,10 @@ def compress_c128_kernel(
             if CLOSE and closes:
                 number = position // 128
                 unit = tl.load(table_ptr + sequence * table_stride + number // per_page)
+                weight = tl.load(weight_ptr + channel)
+                c, s = turns(cos_ptr, sin_ptr, token + count - 1 + tl.zeros([1], tl.int64), DIM, ROPE)
                 store_entry(
-                    (weighted / total)[None, :], token + count - 1, number, unit, weight_ptr, cos_ptr, sin_ptr, data_ptr, scale_ptr, eps,
+                    (weighted / total)[None, :], weight, c, s, number, unit, data_ptr, scale_ptr, eps,
                     data_stride, scale_stride, per_page, DIM, ROPE, FORM, DATA_BYTES, SCALE_BYTES, BF16,
                 )  # fmt: skip
 
@@ -88,7 +107,7 @@ def run(
                 state.stride(0), places.page_table_SP.stride(0), pool.data.stride(0), pool.scale.stride(0), pool.data.shape[1],
                 DIM=dim, ROPE=2 * cos.shape[1], FORM=form_name(pool.form),
                 DATA_BYTES=pool.form.data_bytes, SCALE_BYTES=pool.form.scale_bytes, BF16=dtype == torch.bfloat16,
-                CLOSE=close, KEEP=keep, STAGES=1 if places.is_decode else 8, num_warps=max(1, dim // 128),
+                CLOSE=close, KEEP=keep, BATCH=1 if places.is_decode else BATCH, num_warps=max(1, dim // 128),
             )  # fmt: skip
 
 
@@ -96,12 +115,12 @@ AOT = [
     (
         compress_c128_kernel,
         SIGNATURE | {"state_ptr": "*fp32", "state_stride": "i32:16"},
-        dict(zip(("DIM", "ROPE", "FORM", "DATA_BYTES", "SCALE_BYTES", "BF16", "CLOSE", "KEEP", "STAGES"), values, strict=True)),
+        dict(zip(("DIM", "ROPE", "FORM", "DATA_BYTES", "SCALE_BYTES", "BF16", "CLOSE", "KEEP", "BATCH"), values, strict=True)),
         {"num_warps": 4},
     )
     for values in (
         (512, 64, "fp8_kv", 576, 8, True, True, True, 1),
-        (512, 64, "fp8_kv", 576, 8, True, True, False, 8),
-        (512, 64, "fp8_kv", 576, 8, True, False, True, 8),
+        (512, 64, "fp8_kv", 576, 8, True, True, False, BATCH),
+        (512, 64, "fp8_kv", 576, 8, True, False, True, BATCH),
     )
 ]

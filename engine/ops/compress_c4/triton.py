@@ -12,7 +12,7 @@ import triton.language as tl
 
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
-from engine.ops.triton_rows import form_name, store_entry
+from engine.ops.triton_rows import form_name, store_entry, turns
 
 
 @triton.jit(do_not_specialize=["num_tokens", "table_stride"])
@@ -27,6 +27,7 @@ def compress_c4_kernel(
     channel = tl.arange(0, DIM)
     ring_ptr += tl.load(slots_ptr + token) * ring_stride
     if CLOSE and (position >= 0) & (position % 4 == 3):
+        # All loads come before the first reduction, whose barrier none of them would pass.
         back = tl.arange(0, 8)  # rows of the block before, series A; then of this one, series B
         series = back // 4
         from_batch = (position - 7 + back >= tl.load(starts_ptr + token))[:, None]
@@ -37,13 +38,15 @@ def compress_c4_kernel(
         score = tl.load(projected_ptr + at + 2 * DIM, mask=from_batch, other=0.0) + ape
         value = tl.where(from_batch, value, tl.load(ring_ptr + kept, mask=from_batch == 0, other=0.0))
         score = tl.where(from_batch, score, tl.load(ring_ptr + kept + 2 * DIM, mask=from_batch == 0, other=0.0))
-        share = tl.exp(score - tl.max(score, 0)[None, :])
-        entry = tl.sum(share * value, 0) / tl.sum(share, 0)
         number = position // 4
         unit = tl.load(table_ptr + tl.load(sequences_ptr + token) * table_stride + number // per_page)
+        weight = tl.load(weight_ptr + channel)
+        c, s = turns(cos_ptr, sin_ptr, token + tl.zeros([1], tl.int64), DIM, ROPE)
+        share = tl.exp(score - tl.max(score, 0)[None, :])
+        entry = tl.sum(share * value, 0) / tl.sum(share, 0)
         store_entry(
-            entry[None, :], token, number, unit, weight_ptr, cos_ptr, sin_ptr, data_ptr, scale_ptr, eps,
-            data_stride, scale_stride, per_page, DIM, ROPE, FORM, DATA_BYTES, SCALE_BYTES, BF16,
+            entry[None, :], weight, c, s, number, unit, data_ptr, scale_ptr, eps, data_stride, scale_stride, per_page,
+            DIM, ROPE, FORM, DATA_BYTES, SCALE_BYTES, BF16,
         )  # fmt: skip
     if KEEP:
         later = tl.load(sequences_ptr + token + 8, mask=token + 8 < num_tokens, other=-1)

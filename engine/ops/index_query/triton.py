@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from engine.cache.rows import RowFormat
-from engine.ops.triton_rounding import to_bf16
-from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, spread
+from engine.ops.index_query import hadamard
+from engine.ops.triton_rounding import round_bf16, to_bf16
+from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, turns
 
-ROWS = 32
+ROWS = 64
 """Heads of one program."""
+
+
+@functools.cache
+def signs(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Sylvester's matrix with entries 1 and -1. Not to be written to."""
+    return (hadamard(size, device) * size**0.5).round().to(dtype)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def index_query_kernel(
-    q_ptr, weights_ptr, cos_ptr, sin_ptr, out_ptr, factors_ptr, num_rows, factor,
+    q_ptr, weights_ptr, cos_ptr, sin_ptr, signs_ptr, out_ptr, factors_ptr, num_rows, factor,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    channel = tl.arange(0, DIM)
     there = row < num_rows
-    at = row[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    at = row[:, None] * DIM + channel[None, :]
     x = tl.load(q_ptr + at, mask=there[:, None], other=0.0).to(tl.float32)
     weights = tl.load(weights_ptr + row, mask=there, other=0.0).to(tl.float32) * factor
-    x = rounded(rotated(x, cos_ptr, sin_ptr, tl.where(there, row // HEADS, -1), ROWS, DIM, ROPE), BF16)
+    c, s = turns(cos_ptr, sin_ptr, tl.where(there, row // HEADS, -1), DIM, ROPE)
+    x = rotated(x, c, s, ROWS, DIM)
+    if FORM == "fp8_index" or FORM == "fp4_index":
+        matrix = tl.load(signs_ptr + channel[:, None] * DIM + channel[None, :])
+        if BF16:  # products with 1 and -1 are exact
+            x = round_bf16(tl.dot(to_bf16(x), matrix) * (DIM**-0.5))
+        else:
+            x = tl.dot(x, matrix, input_precision="ieee") * (DIM**-0.5)
+    else:
+        x = rounded(x, BF16)
     if FORM == "fp8_index":
-        codes, scale = fp8_index_codes(rounded(spread(x, ROWS, DIM), BF16))
+        codes, scale = fp8_index_codes(x)
         tl.store(out_ptr + at, codes.to(tl.uint8, bitcast=True), mask=there[:, None])
         weights *= tl.reshape(scale, [ROWS])
     elif FORM == "fp4_index":
-        values, exponent = fp4_values(rounded(spread(x, ROWS, DIM), BF16), ROWS, DIM)
+        values, exponent = fp4_values(x, ROWS, DIM)
         values = tl.reshape(values * (exponent << 23).to(tl.float32, bitcast=True), [ROWS, DIM])
         tl.store(out_ptr + at, to_bf16(values), mask=there[:, None])
     elif FORM == "bf16":
@@ -48,16 +67,17 @@ def run(
     name = form_name(form)
     out = torch.empty(q.shape, dtype=torch.uint8 if name == "fp8_index" else form.dtype, device=q.device)
     factors = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    matrix = signs(dim, q.dtype, q.device) if name in ("fp8_index", "fp4_index") else q
     if tokens:
         index_query_kernel[(triton.cdiv(tokens * heads, ROWS),)](
-            q.contiguous(), weights.contiguous(), cos, sin, out, factors, tokens * heads, scale,
+            q.contiguous(), weights.contiguous(), cos, sin, matrix, out, factors, tokens * heads, scale,
             ROWS=ROWS, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, num_warps=4,
         )  # fmt: skip
     return out.view(torch.float8_e4m3fn) if name == "fp8_index" else out, factors
 
 
 _SIGNATURE = dict.fromkeys(("cos_ptr", "sin_ptr", "factors_ptr"), "*fp32") | {"num_rows": "i32", "factor": "fp32"}
-_SIGNATURE |= dict.fromkeys(("q_ptr", "weights_ptr"), "*bf16")
+_SIGNATURE |= dict.fromkeys(("q_ptr", "weights_ptr", "signs_ptr"), "*bf16")
 AOT = [
     (
         index_query_kernel,

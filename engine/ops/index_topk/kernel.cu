@@ -4,7 +4,8 @@
 // of the row and leaves the groups' maxima in the first block's shared memory. The k groups with the largest maxima (the earlier
 // one among equals) hold the k best scores: a score in any other group has k maxima before it. So the first block
 //   1. finds those k groups: radix select over at most 8,192 maxima, 11 bits a pass, keys in registers;
-//   2. reads them again (k * 128 bytes) and radix-selects among their scores.
+//   2. reads them again (k * 128 bytes), and radix-selects among their scores that are not below the k-th maximum: as a rule hardly
+//      more than k.
 // Rows of at most 8,192 scores skip the groups. A radix pass takes the highest bits in which the keys differ; there are three at most.
 
 namespace {
@@ -20,8 +21,18 @@ constexpr int BINS = 1 << DIGIT_BITS;        // two a thread
 #define MAX_K 1024                           // 512 or 1024; k may be less
 #endif
 
+struct Candidate {
+  unsigned key;
+  int index;
+};
+
+constexpr int MAX_CANDIDATES = MAX_GROUPS / 2;  // in the place of the maxima
+
 struct alignas(16) Shared {
-  unsigned maxima[MAX_GROUPS];
+  union {
+    unsigned maxima[MAX_GROUPS];
+    Candidate candidates[MAX_CANDIDATES];
+  };
   int histogram[BINS];
   int chosen[MAX_K];
   int sums[2][WARPS];
@@ -102,9 +113,8 @@ __device__ Cut find_cut(const unsigned (&keys)[N], Range range, int k, Shared& s
   return {range.least + prefix, k};
 }
 
-// Give each taken key a place, those of a thread one after the other, and call put(place, i). IN_LINES: the i-th keys of a warp's
-// threads follow each other in the row, then the next ones; else a thread's keys do.
-template <bool IN_LINES, int N, typename Put>
+// Give each taken key its place, in the order of (thread, i), and call put(place, i).
+template <int N, typename Put>
 __device__ void take(const unsigned (&keys)[N], Cut cut, Shared& shared, Put put) {
   int above = 0, equal = 0;
 #pragma unroll
@@ -112,27 +122,10 @@ __device__ void take(const unsigned (&keys)[N], Cut cut, Shared& shared, Put put
     above += keys[i] > cut.key;
     equal += keys[i] == cut.key;
   }
-  // Both counts in one word: a block holds at most 32,768 keys.
+  // Both counts in one word: there are at most 8,192 keys.
   const int before = sum_before(above << 16 | equal, shared.sums, 1);
-  above = static_cast<unsigned>(before) >> 16;
+  above = before >> 16;
   equal = before & 0xffff;
-  if (IN_LINES) {
-    // Which of the equal ones come first matters if not all are taken: then they are placed after all others.
-    const int lane = threadIdx.x & 31;
-    const int all = __reduce_add_sync(~0u, shared.sums[1][lane]);
-    if ((all & 0xffff) > cut.ties) {
-      int place = (all >> 16) + __shfl_sync(~0u, equal, 0);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const unsigned ties = __ballot_sync(~0u, keys[i] == cut.key);
-        const int mine = place + __popc(ties & ((1u << lane) - 1));
-        if (keys[i] > cut.key) put(above++, i);
-        if (keys[i] == cut.key && mine < (all >> 16) + cut.ties) put(mine, i);
-        place += __popc(ties);
-      }
-      return;
-    }
-  }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const bool ties = keys[i] == cut.key;
@@ -140,6 +133,56 @@ __device__ void take(const unsigned (&keys)[N], Cut cut, Shared& shared, Put put
     above += keys[i] > cut.key;
     equal += ties;
   }
+}
+
+// The same for keys whose order is (warp, i / 4, lane, i % 4). Returns how many there are above the cut; calls nothing if that is more
+// than `limit`.
+template <int N, typename Put>
+__device__ int take_in_lines(const unsigned (&keys)[N], Cut cut, int limit, Shared& shared, Put put) {
+  // Counts of four lines in one word: a line of a warp has 128 keys.
+  constexpr int WORDS = N / 16;
+  unsigned above[WORDS] = {}, equal[WORDS] = {}, all_above[WORDS], all_equal[WORDS];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    above[i / 16] += static_cast<unsigned>(keys[i] > cut.key) << i / 4 % 4 * 8;
+    equal[i / 16] += static_cast<unsigned>(keys[i] == cut.key) << i / 4 % 4 * 8;
+  }
+  int warp_above = 0, warp_equal = 0;
+#pragma unroll
+  for (int word = 0; word < WORDS; ++word) {
+    const unsigned my_above = above[word], my_equal = equal[word];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned other_above = __shfl_up_sync(~0u, above[word], step), other_equal = __shfl_up_sync(~0u, equal[word], step);
+      if ((threadIdx.x & 31) >= step) above[word] += other_above, equal[word] += other_equal;
+    }
+    all_above[word] = __shfl_sync(~0u, above[word], 31);
+    all_equal[word] = __shfl_sync(~0u, equal[word], 31);
+    above[word] -= my_above;
+    equal[word] -= my_equal;
+    warp_above = __dp4a(all_above[word], 0x01010101u, static_cast<unsigned>(warp_above));
+    warp_equal = __dp4a(all_equal[word], 0x01010101u, static_cast<unsigned>(warp_equal));
+  }
+  // Both counts in one word: a block holds at most 32,768 keys.
+  const unsigned before = sum_of_warps_before(warp_above << 16 | warp_equal, shared.sums, 1);
+  const int total = static_cast<unsigned>(__reduce_add_sync(~0u, shared.sums[1][threadIdx.x & 31])) >> 16;
+  if (total > limit) return total;
+  int line_above = before >> 16, line_equal = before & 0xffff;
+#pragma unroll
+  for (int line = 0; line < N / 4; ++line) {
+    const int word = line / 4, shift = line % 4 * 8;
+    int my_above = line_above + (above[word] >> shift & 255), my_equal = line_equal + (equal[word] >> shift & 255);
+#pragma unroll
+    for (int i = 4 * line; i < 4 * line + 4; ++i) {
+      const bool ties = keys[i] == cut.key;
+      if (keys[i] > cut.key || (ties && my_equal < cut.ties)) put(my_above + min(my_equal, cut.ties), i);
+      my_above += keys[i] > cut.key;
+      my_equal += ties;
+    }
+    line_above += all_above[word] >> shift & 255;
+    line_equal += all_equal[word] >> shift & 255;
+  }
+  return total;
 }
 
 struct Row {
@@ -158,8 +201,14 @@ struct Row {
     return four;
   }
 
-  // 0 past the row's end.
-  __device__ unsigned key(int index) const { return index < count ? key_of(scores[index]) : 0; }
+  // Keys of four scores; 0 past the row's end.
+  __device__ void keys(int first, unsigned* out) const {
+    const float4 four = load(first, 0.0f);
+    out[0] = first + 0 < count ? key_of(four.x) : 0;
+    out[1] = first + 1 < count ? key_of(four.y) : 0;
+    out[2] = first + 2 < count ? key_of(four.z) : 0;
+    out[3] = first + 3 < count ? key_of(four.w) : 0;
+  }
 };
 
 __device__ unsigned cluster_rank() {
@@ -214,18 +263,38 @@ __device__ void find_maxima(const Row& row, int num_groups, Shared& shared) {
   if (!started) cluster_wait();
 }
 
-// Among the scores of the chosen groups, a group a warp at a time; no score above `range` is there, those below it are not taken.
+// Choose among candidates in shared memory, N a thread.
+template <int N>
+__device__ void select_candidates(int count, Range range, int k, int* out, Shared& shared) {
+  unsigned keys[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int number = threadIdx.x * N + i;
+    keys[i] = number < count ? shared.candidates[number].key : 0;
+  }
+  const Cut cut = find_cut(keys, range, k, shared);
+  take(keys, cut, shared, [&](int at, int i) { out[at] = shared.candidates[threadIdx.x * N + i].index; });
+}
+
+// Choose among the scores of the chosen groups; none is above `range`, and those below it are not taken. Eight lanes read a group.
 __device__ void select_in_groups(const Row& row, int num_groups, int k, Range range, int* out, Shared& shared) {
   constexpr int N = MAX_K / WARPS;
   unsigned keys[N];
-  const int first = (threadIdx.x >> 5) * N;
+  const int lane = threadIdx.x & 31, first = (threadIdx.x >> 5) * N + (lane >> 3);
+  auto index_of = [&](int i) { return shared.chosen[first + i / 4 * 4] * GROUP + (lane & 7) * 4 + i % 4; };
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const unsigned key = first + i < num_groups ? row.key(shared.chosen[first + i] * GROUP + (threadIdx.x & 31)) : 0;
-    keys[i] = key >= range.least ? key : 0;
-  }
+  for (int i = 0; i < N; i += 4) row.keys(first + i < num_groups ? index_of(i) : row.count, &keys[i]);
+  // As a rule few of them can be among the best: go on with those, one a thread.
+  const int count = take_in_lines(keys, {range.least - 1, 0}, MAX_CANDIDATES, shared, [&](int at, int i) {
+    shared.candidates[at] = {keys[i], index_of(i)};
+  });
+  __syncthreads();
+  if (count <= THREADS) return select_candidates<1>(count, range, k, out, shared);
+  if (count <= MAX_CANDIDATES) return select_candidates<MAX_CANDIDATES / THREADS>(count, range, k, out, shared);
+#pragma unroll
+  for (int i = 0; i < N; ++i) keys[i] = keys[i] >= range.least ? keys[i] : 0;
   const Cut cut = find_cut(keys, range, k, shared);
-  take<true>(keys, cut, shared, [&](int at, int i) { out[at] = shared.chosen[first + i] * GROUP + (threadIdx.x & 31); });
+  take_in_lines(keys, cut, k, shared, [&](int at, int i) { out[at] = index_of(i); });
 }
 
 }  // namespace
@@ -257,16 +326,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_topk(
   const Range any = {1, ~0u};
   if (!in_groups) {
 #pragma unroll
-    for (int i = 0; i < KEYS; i += 4) {
-      const float4 four = row.load(first + i, 0.0f);
-      keys[i + 0] = first + i + 0 < count ? key_of(four.x) : 0;
-      keys[i + 1] = first + i + 1 < count ? key_of(four.y) : 0;
-      keys[i + 2] = first + i + 2 < count ? key_of(four.z) : 0;
-      keys[i + 3] = first + i + 3 < count ? key_of(four.w) : 0;
-    }
+    for (int i = 0; i < KEYS; i += 4) row.keys(first + i, &keys[i]);
     __syncthreads();
     const Cut cut = find_cut(keys, any, k, shared);
-    take<false>(keys, cut, shared, [&](int at, int i) { out[at] = first + i; });
+    take(keys, cut, shared, [&](int at, int i) { out[at] = first + i; });
     return;
   }
   const int num_groups = (count + GROUP - 1) / GROUP;
@@ -295,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_topk(
     for (int i = threadIdx.x; i < num_groups; i += THREADS) shared.chosen[i] = i;
   } else {
     const Cut cut = find_cut(keys, any, k, shared);
-    take<false>(keys, cut, shared, [&](int at, int i) { shared.chosen[at] = first + i; });
+    take(keys, cut, shared, [&](int at, int i) { shared.chosen[at] = first + i; });
     least = cut.ties > 0 ? cut.key : cut.key + 1;
   }
   __syncthreads();
