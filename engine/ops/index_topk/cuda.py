@@ -20,10 +20,10 @@ LARGEST_CLUSTER = 8
 
 
 def cluster_size(rows: int, num_scores: int, num_sms: int) -> int:
-    """Blocks that share a row: as many as keep all rows on the GPU at once; a power of two."""
+    """Blocks that share a row, a power of two: as many as keep all rows on the GPU at once, and clusters from waiting for each other."""
     if num_scores <= SHORT:
         return 1
-    return 1 << (max(1, min(LARGEST_CLUSTER, num_sms // rows)).bit_length() - 1)
+    return 1 << (max(1, min(LARGEST_CLUSTER, num_sms // (2 * rows))).bit_length() - 1)
 
 
 def run(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch.Tensor:
