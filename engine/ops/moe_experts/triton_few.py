@@ -251,7 +251,7 @@ _OUT = {**_PRODUCT, "out_ptr": "*bf16", "width": _WIDE}
 
 
 def _variants(kernel, signature):
-    for fp4, block_m, splits in ((True, 16, 1), (True, 16, 4), (True, 64, 1), (False, 16, 1)):
+    for fp4, block_m, splits in ((True, 16, 1), (True, 16, 4), (True, 32, 1), (False, 16, 1)):
         constexprs = {"BLOCK_M": block_m, "GROUP_BLOCKS": 1, "NUM_STAGES": 3, "SPLITS": splits, "FP4": fp4}
         weight = {"tiles_ptr": "*u8", "words_ptr": _I32} if fp4 else {"tiles_ptr": _FP8, "words_ptr": "*fp32"}
         yield kernel, {**signature, **weight}, constexprs, {"num_warps": 4}
