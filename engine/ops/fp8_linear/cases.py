@@ -67,6 +67,6 @@ BENCH = (
     *(_bench("wq_b", rows, 32768, 1024) for rows in (1, 16, 32, 64)),
     *(_bench("wo_b", rows, 4096, 8192) for rows in (1, 16, 32, 64, 128)),
     *(_bench("w2 shared", rows, 4096, 2048) for rows in (1, 32)),
-    *(_bench("wo_b", rows, 4096, 8192) for rows in (1024, 8192)),
+    *(_bench("wo_b", rows, 4096, 8192) for rows in (256, 512, 1024, 2048, 8192)),
     _bench("wq_b", 8192, 32768, 1024),
 )

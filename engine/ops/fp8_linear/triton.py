@@ -99,18 +99,17 @@ def fp8_linear_few_kernel(
         total += tl.dot(weight, x_codes) * (x_scale * weight_scale)
     at = m.to(tl.int64)[None, :] * n_size + n[:, None]
     inside = (m[None, :] < num_rows) & (n[:, None] < n_size)
-    if SPLITS == 1:
-        store_out(out_ptr, at, total, inside)
-    else:
-        own = scratch_ptr + tile * (SPLITS * BLOCK_N * BLOCK_M) + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
-        tl.store(own + split * (BLOCK_N * BLOCK_M), total)
+    if SPLITS > 1:
+        own = scratch_ptr + tile * (SPLITS * BLOCK_N * BLOCK_M) + tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
+        tl.store(own + split * (BLOCK_N * BLOCK_M), total, mask=inside)
         tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
-            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for other in range(SPLITS):
-                total += tl.load(own + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            store_out(out_ptr, at, total, inside)
-            tl.store(arrived_ptr + tile, 0)
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(arrived_ptr + tile, 0)
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for other in tl.static_range(SPLITS):  # unrolled: all parts are asked for before the first is there
+            total += tl.load(own + other * (BLOCK_N * BLOCK_M), mask=inside, other=0.0, cache_modifier=".cg")
+    store_out(out_ptr, at, total, inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "row_stride", "tile_stride"])

@@ -19,4 +19,12 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return weight.double()
 
 
-OP = Op("linear", linear, pack, backends={"cublas": Impl("engine.ops.linear.cublas", requires.cuda)})
+OP = Op(
+    "linear",
+    linear,
+    pack,
+    backends={
+        "triton": Impl("engine.ops.linear.triton", requires.triton),
+        "cublas": Impl("engine.ops.linear.cublas", requires.cuda),
+    },
+)

@@ -25,6 +25,8 @@ def _batched(device: torch.device, seed: int) -> tuple[object, ...]:
 CASES = (
     Case("no rows", _draw(0, 24, 128, FP32), 2e-3, ROUNDED, small=True),
     Case("three dims", _batched, 2e-3, ROUNDED, small=True),
+    Case("few outputs", _draw(5, 24, 200, FP32), 1e-5, SUMMED, small=True),
+    Case("split", _draw(3, 100, 1024, BF16), 2e-3, ROUNDED, small=True),
     Case("fp32", _draw(5, 24, 256, FP32, dtype=FP32, weight=FP32), 1e-5, SUMMED, small=True),
     Case("weight of float64 values that bf16 lacks", _draw(5, 24, 256, FP32, weight=torch.float64), 1e-5, SUMMED),
     Case("bf16 rows, fp32 weight", _draw(5, 24, 256, BF16, weight=FP32), 2e-3, ROUNDED),

@@ -9,7 +9,7 @@ from engine.model.quantized import Weight
 from engine.ops.moe_experts import triton
 from engine.ops.moe_experts.tiles import PackedExperts, pack_experts
 
-MANY_ROWS = 128
+MANY_ROWS = 144
 """Rows an expert from which widening and blocks of 128 pay."""
 
 

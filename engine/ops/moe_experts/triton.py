@@ -50,7 +50,7 @@ class Many:
     warps: int = 4
 
 
-MANY_ROWS = 256
+MANY_ROWS = 224
 """Rows an expert from which widening pays."""
 
 

@@ -1,4 +1,4 @@
-"""Router in one launch: one warp a token, all experts in registers.
+"""Router in one launch: one program a token, all experts in registers.
 
 Scores are computed in float64, as the reference does, so that the selection is the reference's for every input: a token's E
 logits are few, and rounding a score differently would swap experts whose scores nearly tie.
@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+NOTHING = tl.constexpr(-(2**63))
+"""Below every key."""
+WARPS = 4
 
 
 @triton.jit
@@ -29,22 +33,22 @@ def moe_gate_kernel(
     place = tl.arange(0, PADDED_K)
     if FIXED:
         ids = tl.load(fixed_ptr + token * TOP_K + place, mask=place < TOP_K, other=0)
-        picked = _score(tl.load(logits_ptr + token * num_experts + ids))
-        picked = tl.where(place < TOP_K, picked, 0.0)
     else:
         expert = tl.arange(0, PADDED_E)
         real = expert < num_experts
-        scores = _score(tl.load(logits_ptr + token * num_experts + expert, mask=real, other=0.0))
-        left = tl.where(real, scores + tl.load(bias_ptr + expert, mask=real, other=0.0), float("-inf"))
+        biased = _score(tl.load(logits_ptr + token * num_experts + expert, mask=real, other=0.0))
+        biased += tl.load(bias_ptr + expert, mask=real, other=0.0)
+        bits = (biased + 0.0).to(tl.int32, bitcast=True)  # + 0: no negative zero
+        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        # One maximum finds score and id: the score's bits, in its order, above; the lower id below is the larger number.
+        keys = tl.where(real, (ordered << 32) | (PADDED_E - 1 - expert).to(tl.int64), NOTHING)
         ids = tl.zeros([PADDED_K], tl.int64)
-        picked = tl.zeros([PADDED_K], tl.float32)
         for k in tl.static_range(TOP_K):
-            best = tl.max(left, 0)
-            chosen = tl.min(tl.where(left == best, expert, PADDED_E), 0)
-            chosen = tl.minimum(chosen, num_experts - 1)  # NaN equals nothing: stay inside
-            ids = tl.where(place == k, chosen.to(tl.int64), ids)
-            picked = tl.where(place == k, tl.sum(tl.where(expert == chosen, scores, 0.0), 0), picked)
-            left = tl.where(expert == chosen, float("-inf"), left)
+            best = tl.max(keys, 0)
+            ids = tl.where(place == k, PADDED_E - 1 - (best & (PADDED_E - 1)), ids)
+            keys = tl.where(keys == best, NOTHING, keys)
+    picked = _score(tl.load(logits_ptr + token * num_experts + ids))
+    picked = tl.where(place < TOP_K, picked, 0.0)
     weights = picked / (tl.sum(picked, 0) + 1e-20) * scaling
     tl.store(ids_ptr + token * TOP_K + place, ids, mask=place < TOP_K)
     tl.store(weights_ptr + token * TOP_K + place, weights, mask=place < TOP_K)
@@ -80,7 +84,7 @@ def run(
             PADDED_K=triton.next_power_of_2(top_k),
             PADDED_E=triton.next_power_of_2(experts),
             FIXED=fixed_ids is not None,
-            num_warps=1,
+            num_warps=WARPS,
         )
     return ids if fixed_ids is None else fixed_ids, weights
 
@@ -95,6 +99,6 @@ _SIGNATURE = {
     "scaling": "fp32",
 }
 AOT = [
-    (moe_gate_kernel, _SIGNATURE, {"TOP_K": 6, "PADDED_K": 8, "PADDED_E": experts, "FIXED": fixed}, {"num_warps": 1})
+    (moe_gate_kernel, _SIGNATURE, {"TOP_K": 6, "PADDED_K": 8, "PADDED_E": experts, "FIXED": fixed}, {"num_warps": WARPS})
     for experts, fixed in ((256, False), (512, False), (256, True))
 ]
