@@ -37,6 +37,9 @@ def encode_sampling(params: SamplingParams) -> common_pb2.SamplingParams:
 
 
 def decode_sampling(wire: common_pb2.SamplingParams) -> SamplingParams:
+    """Raises InvalidRequest if the two lists of the bias do not match."""
+    if len(wire.bias_ids) != len(wire.bias_values):
+        raise errors.InvalidRequest(f"{len(wire.bias_ids)} bias_ids but {len(wire.bias_values)} bias_values", param="logit_bias")
     return SamplingParams(
         max_tokens=wire.max_tokens,
         temperature=wire.temperature,
@@ -66,6 +69,7 @@ def encode_request(request: Request) -> common_pb2.Request:
 
 
 def decode_request(wire: common_pb2.Request) -> Request:
+    """Raises InvalidRequest."""
     return Request(
         request_id=wire.request_id,
         token_ids=tuple(wire.token_ids),

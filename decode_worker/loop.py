@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from core.clock import Clock
 from core.codec import encode_failure, encode_reservation, encode_stages, encode_tokens
-from core.errors import BatonError, Draining, InternalError, InvalidRequest, Preempted, TransferFailed
+from core.errors import BatonError, Draining, InternalError, Preempted, TransferFailed
 from core.inbox import InboxThread
 from core.log import get_logger
 from core.request import Load, Member, Request, Reservation, Tokens
@@ -18,6 +18,7 @@ from core.session import Outbox
 from decode_worker.config import DecodeConfig
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.reservations import Reservations
+from engine.limits import check_fits
 from engine.parallel.lockstep import Steps
 from engine.runner import ChunkResult, Runner
 from engine.scheduler.decode import DecodePlanner
@@ -132,12 +133,11 @@ class DecodeLoop:
         try:
             if self.is_draining:
                 raise Draining("this decode rank is draining")
-            if not request.token_ids or max(request.token_ids) >= self._runner.vocab_size:
-                raise InvalidRequest(f"token ids must be in [0, {self._runner.vocab_size}), and at least one", param="prompt")
-            if request.max_total_tokens > self._runner.max_model_len:
-                raise InvalidRequest(f"prompt and max_tokens exceed {self._runner.max_model_len} tokens", param="max_tokens")
+            check_fits(request, self._runner.vocab_size, self._runner.max_model_len)
             held = self._reservations.reserve(request, now)
         except BatonError as error:
+            self._metrics.requests.labels("refused").inc()
+            log.debug("decode.refused", request_id=request.request_id, error=f"{error.code}: {error}")  # often, while all is full
             outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request.request_id, error)]))
             return
         self._jobs[request.request_id] = Job(request, outbox, now)

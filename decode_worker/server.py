@@ -9,8 +9,8 @@ from functools import partial
 import grpc
 import grpc.aio
 
-from core.codec import decode_request, encode_load, encode_member
-from core.errors import Unavailable
+from core.codec import decode_request, encode_failure, encode_load, encode_member
+from core.errors import InvalidRequest, Unavailable
 from core.kv_layout import WIRE_VERSION
 from core.log import get_logger
 from core.request import Member
@@ -59,9 +59,15 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             self._loop.cancel(cancelled, outbox)
         for request in command.reserves:
             if request.request_id not in cancelled:
-                self._loop.reserve(decode_request(request), outbox)
+                self._reserve(request, outbox)
         if command.ping:
             outbox.post(decode_pb2.DecodeUpdate(pong=command.ping))
+
+    def _reserve(self, request: common_pb2.Request, outbox: Outbox) -> None:
+        try:
+            self._loop.reserve(decode_request(request), outbox)
+        except InvalidRequest as error:  # ends this request, not the session
+            outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request.request_id, error)]))
 
     def finish(self, update: decode_pb2.DecodeUpdate) -> None:
         """What every update carries."""

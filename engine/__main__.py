@@ -17,7 +17,8 @@ from core.errors import BatonError, ConfigError
 from core.log import set_up_logging
 from core.request import Request, SamplingParams
 from engine.config import EngineConfig, ModelConfig
-from engine.engine import Engine, LoadedModel, check_fits
+from engine.engine import Engine, LoadedModel
+from engine.limits import check_fits
 from engine.score import read_ids, score
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         ignore_eos=arguments.ignore_eos,
     )
     request = Request(request_id="cli", token_ids=tuple(ids), prompt_len=len(ids), sampling=sampling)
-    check_fits(request, model, model.max_position_embeddings)
+    check_fits(request, model.vocab_size, model.max_position_embeddings)
     loaded = _load(arguments, request.max_total_tokens)
     num_pages = loaded.layout.num_pages(request.max_total_tokens)
     print(loaded.memory_plan(num_pages, 1).table(), file=sys.stderr)

@@ -19,6 +19,7 @@ from core.request import FinishReason, Request, TokenLogprobs
 from engine.cache.arena import Arena, ModelCaches
 from engine.cache.layout import build_layout
 from engine.config import EngineConfig, ModelConfig
+from engine.limits import check_fits
 from engine.memory_plan import MemoryPlan, tensor_bytes
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.shards import checkpoint_identity
@@ -95,21 +96,6 @@ def resolve_device(wanted: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu and wanted != "cpu" else torch.device("cpu")
 
 
-def check_fits(request: Request, model: ModelConfig, max_model_len: int) -> None:
-    """Raise InvalidRequest unless the ids are in the vocabulary and prompt + output fit."""
-    if not request.token_ids:
-        raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
-    bad = next((token for token in request.token_ids if not 0 <= token < model.vocab_size), None)
-    if bad is not None:
-        raise InvalidRequest(f"token id {bad} is out of range; the vocabulary has {model.vocab_size} ids", param="prompt")
-    if request.max_total_tokens > max_model_len:
-        raise InvalidRequest(
-            f"prompt of {request.prompt_len} tokens and max_tokens of {request.sampling.max_tokens} exceed the longest sequence, "
-            f"{max_model_len} tokens",
-            param="max_tokens",
-        )
-
-
 @dataclass(slots=True)
 class Generation:
     """What became of one request."""
@@ -153,7 +139,7 @@ class Engine:
         return [results[sequence.request_id] for sequence in sequences]
 
     def _check(self, request: Request) -> None:
-        check_fits(request, self.loaded.model, self.loaded.engine.max_model_len)
+        check_fits(request, self.loaded.model.vocab_size, self.loaded.engine.max_model_len)
         pages = self.loaded.layout.num_pages(request.max_total_tokens)
         if pages > self._pages.num_pages:
             raise InvalidRequest(f"{request.request_id} needs {pages} pages; there are {self._pages.num_pages}", param="max_tokens")

@@ -23,6 +23,7 @@ from core.log import get_logger
 from core.request import Load, Request, Reservation, Tokens
 from core.session import Outbox
 from engine.batch import Chunk
+from engine.limits import check_fits
 from engine.parallel.lockstep import Steps
 from engine.runner import ChunkResult, Runner
 from engine.scheduler.pages import PageAllocator, SlotAllocator
@@ -192,6 +193,8 @@ class PrefillLoop:
         try:
             self._check(request, reservation)
         except BatonError as error:
+            self._metrics.requests.labels("refused").inc()
+            log.info("prefill.refused", request_id=request.request_id, error=f"{error.code}: {error}")
             outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(request.request_id, error)]))
             return
         job = Job(Sequence.from_request(request), reservation, outbox, self._clock.now())
@@ -204,11 +207,10 @@ class PrefillLoop:
             raise Draining("this prefill rank is draining")
         if request.request_id in self._jobs:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
-        if not request.token_ids or max(request.token_ids) >= self._runner.vocab_size:
-            raise InvalidRequest(f"token ids must be in [0, {self._runner.vocab_size}), and at least one", param="prompt")
+        check_fits(request, self._runner.vocab_size, self._runner.max_model_len)
         num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
-        if num_pages > self._pages.num_total or len(request.token_ids) > self._runner.max_model_len:
-            raise InvalidRequest(f"prompt of {len(request.token_ids)} tokens does not fit this prefill rank", param="prompt")
+        if num_pages > self._pages.num_total:
+            raise InvalidRequest(f"the prompt needs {num_pages} pages; this prefill rank has {self._pages.num_total}", param="prompt")
         _check_pages(request, reservation)
         if self.num_waiting >= self._config.max_waiting:
             tokens = sum(job.sequence.num_remaining for job in self._jobs.values() if job.state in (State.WAITING, State.COMPUTING))

@@ -9,8 +9,8 @@ from functools import partial
 import grpc
 import grpc.aio
 
-from core.codec import decode_request, decode_reservation, encode_load, encode_member
-from core.errors import Unavailable
+from core.codec import decode_request, decode_reservation, encode_failure, encode_load, encode_member
+from core.errors import InvalidRequest, Unavailable
 from core.kv_layout import WIRE_VERSION
 from core.log import get_logger
 from core.request import Member
@@ -59,12 +59,18 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
             self._loop.cancel(cancelled, outbox)
         for run in command.runs:
             if run.request.request_id not in cancelled:
-                self._loop.run(decode_request(run.request), decode_reservation(run.reservation), outbox)
+                self._run(run, outbox)
         for hand_on in command.hand_ons:
             if hand_on.request_id not in cancelled:
                 self._loop.hand_on(hand_on.request_id, decode_reservation(hand_on.reservation), outbox)
         if command.ping:
             outbox.post(prefill_pb2.PrefillUpdate(pong=command.ping))
+
+    def _run(self, run: prefill_pb2.PrefillRun, outbox: Outbox) -> None:
+        try:
+            self._loop.run(decode_request(run.request), decode_reservation(run.reservation), outbox)
+        except InvalidRequest as error:  # ends this request, not the session
+            outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(run.request.request_id, error)]))
 
     def finish(self, update: prefill_pb2.PrefillUpdate) -> None:
         """What every update carries."""

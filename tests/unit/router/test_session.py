@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from core.request import Member, Request, SamplingParams
+from core.session import Outbox
 from decode_worker.server import DecodeService
 from prefill_worker.server import PrefillService
 from protos import common_pb2, decode_pb2, prefill_pb2
@@ -91,3 +92,17 @@ def test_cancels_count_first_and_what_is_cancelled_in_its_own_message_never_begi
     command = prefill_pb2.PrefillCommand(runs=runs, cancels=["a", "c"], hand_ons=hand_ons)
     PrefillService(loop, MEMBER, 5.0).handle(command, outbox=None)  # type: ignore[arg-type]
     assert loop.told == [("cancel", ["a", "c"]), ("run", "b"), ("hand_on", "d")]
+
+
+def test_a_request_that_cannot_be_read_ends_itself_and_not_the_session() -> None:
+    async def live() -> None:
+        loop: Any = Loop()
+        outbox = Outbox(decode_pb2.DecodeUpdate, asyncio.get_running_loop())
+        bad, good = wire("bad", "good")
+        bad.sampling.bias_ids.extend([1, 2])
+        DecodeService(loop, MEMBER, 5.0).handle(decode_pb2.DecodeCommand(reserves=[bad, good]), outbox)
+        assert loop.told == [("reserve", "good")]
+        (failure,) = (await outbox.next(1.0)).failures
+        assert (failure.request_id, failure.error.code) == ("bad", "InvalidRequest")
+
+    asyncio.run(live())
