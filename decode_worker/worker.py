@@ -24,9 +24,10 @@ from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.memory import memory_run
 from engine.parallel.experts import Sharing
-from engine.parallel.group import Group, Rendezvous, Seat
+from engine.parallel.group import Rendezvous, Seat
 from engine.parallel.membership import Membership
 from engine.parallel.metrics import ExpertLoadCollector
+from engine.parallel.rebalance import Rebalancer, new_rebalancer
 from engine.parallel.steps import batch_bucket
 from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
@@ -83,7 +84,7 @@ class DecodeWorker:
                 Membership.open, self._seat, self._rendezvous, self._engine, self._config.max_running, batch_bucket, clock
             )
             parts.push_async_callback(asyncio.to_thread, membership.close)
-            runner = await asyncio.to_thread(self._load, membership.group, registry)
+            runner, rebalancer = await asyncio.to_thread(self._load, membership, registry)
             endpoint = MetricsEndpoint(registry, self._host)
             parts.push_async_callback(asyncio.to_thread, endpoint.close)
             self.member = Member(
@@ -116,6 +117,9 @@ class DecodeWorker:
             self._loop.start(receiver)
             parts.push_async_callback(asyncio.to_thread, self._loop.stop)
             parts.push_async_callback(asyncio.to_thread, membership.leave)
+            if rebalancer is not None:
+                rebalancer.start()
+                parts.push_async_callback(asyncio.to_thread, rebalancer.close)
             service = DecodeService(self._loop, self.member, self._config.liveness_timeout_s)
             decode_pb2_grpc.add_DecodeServicer_to_server(service, listener.server)
             await listener.start()
@@ -124,13 +128,13 @@ class DecodeWorker:
         log.info("decode.ready", member=self.member.name, address=self.member.address, incarnation=self.member.incarnation)
         return self.member
 
-    def _load(self, group: Group | None, registry: CollectorRegistry) -> Runner:
+    def _load(self, membership: Membership, registry: CollectorRegistry) -> tuple[Runner, Rebalancer | None]:
         if self._new_runner is not None:
-            return self._new_runner()
+            return self._new_runner(), None
         sharing = None
-        if group is not None:
+        if membership.group is not None:
             sharing = Sharing(
-                group=group,
+                group=membership.group,
                 max_tokens=self._config.max_running,
                 is_latency_bound=True,
                 num_redundant=self._config.redundant_experts,
@@ -138,7 +142,8 @@ class DecodeWorker:
         loaded, config = LoadedModel.load(self._model_path, self._engine, sharing), self._config
         if loaded.share is not None:
             registry.register(ExpertLoadCollector("decode", loaded.share))
-        return ModelRunner(loaded, config.num_pages, config.num_slots, max_decode=config.max_running)
+        runner = ModelRunner(loaded, config.num_pages, config.num_slots, max_decode=config.max_running)
+        return runner, new_rebalancer(loaded, membership, self._on_death)
 
     def load(self) -> Load:
         return self._loop.load

@@ -169,6 +169,8 @@ class EngineConfig:
     """The ranks of a group must find each other within this time, or the group is started again."""
     group_step_timeout_s: float = 20.0
     """A rank of a group that waits for another one for so long gives up, and the group is started again."""
+    rebalance_interval_s: float = 0.0
+    """How often a group places its experts anew, by what each had to do since the last time, while it serves; 0 is never."""
     ops: dict[str, str] = field(default_factory=dict)
     """Op name -> backend, to overrule the automatic choice; one that cannot run is an error with the reason."""
 
@@ -185,6 +187,8 @@ class EngineConfig:
         for key in ("max_model_len", "threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.rebalance_interval_s < 0:
+            raise ConfigError(f"engine.rebalance_interval_s is {self.rebalance_interval_s}; it must be at least 0")
         for key in ("group_start_timeout_s", "group_step_timeout_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be above 0")

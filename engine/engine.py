@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import collections
 import pathlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.limits import check_fits
 from engine.memory_plan import MemoryPlan, tensor_bytes
 from engine.model.deepseek_v4 import DeepseekV4
+from engine.model.quantized import Weight
 from engine.model.shards import checkpoint_identity
 from engine.model.weights import dummy_weights, open_weights
 from engine.ops.registry import BoundOps, bind
@@ -47,6 +48,8 @@ class LoadedModel:
     device: torch.device
     share: ExpertShare | None = None
     """In a group: which of the experts are here."""
+    everything: Mapping[str, Weight] = field(default_factory=dict)
+    """Every tensor of the checkpoint, read when asked for: where experts that move to this rank come from."""
 
     @staticmethod
     def load(folder: pathlib.Path, engine: EngineConfig, sharing: Sharing | None = None) -> LoadedModel:
@@ -62,12 +65,12 @@ class LoadedModel:
         ops = bind(engine, device)
         torch.set_num_threads(engine.threads)
         share = None if sharing is None else ExpertShare.open(sharing, model, ops, device)
-        wanted = _all if share is None else share.is_wanted
-        weights = dummy_weights(model, device, wanted=wanted) if is_dummy else open_weights(folder, model, device, wanted)
+        everything = dummy_weights(model, device) if is_dummy else open_weights(folder, model, device)
+        weights = everything if share is None else everything.only(share.is_wanted)
         log.info("engine.loaded", model=layout.model, device=device, fingerprint=layout.fingerprint())
         for line in ops.table().splitlines():
             log.debug("engine.op", choice=line)
-        return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops, share), layout, ops, device, share)
+        return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops, share), layout, ops, device, share, everything)
 
     def memory_plan(self, num_pages: int, num_slots: int, workspace_bytes: int = 0) -> MemoryPlan:
         weights_bytes = tensor_bytes(self.network)
@@ -82,10 +85,6 @@ class LoadedModel:
             log.info("engine.memory", plan=line)
         plan.check()
         return ModelCaches(Arena(self.layout, plan.num_pages, num_slots, self.device), self.model)
-
-
-def _all(name: str) -> bool:
-    return True
 
 
 def resolve_device(wanted: str) -> torch.device:

@@ -20,9 +20,10 @@ from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.memory import memory_run
 from engine.parallel.experts import Sharing
-from engine.parallel.group import Group, Rendezvous, Seat
+from engine.parallel.group import Rendezvous, Seat
 from engine.parallel.membership import Membership
 from engine.parallel.metrics import ExpertLoadCollector
+from engine.parallel.rebalance import Rebalancer, new_rebalancer
 from engine.parallel.steps import even_budget
 from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
@@ -83,7 +84,7 @@ class PrefillWorker:
                 Membership.open, self._seat, self._rendezvous, self._engine, self._config.chunk_tokens, even_budget, clock
             )
             parts.push_async_callback(asyncio.to_thread, membership.close)
-            runner = await asyncio.to_thread(self._load, membership.group, registry)
+            runner, rebalancer = await asyncio.to_thread(self._load, membership, registry)
             endpoint = MetricsEndpoint(registry, self._host)
             parts.push_async_callback(asyncio.to_thread, endpoint.close)
             self.member = Member(
@@ -114,6 +115,9 @@ class PrefillWorker:
             self._loop.start(sender)
             parts.push_async_callback(asyncio.to_thread, self._loop.stop)
             parts.push_async_callback(asyncio.to_thread, membership.leave)
+            if rebalancer is not None:
+                rebalancer.start()
+                parts.push_async_callback(asyncio.to_thread, rebalancer.close)
             service = PrefillService(self._loop, self.member, self._config.liveness_timeout_s)
             prefill_pb2_grpc.add_PrefillServicer_to_server(service, listener.server)
             await listener.start()
@@ -122,13 +126,13 @@ class PrefillWorker:
         log.info("prefill.ready", member=self.member.name, address=self.member.address, incarnation=self.member.incarnation)
         return self.member
 
-    def _load(self, group: Group | None, registry: CollectorRegistry) -> Runner:
+    def _load(self, membership: Membership, registry: CollectorRegistry) -> tuple[Runner, Rebalancer | None]:
         if self._new_runner is not None:
-            return self._new_runner()
+            return self._new_runner(), None
         sharing = None
-        if group is not None:
+        if membership.group is not None:
             sharing = Sharing(
-                group=group,
+                group=membership.group,
                 max_tokens=self._config.chunk_tokens,
                 is_latency_bound=False,
                 num_redundant=self._config.redundant_experts,
@@ -136,7 +140,8 @@ class PrefillWorker:
         loaded, config = LoadedModel.load(self._model_path, self._engine, sharing), self._config
         if loaded.share is not None:
             registry.register(ExpertLoadCollector("prefill", loaded.share))
-        return ModelRunner(loaded, config.num_pages, config.num_slots, chunk_tokens=config.chunk_tokens)
+        runner = ModelRunner(loaded, config.num_pages, config.num_slots, chunk_tokens=config.chunk_tokens)
+        return runner, new_rebalancer(loaded, membership, self._on_death)
 
     def load(self) -> Load:
         return self._loop.load

@@ -20,6 +20,8 @@ class MoE:
         experts = [f"{prefix}.experts.{index}" for index in held]
         w1, w2, w3 = ([build.weights[f"{expert}.{name}.weight"] for expert in experts] for name in ("w1", "w2", "w3"))
         self._experts = build.ops.pack["moe_experts"](w1, w2, w3, build.quantize)
+        if self._share is not None:
+            self._share.experts = self._experts
         self._w1, self._w2, self._w3 = (Linear(build, f"{prefix}.shared_experts.{name}.weight") for name in ("w1", "w2", "w3"))
 
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

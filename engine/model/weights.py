@@ -174,6 +174,10 @@ class WeightSource(Mapping[str, Weight]):
     def __init__(self, names: Iterable[str], read: Callable[[str], Weight], device: torch.device) -> None:
         self._names, self._read, self._device = dict.fromkeys(names), read, device
 
+    def only(self, wanted: Callable[[str], bool]) -> WeightSource:
+        """Those with a wanted name."""
+        return WeightSource(filter(wanted, self._names), self._read, self._device)
+
     def __getitem__(self, name: str) -> Weight:
         if name not in self._names:
             raise KeyError(name)

@@ -49,18 +49,26 @@ class ExpertPlacement:
 
 
 class SlotChoice:
-    """Expert ids -> slots, as a table on a device: rank r's tokens use copy r mod copies first, then take turns."""
+    """Expert ids -> slots, as tables on a device: rank r's tokens use copy r mod copies first, then take turns."""
 
     def __init__(self, placement: ExpertPlacement, rank: int, device: torch.device | str = "cpu") -> None:
+        self._rank = rank
+        # As many copies of one expert as there can be with so many slots, so that another placement fits into the same memory.
+        self._widest = min(placement.num_ranks, len(placement.experts) - placement.num_experts + 1)
+        self._table = torch.zeros(placement.num_experts, self._widest, dtype=torch.int64, device=device)
+        self._turns = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
+        self.update(placement)
+
+    def update(self, placement: ExpertPlacement) -> None:
+        """Another placement of as many experts in as many slots, from the next call on; in place, for CUDA graphs."""
         copies = placement.copies()
-        widest = max(map(len, copies))
-        rows = [[slots[(rank + turn) % len(slots)] for turn in range(widest)] for slots in copies]
-        self._table = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._turns = torch.tensor([len(slots) for slots in copies], dtype=torch.int64, device=device)
+        rows = [[slots[(self._rank + turn) % len(slots)] for turn in range(self._widest)] for slots in copies]
+        self._table.copy_(torch.tensor(rows))
+        self._turns.copy_(torch.tensor([len(slots) for slots in copies]))
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: int64 [T, k] -> int64 [T, k]."""
-        if self._table.shape[1] == 1:
+        if self._widest == 1:
             return self._table[:, 0][ids]
         turn = torch.arange(len(ids), device=ids.device)[:, None] % self._turns[ids]
         return self._table[ids, turn]
@@ -113,6 +121,30 @@ def _make_room(ranks: list[list[int]], totals: list[float], weights: Sequence[fl
     totals[giver] -= weight
     totals[free] += weight
     return giver
+
+
+def aligned(new: ExpertPlacement, old: ExpertPlacement) -> ExpertPlacement:
+    """`new` with its ranks and places renamed so that as little as possible of `old` has to move."""
+    size, wanted = new.num_ranks, [new.local(rank) for rank in range(new.num_ranks)]
+    shared = {(mine, rank): len(set(wanted[mine]) & set(old.local(rank))) for mine in range(size) for rank in range(size)}
+    home: dict[int, int] = {}
+    for mine, rank in sorted(shared, key=lambda pair: (-shared[pair], pair)):
+        if mine not in home and rank not in home.values():
+            home[mine] = rank
+    experts: list[int] = []
+    for mine in sorted(range(size), key=lambda mine: home[mine]):
+        before = old.local(home[mine])
+        coming = [expert for expert in wanted[mine] if expert not in before]
+        experts += [expert if expert in wanted[mine] else coming.pop() for expert in before]
+    return ExpertPlacement(tuple(experts), size)
+
+
+def rebalanced(load: Sequence[float], old: ExpertPlacement, least_gain: float) -> ExpertPlacement | None:
+    """A better placement for this load, or None if the busiest rank would not lose at least `least_gain` (a share) of its work."""
+    if not any(load):
+        return None
+    new = aligned(balanced_placement(load, old.num_ranks, old.slots_per_rank), old)
+    return new if imbalance(load, new) <= (1 - least_gain) * imbalance(load, old) else None
 
 
 def imbalance(load: Sequence[float], placement: ExpertPlacement) -> float:

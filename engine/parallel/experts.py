@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement, imbalance
 from engine.parallel.group import Group
+from engine.parallel.packed import put_expert
 
 _EXPERT = re.compile(r"(.*\.ffn)\.experts\.(\d+)\..*")
 
@@ -39,12 +42,31 @@ class LayerShare:
         """Experts of this rank, by place."""
         self.load = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
         """Tokens of this rank's sequences that each expert has had, since the start."""
+        self.experts: Any = None
+        """The weights of `held`, as `moe_experts` has packed them: a dataclass whose tensors have experts as their first dimension."""
         self._choose = SlotChoice(placement, rank, device)
+        self._rank = rank
+        self.num_moves = 0
+        """Placements since the first."""
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> Arrived:
         """Count what each expert gets of tokens with a position, and send all."""
         self.load.index_add_(0, ids.flatten(), (positions >= 0).long().repeat_interleave(ids.shape[1], output_size=ids.numel()))
         return self.exchange.dispatch(x, ids, self._choose(ids), weights)
+
+    def missing(self, placement: ExpertPlacement) -> dict[int, int]:
+        """Place -> expert that it holds under another placement and does not hold now."""
+        wanted = placement.local(self._rank)
+        return {place: expert for place, expert in enumerate(wanted) if self.held[place] != expert}
+
+    def move(self, placement: ExpertPlacement, coming: Mapping[int, Any]) -> None:
+        """Put another placement in force, in place. `coming`: packed weights of what is `missing`, by place, each of one expert. All ranks
+        do it between the same two steps."""
+        for place, expert in coming.items():
+            put_expert(self.experts, place, expert)
+        self.placement, self.held = placement, placement.local(self._rank)
+        self._choose.update(placement)
+        self.num_moves += 1
 
 
 class ExpertShare:

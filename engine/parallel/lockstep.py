@@ -44,6 +44,8 @@ class _Kind(enum.IntEnum):
     """step, budget."""
     LOST = 4
     """value: the rank that is dead or stuck."""
+    CHANGE = 6
+    """As GO; what was prepared comes into force before the step."""
     BYE = 5
     """The group is being ended on purpose."""
 
@@ -109,6 +111,9 @@ class GroupSteps:
         self._lost = ""
         self.is_ending = False
         self.waited_s = 0.0
+        self.on_change: Callable[[], None] = lambda: None
+        """Called in the thread of `begin`, on all ranks before the same step, after `request_change` on rank 0."""
+        self._is_change_wanted = False
         self._board = StepBoard(group.size, budget_of) if group.rank == 0 else None
         self._links: dict[int, socket.socket] = {}
         with group.working("the connection for votes"):
@@ -144,9 +149,18 @@ class GroupSteps:
             if self._waiting_since is not None:
                 self.waited_s += self._clock.now() - self._waiting_since
                 self._waiting_since = None
+            is_change = self._go.is_change
             self._step, self._go = self._step + 1, None
             self._stepping_since = self._clock.now()
             self._vote(next_wanted)
+        if is_change:
+            self.on_change()
+
+    def request_change(self) -> None:
+        """On rank 0, when all ranks have prepared the same change: with the next step that is decided it comes into force."""
+        assert self._board is not None, "rank 0 decides"
+        with self._lock:
+            self._is_change_wanted = True
 
     def close(self) -> None:
         """Tell the others, and leave. Once."""
@@ -176,8 +190,10 @@ class GroupSteps:
         assert self._board is not None
         decided = self._board.vote(rank, step, wanted, self._clock.now())
         if decided is not None:
-            self._send_all(_Kind.GO, decided.step, decided.budget)
-            self._go = decided
+            kind = _Kind.CHANGE if self._is_change_wanted else _Kind.GO
+            self._send_all(kind, decided.step, decided.budget)
+            self._go = Go(decided.step, decided.budget, self._is_change_wanted)
+            self._is_change_wanted = False
 
     def _check_deadline(self, wanted: int) -> None:
         """Rank 0 knows who is late, so it speaks first; the others wait a little longer, for a rank 0 that says nothing itself."""
@@ -259,8 +275,8 @@ class GroupSteps:
         with self._lock:
             if kind == _Kind.VOTE:
                 self._count(peer, step, value)
-            elif kind == _Kind.GO:
-                self._go = Go(step, value)
+            elif kind in (_Kind.GO, _Kind.CHANGE):
+                self._go = Go(step, value, kind == _Kind.CHANGE)
             elif kind == _Kind.BYE:
                 self.is_ending = True
                 if self._board is not None:

@@ -12,7 +12,7 @@ from engine.parallel.experts import ExpertShare
 
 class ExpertLoadCollector(Collector):
     """`baton_<role>_expert_tokens_total{layer, expert}` and `baton_<role>_expert_imbalance{layer}`, of this rank's sequences: the sum
-    over a group's ranks is the load that `balanced_placement` wants."""
+    over a group's ranks is the load that `balanced_placement` wants. And `baton_<role>_expert_moves_total{layer}`."""
 
     def __init__(self, role: str, share: ExpertShare) -> None:
         self._role, self._share = role, share
@@ -28,3 +28,7 @@ class ExpertLoadCollector(Collector):
         for layer, value in zip(layers, self._share.imbalance(), strict=True):
             uneven.add_metric([layer], value)
         yield uneven
+        moves = CounterMetricFamily(f"baton_{self._role}_expert_moves", "Placements of a layer's experts since the first", labels=["layer"])
+        for layer, share in zip(layers, self._share.layers.values(), strict=True):
+            moves.add_metric([layer], share.num_moves)
+        yield moves

@@ -20,6 +20,8 @@ class Go:
 
     step: int
     budget: int
+    is_change: bool = False
+    """Before this step all ranks put in force what they have prepared (a new placement of a layer's experts)."""
 
 
 class StepBoard:

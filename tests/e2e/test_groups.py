@@ -1,10 +1,12 @@
-"""Groups of ranks: requests that go through groups of 1, 2 and 4 ranks get the tokens of one engine, however unevenly they are spread.
+"""Groups of ranks: requests that go through groups of 1, 2 and 4 ranks get the tokens of one engine, however unevenly they are spread,
+and while experts move from rank to rank.
 
 The ranks are threads of this process, each with its own connections; tests/e2e/test_group_cluster.py has them as processes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import urllib.request
 
@@ -28,7 +30,7 @@ def whole(count: int) -> dict[str, list[int]]:
 
 def serving_in_groups(prefill: int, decode: int) -> Serving:
     return Serving(
-        engine=ENGINE,
+        engine=dataclasses.replace(ENGINE, rebalance_interval_s=0.5),
         prefill=PrefillConfig(ranks_per_replica=prefill, num_pages=32, num_slots=4, redundant_experts=2 * (prefill > 2)),
         decode=DecodeConfig(ranks_per_replica=decode, num_pages=64, num_slots=8, max_running=4),
     )
@@ -40,11 +42,9 @@ def metric(serving: Serving, member: str, name: str) -> float:
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
 
-def expert_tokens(serving: Serving, member: str) -> list[float]:
+def samples(serving: Serving, member: str, name: str) -> list[float]:
     with urllib.request.urlopen(f"http://{serving.members[member].metrics_address}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    assert any("_expert_imbalance{" in line for line in lines)
-    return [float(line.split()[-1]) for line in lines if "_expert_tokens_total{" in line]
+        return [float(line.split()[-1]) for line in response.read().decode().splitlines() if f"_{name}{{" in line]
 
 
 def steps_of(serving: Serving, role: str, size: int) -> list[tuple[float, float]]:
@@ -77,5 +77,6 @@ def test_groups_give_the_tokens_of_one_engine(prefill: int, decode: int, count: 
             assert (sum(joined for joined, _ in steps) > 0) == (size > 1) and all(worked for _, worked in steps), f"{role}: {steps}"
             for rank in range(size if size > 1 else 0):  # each token has two experts in each of five layers
                 computed = serving.workers[f"{role}/0.{rank}"].load().tokens_total
-                assert 2 * 5 * computed == sum(expert_tokens(serving, f"{role}/0.{rank}"))
+                assert 2 * 5 * computed == sum(samples(serving, f"{role}/0.{rank}", "expert_tokens_total"))
+                assert sum(samples(serving, f"{role}/0.{rank}", "expert_moves_total")) > 0, "no expert has moved"
         assert serving.deaths == []

@@ -7,7 +7,15 @@ import random
 import pytest
 import torch
 
-from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, balanced_placement, even_placement, imbalance
+from engine.parallel.expert_placement import (
+    ExpertPlacement,
+    SlotChoice,
+    aligned,
+    balanced_placement,
+    even_placement,
+    imbalance,
+    rebalanced,
+)
 
 
 def test_without_redundancy_experts_keep_their_order() -> None:
@@ -59,3 +67,38 @@ def test_tokens_take_turns_over_the_copies_of_their_expert() -> None:
         assert torch.equal(torch.tensor(placement.experts)[slots], ids)
         assert slots[0, 0] == 2 * rank  # one's own copy, or one's neighbour's, first
         assert sorted(slots[:, 0].tolist()) == [0, 0, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_an_aligned_placement_is_the_same_work_with_fewer_moves(seed: int) -> None:
+    rng = random.Random(seed)
+    num_ranks, slots_per_rank, num_experts = rng.choice([(2, 5, 8), (4, 4, 12), (8, 10, 64)])
+    loads = [[rng.expovariate(1.0) ** 2 for _ in range(num_experts)] for _ in range(2)]
+    old, new = (balanced_placement(load, num_ranks, slots_per_rank) for load in loads)
+    renamed = aligned(new, old)
+    assert sorted(sorted(renamed.local(rank)) for rank in range(num_ranks)) == sorted(sorted(new.local(rank)) for rank in range(num_ranks))
+    assert imbalance(loads[1], renamed) == pytest.approx(imbalance(loads[1], new))
+
+    def moves(placement: ExpertPlacement) -> int:
+        return sum(a != b for a, b in zip(placement.experts, old.experts, strict=True))
+
+    assert moves(renamed) <= moves(new) and aligned(old, old) == old
+
+
+def test_a_placement_is_kept_unless_another_one_gains_enough() -> None:
+    old = ExpertPlacement((0, 1, 2, 3, 4, 5, 6, 7, 0, 1), 2)
+    assert rebalanced([2, 2, 1, 1, 1, 1, 1, 1], old, 0.05) is None and rebalanced([0] * 8, old, 0.05) is None
+    skewed = [1, 1, 100, 100, 100, 1, 1, 1]
+    better = rebalanced(skewed, old, 0.05)
+    assert better is not None and imbalance(skewed, better) < 0.95 * imbalance(skewed, old)
+    assert rebalanced(skewed, better, 0.05) is None
+
+
+def test_another_placement_fits_into_the_tables_of_the_first() -> None:
+    placements = [even_placement(8, 4, 4), balanced_placement([100, 1, 1, 1, 1, 1, 1, 1], 4, 3)]
+    assert max(map(len, placements[1].copies())) == 4
+    choose = SlotChoice(placements[0], 1)
+    ids = torch.arange(8)[:, None].repeat(5, 1)
+    for placement in (*placements, placements[0]):
+        choose.update(placement)
+        assert torch.equal(torch.tensor(placement.experts)[choose(ids)], ids)
