@@ -152,6 +152,7 @@ class DecodeLoop:
         )
         reserved = decode_pb2.Reserved(request_id=request.request_id, reservation=encode_reservation(grant))
         outbox.post(decode_pb2.DecodeUpdate(reserved=[reserved]))
+        log.info("decode.accepted", request_id=request.request_id, epoch=held.epoch, num_pages=len(held.page_ids))
 
     def _transfer_event(self, event: Event) -> None:
         if isinstance(event, Renewed):
@@ -195,6 +196,7 @@ class DecodeLoop:
                 raise  # the peers are in the midst of a step that this rank cannot finish
             log.exception("decode.step_failed", num_requests=len(plan.chunks))
             self._failed_steps += 1
+            self._metrics.failed_steps.inc()
             for chunk in plan.chunks:
                 self._fail(chunk.sequence.request_id, InternalError(f"the decode step failed: {error!r}"))
             if self._failed_steps >= MAX_FAILED_STEPS:
@@ -206,9 +208,7 @@ class DecodeLoop:
             return
         self._steps += 1
         self._tokens += len(results)
-        self._metrics.steps.inc()
-        self._metrics.tokens.inc(len(results))
-        self._metrics.step_seconds.observe(self._clock.now() - began)
+        self._metrics.stepped(len(results), self._clock.now() - began)
         updates: dict[Outbox, decode_pb2.DecodeUpdate] = {}
         for result in results:
             self._advance(result, began, updates)
@@ -250,7 +250,6 @@ class DecodeLoop:
     def _preempt(self, request_id: str) -> None:
         """The planner has taken its pages; the router runs it again."""
         error = Preempted("the decode rank ran out of pages")
-        log.info("decode.preempted", request_id=request_id)
         self._jobs[request_id].outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request_id, error)]))
         self._end(request_id, "preempted")
 
@@ -264,6 +263,8 @@ class DecodeLoop:
         """The one way out, from any state: pages back at once, or after quarantine."""
         job = self._jobs.pop(request_id)
         self._metrics.requests.labels(outcome).inc()
+        stages = {f"{stage}_s": seconds for stage, seconds in job.stages.items()}
+        log.info("decode.done", request_id=request_id, outcome=outcome, **stages)
         self._running.pop(request_id, None)
         held = self._reservations.end(request_id)
         assert held is not None, f"{request_id} had a job and no reservation"
@@ -287,10 +288,7 @@ class DecodeLoop:
             steps_total=self._steps,
             tokens_total=self._tokens,
         )
-        self._metrics.running.set(len(self._running))
-        self._metrics.quarantined.set(reservations.num_quarantined)
-        self._metrics.pages_free.set(self.load.pages_free)
-        self._metrics.slots_free.set(self.load.slots_free)
+        self._metrics.show(self.load, reservations.num_quarantined)
 
 
 def _wake() -> None:

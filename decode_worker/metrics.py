@@ -5,11 +5,13 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.metrics import DURATION_BUCKETS, ITL_BUCKETS
+from core.request import Load
 
 
 class DecodeMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.steps = Counter("baton_decode_steps", "Steps run", registry=registry)
+        self.failed_steps = Counter("baton_decode_failed_steps", "Steps that raised; their requests failed", registry=registry)
         self.tokens = Counter("baton_decode_tokens", "Tokens generated", registry=registry)
         self.step_seconds = Histogram("baton_decode_step_seconds", "Duration of a step", buckets=ITL_BUCKETS, registry=registry)
         self.stage_seconds = Histogram(
@@ -30,3 +32,14 @@ class DecodeMetrics:
         self.group_wait_seconds = Gauge(
             "baton_decode_group_wait_seconds", "Time with work at hand that was spent waiting for peers between steps", registry=registry
         )
+
+    def stepped(self, num_tokens: int, seconds: float) -> None:
+        self.steps.inc()
+        self.tokens.inc(num_tokens)
+        self.step_seconds.observe(seconds)
+
+    def show(self, load: Load, num_quarantined: int) -> None:
+        self.running.set(load.num_running)
+        self.quarantined.set(num_quarantined)
+        self.pages_free.set(load.pages_free)
+        self.slots_free.set(load.slots_free)

@@ -180,12 +180,10 @@ class PrefillLoop:
             self._metrics.joined_steps.inc()
             return
         num_tokens, seconds = sum(chunk.length for chunk in chunks), self._clock.now() - began
-        self._metrics.step_seconds.observe(seconds)
         self._steps += 1
         self._tokens += num_tokens
         self._token_s += NEWEST_STEP_WEIGHT * (seconds / num_tokens - self._token_s)
-        self._metrics.steps.inc()
-        self._metrics.tokens.inc(num_tokens)
+        self._metrics.stepped(num_tokens, seconds)
         for result in results:
             self._advance(self._jobs[result.sequence.request_id], result)
 
@@ -329,6 +327,7 @@ class PrefillLoop:
             job.outbox.post(prefill_pb2.PrefillUpdate(hand_offs_failed=[failed]))
 
     def _forget(self, job: Job) -> None:
+        log.info("prefill.done", request_id=job.request_id, **{f"{stage}_s": seconds for stage, seconds in job.stages.items()})
         del self._jobs[job.request_id]
         self._pages.free(job.request_id)
         self._slots.free(job.request_id)
@@ -366,6 +365,7 @@ class PrefillLoop:
     def _step_failed(self, request_ids: list[str], error: Exception) -> None:
         log.exception("prefill.step_failed", request_ids=",".join(request_ids))
         self._failed_steps += 1
+        self._metrics.failed_steps.inc()
         for request_id in request_ids:
             self._drop(self._jobs[request_id], InternalError(f"the prefill step failed: {error!r}"))
         if self._failed_steps >= MAX_FAILED_STEPS:
@@ -386,9 +386,7 @@ class PrefillLoop:
             steps_total=self._steps,
             tokens_total=self._tokens,
         )
-        self._metrics.waiting.set(self.load.num_waiting)
-        self._metrics.pages_free.set(self.load.pages_free)
-        self._metrics.slots_free.set(self.load.slots_free)
+        self._metrics.show(self.load)
 
 
 def _check_pages(request: Request, reservation: Reservation) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.metrics import DURATION_BUCKETS, TTFT_BUCKETS
+from core.request import Load
 
 
 class PrefillMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.steps = Counter("baton_prefill_steps", "Steps run", registry=registry)
+        self.failed_steps = Counter("baton_prefill_failed_steps", "Steps that raised; their requests failed", registry=registry)
         self.tokens = Counter("baton_prefill_tokens", "Prompt tokens computed", registry=registry)
         self.step_seconds = Histogram("baton_prefill_step_seconds", "Duration of a step", buckets=TTFT_BUCKETS, registry=registry)
         self.stage_seconds = Histogram(
@@ -31,3 +33,13 @@ class PrefillMetrics:
         self.group_wait_seconds = Gauge(
             "baton_prefill_group_wait_seconds", "Time with work at hand that was spent waiting for peers between steps", registry=registry
         )
+
+    def stepped(self, num_tokens: int, seconds: float) -> None:
+        self.steps.inc()
+        self.tokens.inc(num_tokens)
+        self.step_seconds.observe(seconds)
+
+    def show(self, load: Load) -> None:
+        self.waiting.set(load.num_waiting)
+        self.pages_free.set(load.pages_free)
+        self.slots_free.set(load.slots_free)
