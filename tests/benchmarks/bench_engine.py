@@ -5,7 +5,7 @@ python -m tests.benchmarks.bench_engine [--model deploy/model_shapes/v4_flash] [
 
 `--layers` keeps the first so many layers, for devices that do not hold all. A decode step is one replay of its graph, sampling aside;
 `batch` is per rank. A prefill is the chunks of one prompt. Each row stands beside the floor of the same run: the bytes that the step
-must move (weights once, of experts the expected number that a batch of random tokens touches, each sequence's cache rows) over the copy
+must move (weights once, of experts those that its tokens touch, each sequence's cache rows) over the copy
 bandwidth, or its FLOPs over the matrix rate, measured at the start.
 """
 
@@ -69,27 +69,40 @@ def fill(loaded: LoadedModel, caches: ModelCaches) -> None:
     caches.arena.slots[1:] = caches.arena.slots[0]
 
 
-def step_bytes(loaded: LoadedModel, batch: int, context: int, ranks: int) -> dict[str, int]:
+def touched_experts(loaded: LoadedModel, group: Group | None, graph: torch.cuda.CUDAGraph, batch: int) -> float:
+    """Experts that a step of this rank reads, summed over layers: counted in a group, else expected of tokens that choose at random."""
+    model, share = loaded.model, loaded.share
+    if share is None or group is None:
+        missed = (1 - model.num_experts_per_tok / model.n_routed_experts) ** batch
+        return model.num_hidden_layers * model.n_routed_experts * (1 - missed)
+    before = share.load()
+    graph.replay()
+    torch.cuda.synchronize()
+    tokens = share.load() - before
+    group.backend(torch.device("cpu")).allreduce([tokens]).wait()
+    held = [layer.held for layer in share.layers.values()]
+    return float(sum(int((row[list(experts)] > 0).sum()) for row, experts in zip(tokens, held, strict=True)))
+
+
+def step_bytes(loaded: LoadedModel, num_experts: float, ranks: int, batch: int, context: int) -> dict[str, int]:
     """Bytes that one rank must read in a decode step: {"experts", "other weights", "cache"}."""
     model, layout = loaded.model, loaded.layout
-    every = tensor_bytes(loaded.network)
     one_expert = 3 * model.hidden_size * model.moe_intermediate_size * (0.5 + 1 / 32)
-    experts = model.n_routed_experts // ranks * model.num_hidden_layers * one_expert
-    untouched = (1 - model.num_experts_per_tok / model.n_routed_experts) ** (batch * ranks)
+    held = model.num_hidden_layers * model.n_routed_experts // ranks
     embedding = model.vocab_size * model.hidden_size * 2
     rows = {field.name.split(".")[0]: field.row_bytes for field in (*layout.page_fields, *layout.slot_fields)}
     cache = model.num_hidden_layers * min(context, 128) * rows["window"]
     cache += model.compress_ratios.count(4) * (min(model.index_topk, context // 4) * rows["c4_kv"] + context // 4 * rows["index"])
     cache += model.compress_ratios.count(128) * (context // 128) * rows["c128_kv"]
     return {
-        "experts": round(experts * (1 - untouched)),
-        "other weights": round(every - experts - embedding),
+        "experts": round(num_experts * one_expert),
+        "other weights": round(tensor_bytes(loaded.network) - held * one_expert - embedding),
         "cache": batch * cache,
     }
 
 
 def bench_decode(
-    loaded: LoadedModel, shapes: list[tuple[int, int]], rank: int, ranks: int, bandwidth: float, profile: bool
+    loaded: LoadedModel, shapes: list[tuple[int, int]], group: Group | None, bandwidth: float, profile: bool
 ) -> Iterator[dict[str, Any]]:
     """`shapes`: (batch, context)."""
     free = int(torch.cuda.mem_get_info()[0] * 0.85)
@@ -104,16 +117,18 @@ def bench_decode(
         pages = context // 256 + 1
         sequences = [new_sequence(n, context, [(n * pages + i) % num_pages for i in range(pages)]) for n in range(batch)]
         for sequence in sequences:
-            sequence.token_ids[-1] += rank * batch  # other tokens on every rank, which other experts see
+            sequence.token_ids[-1] += batch * (group.rank if group else 0)  # other tokens on every rank, which other experts see
         graph, logits = graphs.fill([Chunk(sequence, 1) for sequence in sequences])
         times = time_replays(graph)
         assert bool(logits.isfinite().all()), "logits are not finite"
-        parts = step_bytes(loaded, batch, context, ranks)
+        num_experts = touched_experts(loaded, group, graph, batch)
+        parts = step_bytes(loaded, num_experts, group.size if group else 1, batch, context)
         median = statistics.median(times)
         floor = sum(parts.values()) / bandwidth * 1e3
         row = {
             "batch": batch, "context": context, "ms": round(median, 3), "spread": round((times[-2] - times[1]) / 2 / median, 3),
-            "tokens/s": round(batch * 1e3 / median, 1), "floor ms": round(floor, 3), "share": round(floor / median, 3), "bytes": parts,
+            "tokens/s": round(batch * 1e3 / median, 1), "experts": num_experts,
+            "floor ms": round(floor, 3), "share": round(floor / median, 3), "bytes": parts,
         }  # fmt: skip
         if profile:
             row["profile us"] = profile_step(graph)
@@ -199,7 +214,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     limits = ceilings(torch.device("cuda"))
     bandwidth, rate = limits["copy"], limits["fp8"]
     torch.cuda.empty_cache()
-    sharing = None
+    sharing = group = None
     if arguments.ranks > 1:
         seat = Seat(rank=rank, size=arguments.ranks, name="bench/0", host="127.0.0.1", rendezvous=rendezvous)
         group = Group.join(seat, Limits(start_s=300, step_s=90))
@@ -228,7 +243,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
                 save()
     shapes = [(batch, context) for context in arguments.contexts for batch in arguments.batches] + arguments.also
     if shapes:
-        for row in bench_decode(loaded, shapes, rank, arguments.ranks, bandwidth, arguments.profile):
+        for row in bench_decode(loaded, shapes, group, bandwidth, arguments.profile):
             report["decode"].append(row)
             if rank == 0:
                 show(row)
