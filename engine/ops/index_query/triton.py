@@ -13,8 +13,9 @@ from engine.ops.index_query import hadamard
 from engine.ops.triton_rounding import round_bf16, to_bf16
 from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, turns
 
-ROWS = 64
-"""Heads of one program."""
+FEW, MANY = (16, 4), (128, 8)
+"""(heads, warps) of one program for a batch of decode and for prefill."""
+MANY_ROWS = 1 << 14
 
 
 @functools.cache
@@ -69,9 +70,10 @@ def run(
     factors = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     matrix = signs(dim, q.dtype, q.device) if name in ("fp8_index", "fp4_index") else q
     if tokens:
-        index_query_kernel[(triton.cdiv(tokens * heads, ROWS),)](
+        rows, num_warps = MANY if tokens * heads >= MANY_ROWS else FEW
+        index_query_kernel[(triton.cdiv(tokens * heads, rows),)](
             q.contiguous(), weights.contiguous(), cos, sin, matrix, out, factors, tokens * heads, scale,
-            ROWS=ROWS, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, num_warps=4,
+            ROWS=rows, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, num_warps=num_warps,
         )  # fmt: skip
     return out.view(torch.float8_e4m3fn) if name == "fp8_index" else out, factors
 
@@ -82,8 +84,9 @@ AOT = [
     (
         index_query_kernel,
         _SIGNATURE | {"out_ptr": out},
-        {"ROWS": ROWS, "HEADS": 64, "DIM": 128, "ROPE": 64, "FORM": form, "BF16": True},
-        {"num_warps": 4},
+        {"ROWS": rows, "HEADS": 64, "DIM": 128, "ROPE": 64, "FORM": form, "BF16": True},
+        {"num_warps": num_warps},
     )
     for form, out in (("fp8_index", "*u8"), ("fp4_index", "*bf16"), ("bf16", "*bf16"))
+    for rows, num_warps in (FEW, MANY)
 ]
