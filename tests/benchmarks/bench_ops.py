@@ -16,7 +16,7 @@ import json
 import pathlib
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,9 +102,8 @@ def measure(bench: Bench, calls: Sequence[Callable[[], object]], limits: dict[st
     return row
 
 
-def rows_of(op_name: str, device: torch.device, limits: dict[str, float], backends: Sequence[str], shape: str) -> list[dict[str, Any]]:
+def rows_of(op_name: str, device: torch.device, limits: dict[str, float], backends: Sequence[str], shape: str) -> Iterator[dict[str, Any]]:
     op = get_op(op_name)
-    rows = []
     for bench in importlib.import_module(f"engine.ops.{op_name}.cases").BENCH:
         if shape not in bench.name:
             continue
@@ -117,10 +116,9 @@ def rows_of(op_name: str, device: torch.device, limits: dict[str, float], backen
         for name, body in bodies.items():
             row = {"op": op_name, "shape": bench.name, "backend": name, **measure(bench, body(), limits)}
             print(line(row), flush=True)
-            rows.append(row)
+            yield row
             gc.collect()
             torch.cuda.empty_cache()
-    return rows
 
 
 def line(row: dict[str, Any]) -> str:
@@ -145,12 +143,12 @@ def main() -> None:
     print(f"{gpu}, torch {torch.__version__}, commit {commit}")
     print(f"copy {limits['copy'] / 1e12:.2f} TB/s, bf16 {limits['bf16'] / 1e12:.0f} TFLOP/s, fp8 {limits['fp8'] / 1e12:.0f} TFLOP/s")
     print(f"{'op':<16} {'shape':<34} {'backend':<18} {'median':>12} {'spread':>6} {'bytes':>12} {'copy':>6} {'cold':<4} rate")
-    rows = []
+    rows, header = [], {"gpu": gpu, "torch": torch.__version__, "commit": commit, "ceilings": limits}
     for name in names:
-        rows += rows_of(name, device, limits, [backend for backend in args.backends.split(",") if backend], args.shape)
-        if args.out:
-            header = {"gpu": gpu, "torch": torch.__version__, "commit": commit, "ceilings": limits}
-            args.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+        for row in rows_of(name, device, limits, [backend for backend in args.backends.split(",") if backend], args.shape):
+            rows.append(row)
+            if args.out:  # after each row: a run that is cut short leaves what it has
+                args.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import triton.language as tl
 from engine.ops.linear import cublas
 from engine.ops.triton_rounding import INTERPRETED, to_bf16
 
-MOST_ROWS = 64
+MOST_ROWS = 32
 MOST_OUTPUTS = 8192
 """Weights of more rows keep all multiprocessors busy without splitting K."""
 BLOCK_N, BLOCK_K = 64, 128
@@ -125,5 +125,5 @@ AOT = [
         {"BLOCK_M": rows, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "SPLITS": splits, "NUM_STAGES": 3},
         {"num_warps": 4},
     )
-    for out, rows, splits in (("fp32", 16, 16), ("bf16", 16, 1), ("fp32", 64, 8))
+    for out, rows, splits in (("fp32", 16, 16), ("bf16", 16, 1), ("fp32", 32, 8))
 ]

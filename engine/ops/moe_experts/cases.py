@@ -13,9 +13,11 @@ from engine.ops.cases import Bench, Case, Draw, Weights, generator, randn
 LIMIT = 10.0
 REASON = (
     "FP8 matrix units sum 128 products with 13 bits below the largest (exact for most MXFP4 ones), so gate and up round to the other bf16 "
-    "here and there, and hidden values next to an FP8 rounding border to the other side of it, 2^-4 away"
+    "here and there, and hidden values next to an FP8 rounding border to the other side of it, 2^-4 away: one such value in a small case "
+    "is already 1e-2"
 )
-TOLERANCE, FP8_TOLERANCE = 5e-3, 2e-2
+TOLERANCE, LOOSE = 5e-3, 2e-2
+"""Of large MXFP4 cases; of small ones and of FP8 weights."""
 
 
 def mxfp4(device: torch.device, seed: int, rows: int, columns: int, low: int = 117, high: int = 121) -> QuantizedWeight:
@@ -75,7 +77,7 @@ def experts(
 
 
 def _case(name: str, draw: Draw, tolerance: float = TOLERANCE, small: bool = False) -> Case:
-    return Case(name, draw, tolerance, REASON, small)
+    return Case(name, draw, LOOSE if small else tolerance, REASON, small)
 
 
 CASES = (
@@ -84,16 +86,16 @@ CASES = (
     _case("wide scales", experts(3, 4, 256, 128, 2, spread=(110, 121)), small=True),
     _case("odd sizes", experts(3, 3, 96, 64, 2), small=True),
     _case("local range", experts(7, 8, 128, 128, 3, local=(2, 3)), small=True),
-    _case("FP8", experts(3, 4, 256, 128, 2, kind="fp8"), FP8_TOLERANCE, small=True),
+    _case("FP8", experts(3, 4, 256, 128, 2, kind="fp8"), small=True),
     _case("many rows, interpreted", experts(260, 1, 128, 128, 1), small=True),
     _case("many rows, wide scales", experts(260, 1, 256, 128, 1, spread=(110, 121)), small=True),
-    _case("many rows of FP8", experts(260, 1, 128, 128, 1, kind="fp8"), FP8_TOLERANCE, small=True),
+    _case("many rows of FP8", experts(260, 1, 128, 128, 1, kind="fp8"), small=True),
     _case("none of them here", experts(4, 8, 256, 256, 2, local=(8, 2))),
-    _case("FP8 of Base", experts(40, 8, 1024, 512, kind="fp8"), FP8_TOLERANCE),
+    _case("FP8 of Base", experts(40, 8, 1024, 512, kind="fp8"), LOOSE),
     _case("clamped", experts(40, 8, 1024, 512, spread=(121, 124))),
     _case("one expert takes all", experts(300, 8, 1024, 512, 1, one_expert=True)),
     _case("many rows", experts(2000, 8, 1024, 512)),
-    _case("many rows of FP8 of Base", experts(500, 8, 1024, 512, kind="fp8"), FP8_TOLERANCE),
+    _case("many rows of FP8 of Base", experts(500, 8, 1024, 512, kind="fp8"), LOOSE),
     _case("some hundred rows", experts(300, 16, 1024, 512)),
     _case("Flash shape, batch 1", experts(1, 16, 4096, 2048)),
     _case("Flash shape, batch 32", experts(32, 16, 4096, 2048)),

@@ -12,7 +12,8 @@ import triton.language as tl
 
 NOTHING = tl.constexpr(-(2**63))
 """Below every key."""
-WARPS = 4
+FEW_TOKENS = 1024
+"""So many programs leave multiprocessors room: four warps each are faster; more tokens fill them with one each."""
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def run(
             PADDED_K=triton.next_power_of_2(top_k),
             PADDED_E=triton.next_power_of_2(experts),
             FIXED=fixed_ids is not None,
-            num_warps=WARPS,
+            num_warps=4 if tokens <= FEW_TOKENS else 1,
         )
     return ids if fixed_ids is None else fixed_ids, weights
 
@@ -99,6 +100,6 @@ _SIGNATURE = {
     "scaling": "fp32",
 }
 AOT = [
-    (moe_gate_kernel, _SIGNATURE, {"TOP_K": 6, "PADDED_K": 8, "PADDED_E": experts, "FIXED": fixed}, {"num_warps": WARPS})
-    for experts, fixed in ((256, False), (512, False), (256, True))
+    (moe_gate_kernel, _SIGNATURE, {"TOP_K": 6, "PADDED_K": 8, "PADDED_E": experts, "FIXED": fixed}, {"num_warps": warps})
+    for experts, fixed, warps in ((256, False, 1), (256, False, 4), (512, False, 4), (256, True, 4))
 ]
