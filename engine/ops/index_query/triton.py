@@ -13,9 +13,8 @@ from engine.ops.index_query import hadamard
 from engine.ops.triton_rounding import round_bf16, to_bf16
 from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, turns
 
-FEW, MANY = (16, 4), (128, 8)
-"""(heads, warps) of one program for a batch of decode and for prefill."""
-MANY_ROWS = 1 << 14
+ROWS = 64
+"""Heads of one program."""
 
 
 @functools.cache
@@ -70,10 +69,9 @@ def run(
     factors = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     matrix = signs(dim, q.dtype, q.device) if name in ("fp8_index", "fp4_index") else q
     if tokens:
-        rows, num_warps = MANY if tokens * heads >= MANY_ROWS else FEW
-        index_query_kernel[(triton.cdiv(tokens * heads, rows),)](
+        index_query_kernel[(triton.cdiv(tokens * heads, ROWS),)](
             q.contiguous(), weights.contiguous(), cos, sin, matrix, out, factors, tokens * heads, scale,
-            ROWS=rows, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, num_warps=num_warps,
+            ROWS=ROWS, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, num_warps=4,
         )  # fmt: skip
     return out.view(torch.float8_e4m3fn) if name == "fp8_index" else out, factors
 
@@ -84,9 +82,8 @@ AOT = [
     (
         index_query_kernel,
         _SIGNATURE | {"out_ptr": out},
-        {"ROWS": rows, "HEADS": 64, "DIM": 128, "ROPE": 64, "FORM": form, "BF16": True},
-        {"num_warps": num_warps},
+        {"ROWS": ROWS, "HEADS": 64, "DIM": 128, "ROPE": 64, "FORM": form, "BF16": True},
+        {"num_warps": 4},
     )
     for form, out in (("fp8_index", "*u8"), ("fp4_index", "*bf16"), ("bf16", "*bf16"))
-    for rows, num_warps in (FEW, MANY)
 ]
