@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 
 import torch
 
@@ -33,7 +35,14 @@ def nvrtc(device: torch.device) -> str | None:
 
 def deep_gemm(device: torch.device) -> str | None:
     reason = cuda(device)
-    return reason if reason is not None or importlib.util.find_spec("deep_gemm") else "deep_gemm is not installed"
+    if reason is not None:
+        return reason
+    if not importlib.util.find_spec("deep_gemm"):
+        return "deep_gemm is not installed"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    if not (os.access(os.path.join(home, "bin", "nvcc"), os.X_OK) or shutil.which("nvcc")):
+        return "deep_gemm compiles its kernels with nvcc, which is not here (CUDA_HOME says where to look)"
+    return None
 
 
 def flash_mla(device: torch.device) -> str | None:
