@@ -199,7 +199,7 @@ class Relay:
                 elif isinstance(event, Failed) and event.role == "decode":
                     await self._hand_on(run, events, journey, avoid, deadline, event.error)
                 elif isinstance(event, Failed):
-                    if run.has_landed:
+                    if run.has_landed and has_first:
                         continue  # its part is done
                     avoid.append(_key(prefill))
                     raise event.error

@@ -295,6 +295,17 @@ def test_what_is_kept_is_handed_on_when_decode_fails_after_that() -> None:
     assert tokens == EXPECTED and len(prefill.requests) == 1 and journey.hand_ons == 1
 
 
+def test_a_prefill_rank_lost_before_its_first_token_arrived_is_missed_though_decode_has_taken_over() -> None:
+    def steps(prefill: FakePrefill, first: FakeRank, second: FakeRank) -> None:
+        prefill.produce(first, prefill.requests[0], "r.1")
+        first.is_silent = second.is_silent = False
+        prefill.listeners["r.1"](Failed("prefill", MemberLost("gone")))
+
+    tokens, prefill, journey = scripted(steps)
+    assert tokens == EXPECTED
+    assert len(prefill.requests) == journey.attempts == 2
+
+
 def test_a_second_failure_runs_the_request_anew() -> None:
     prefill, first, second = two_decodes(lose_after=0)
     second.lose_after = 0
