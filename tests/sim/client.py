@@ -1,0 +1,67 @@
+"""A client of the simulation: what it asks for, what it must get, and what it got."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from core.errors import BatonError, NoMembers, Overloaded, Unavailable
+from core.request import FinishReason, SamplingParams
+from router.relay import Journey
+from tests.sim.null_engine import EOS, continuation
+from tests.sim.ranks import RouterProcess
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+
+class Client:
+    """One request: what it asks for, and what it got."""
+
+    def __init__(self, world: World, number: int) -> None:
+        rng = world.rng
+        self.world, self.name = world, f"c{number}"
+        self.prompt = tuple(rng.choices(range(2, 90), k=rng.randint(1, 11)))
+        self.sampling = SamplingParams(max_tokens=rng.randint(1, 9), seed=rng.randrange(100))
+        self.expected = continuation(self.prompt, self.sampling)
+        self.tokens: list[int] = []
+        self.outcome = ""
+        self.task: asyncio.Task[None] | None = None
+        self.journey: Journey | None = None
+
+    def start(self, at: RouterProcess) -> None:
+        self.world.note(at, f"{self.name} asks: {len(self.prompt)} tokens, at most {self.sampling.max_tokens} more")
+        self.task = self.world.loop.create_task(self._run(at))
+
+    async def _run(self, at: RouterProcess) -> None:
+        self.router = at
+        outcome = "no end"
+        try:
+            async with at.service.admitted("sim", 1, len(self.prompt)):
+                self.journey = at.service.new_journey(self.name, len(self.prompt))
+                async with aclosing(at.service.sequence(self.journey, self.prompt, self.sampling)) as outputs:
+                    async for output in outputs:
+                        self.tokens += output.token_ids
+                        if output.finish_reason is not None:
+                            outcome = "ok"
+                            expected = FinishReason.STOP if self.expected[-1] == EOS else FinishReason.LENGTH
+                            assert output.finish_reason is expected, f"{self.name} ended by {output.finish_reason}"
+        except BatonError as error:
+            outcome = error.code
+            self._check_error(error)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+        assert not self.outcome, f"{self.name} ended twice: {self.outcome}, {outcome}"
+        self.outcome = outcome
+        self.world.note(at, f"{self.name} ends: {outcome} after {len(self.tokens)} tokens")
+
+    def _check_error(self, error: BatonError) -> None:
+        """A router may have too much to do. That all attempts fail takes more than a few faults."""
+        is_worn_out = "fails" in self.world.faults and isinstance(error, Unavailable) and not isinstance(error, NoMembers)
+        assert is_worn_out or isinstance(error, Overloaded), f"{self.name} ended with {error.code}: {error}"
+
+    def check(self) -> None:
+        assert self.outcome and self.outcome != "no end", f"{self.name} never ended"
+        assert self.tokens == self.expected[: len(self.tokens)], f"{self.name} got {self.tokens}, not {self.expected}"
+        assert self.outcome != "ok" or self.tokens == self.expected, f"{self.name} ended early: {self.tokens} of {self.expected}"

@@ -1,0 +1,156 @@
+"""Ranks and routers of the simulation: the real loops, senders, receivers, services and relays, each in a `Process`.
+
+What is not real: threads (`SimThread` takes their turns in virtual time), streams (`SimOutbox`, `SimRankSession`, `SimPeerSession` over
+`network.Link`), the transport (`wire.SimTransport`), the engine (`null_engine`), HTTP and text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from core.request import Member
+from decode_worker.config import DecodeConfig
+from decode_worker.loop import DecodeLoop
+from decode_worker.reservations import State
+from decode_worker.server import DecodeService
+from kv_transfer.config import TransferConfig
+from kv_transfer.receiving import KVReceiver
+from kv_transfer.sender import Post
+from kv_transfer.sending import KVSender
+from kv_transfer.transport import Region, Write
+from prefill_worker.config import PrefillConfig
+from prefill_worker.loop import PrefillLoop
+from prefill_worker.server import PrefillService
+from protos import decode_pb2, prefill_pb2
+from router.config import RouterConfig
+from router.members import Members
+from router.relay import Relay
+from router.service import Service
+from tests.sim.network import LIVENESS_S, Process
+from tests.sim.null_engine import SimRunner
+from tests.sim.threads import NOTHING
+from tests.sim.wire import WIRE_S, Host, SimTransport, Tag, TaggedWrite
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+TRANSFER = TransferConfig(
+    transport="memory",
+    tcp_user_timeout_s=WIRE_S,
+    max_bytes_in_flight=400,
+    deadline_s=4.0,
+    write_timeout_s=1.0,
+    lease_s=3.0,
+    liveness_timeout_s=LIVENESS_S,
+    quarantine_s=LIVENESS_S + WIRE_S + 0.8,
+    poll_interval_ms=40.0,
+)
+
+
+class Rank(Host):
+    """A process of either role, with the memory of its runner."""
+
+    def __init__(self, world: World, role: str, replica: int, address: str, incarnation: int, num_pages: int, num_slots: int) -> None:
+        super().__init__(world, f"{role}{replica}" + "'" * (incarnation % 10))
+        self.sim = world
+        self.member = Member(
+            role=role, replica=replica, rank=0, address=address, incarnation=incarnation, fingerprint="f", max_model_len=1000
+        )
+        self.runner = SimRunner(num_pages, num_slots, step_s=0.04 if role == "prefill" else 0.03)
+        self.transport = SimTransport(world.wire, self)
+        self.regions = Region(address=0, num_pieces=num_pages, piece_bytes=100), Region(address=0, num_pieces=num_slots, piece_bytes=40)
+        self.is_draining = False
+
+    async def start(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def is_idle(self) -> bool:
+        raise NotImplementedError
+
+    def _on_death(self, reason: str) -> None:
+        raise AssertionError(f"{self.name} died: {reason}")
+
+
+class PrefillRank(Rank):
+    def __init__(self, world: World, replica: int, address: str, incarnation: int, config: PrefillConfig) -> None:
+        super().__init__(world, "prefill", replica, address, incarnation, config.num_pages, config.num_slots)
+        world.current = self
+        clock: Any = self
+        self.engine = PrefillLoop(cast(Any, self.runner), config, NOTHING, clock, self._on_death)
+        event = self.engine.transfer_event
+        self.sender = SimKVSender(TRANSFER, self.runner.layout, *self.regions, self.member, clock, NOTHING, event, self._on_death)
+        self.service = PrefillService(self.engine, self.member, LIVENESS_S)
+        self.update_kind: Any = prefill_pb2.PrefillUpdate
+
+    async def start(self) -> None:
+        await self.sender.start()
+        self.engine.start(self.sender)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.engine.is_idle and not self.sender.num_open
+
+    def read(self, tag: Tag, kind: str, piece: int) -> int | None:
+        job = self.engine._by_hand_off.get(tag.request_id)
+        assert job is not None, f"{self.name} still reads {kind} {piece} of {tag.request_id}, which it has forgotten"
+        allocator = self.engine._pages if kind == "page" else self.engine._slots
+        assert piece in allocator.owned_by(job.request_id), f"{self.name} reads {kind} {piece}, which is not {tag.request_id}'s"
+        return (self.runner.pages if kind == "page" else self.runner.slots)[piece]
+
+
+class DecodeRank(Rank):
+    def __init__(self, world: World, replica: int, address: str, incarnation: int, config: DecodeConfig) -> None:
+        super().__init__(world, "decode", replica, address, incarnation, config.num_pages, config.num_slots)
+        world.current = self
+        clock: Any = self
+        self.engine = DecodeLoop(cast(Any, self.runner), config, TRANSFER.lease_s, NOTHING, self.member, clock, self._on_death)
+        event = self.engine.transfer_event
+        self.receiver = KVReceiver(
+            TRANSFER, cast(Any, self.runner.layout), *self.regions, self.member, clock, NOTHING, event, self._on_death
+        )
+        self.service = DecodeService(self.engine, self.member, LIVENESS_S)
+        self.update_kind: Any = decode_pb2.DecodeUpdate
+
+    async def start(self) -> None:
+        await self.receiver.start()
+        self.engine.start(self.receiver)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.engine.is_idle and not self.receiver._state.num_open
+
+    def land(self, tag: Tag, kind: str, piece: int, content: int | None) -> None:
+        """Bytes arrive, whoever owns the place by now: that is the rule that matters most."""
+        reservations = self.engine._reservations
+        allocator = reservations.pages if kind == "page" else reservations.slots
+        owner = next((owner for owner in allocator.owners() if piece in allocator.owned_by(owner)), "nobody")
+        held = reservations.get(tag.request_id)
+        is_its_own = owner == f"quarantine/{tag.epoch}" or (owner == tag.request_id and held is not None and held.epoch == tag.epoch)
+        assert is_its_own, f"a write of {tag.request_id} (epoch {tag.epoch}) landed in {kind} {piece} of {owner} at {self.name}"
+        is_awaited = held is None or held.state in (State.RESERVED, State.RECEIVING)
+        assert is_awaited, f"a write of {tag.request_id} landed in a sequence that runs"
+        (self.runner.pages if kind == "page" else self.runner.slots)[piece] = content
+
+
+class SimKVSender(KVSender):
+    def _as_write(self, post: Post) -> Write:
+        write = super()._as_write(post)
+        hand_off = self._state.hand_off(post.request_id)
+        assert hand_off is not None
+        return TaggedWrite(write.pages, write.slot, write.notification, Tag(post.request_id, hand_off.reservation.epoch))
+
+
+class RouterProcess(Process):
+    """Admission, placement, relay and sessions of one router."""
+
+    def __init__(self, world: World, name: str, config: RouterConfig) -> None:
+        super().__init__(world, name)
+        self.sim = world
+        self.members = Members(LIVENESS_S)
+        self.relay = Relay(self.members, config, cast(Any, self))
+        self.service = Service(config, "sim", 1000, cast(Any, None), self.relay, NOTHING, cast(Any, self))
+
+    def update(self, members: list[Member]) -> None:
+        self.world.current = self
+        self.members.update(members)

@@ -1,0 +1,170 @@
+"""Each rule of the hand-off is needed: without it some simulated world breaks, and soon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from decode_worker.reservations import Held, Reservations, State
+from kv_transfer import receiver as rx
+from kv_transfer import sender as tx
+from kv_transfer.receiving import KVReceiver
+from prefill_worker.loop import Job, PrefillLoop
+from router.session import RankSession
+from tests.sim.patches import run_world
+
+NUM_WORLDS = 10_000
+
+Mutate = Callable[[pytest.MonkeyPatch], None]
+
+
+def drop_quarantine(patch: pytest.MonkeyPatch) -> None:
+    """Pages of an aborted reservation are free at once."""
+    true_end = Reservations.end
+
+    def end(self: Reservations, request_id: str) -> Held | None:
+        held = true_end(self, request_id)
+        if held is not None:
+            self.quiesced(held.epoch)
+        return held
+
+    patch.setattr(Reservations, "end", end)
+
+
+def shorten_quarantine(patch: pytest.MonkeyPatch) -> None:
+    """The receiver does not wait for a lost sender's last write."""
+    true_lost = rx.Receiver.sender_lost
+
+    def sender_lost(self: rx.Receiver, sender: str, now: float, *, was_silent: bool) -> list[rx.Action]:
+        return true_lost(self, sender, now - 100.0, was_silent=was_silent)
+
+    patch.setattr(rx.Receiver, "sender_lost", sender_lost)
+
+
+def drop_epoch_check(patch: pytest.MonkeyPatch) -> None:
+    """A commit counts for whatever holds the reservation by now."""
+    patch.setattr(rx.Receiver, "why_void", lambda self, arrived: None if arrived.epoch in self._epochs else "unknown epoch")
+
+
+def let_anyone_write(patch: pytest.MonkeyPatch) -> None:
+    """The receiver tells every sender that its epoch is live, whether it still is or not."""
+    true_renew = rx.Receiver.renew
+
+    def renew(self: rx.Receiver, sender: str, epoch: int) -> list[rx.Action]:
+        actions = true_renew(self, sender, epoch)
+        return [rx.Live(sender, epoch) if isinstance(action, rx.Revoke) else action for action in actions]
+
+    patch.setattr(rx.Receiver, "renew", renew)
+
+
+def drop_leases(patch: pytest.MonkeyPatch) -> None:
+    true_expired = Reservations.expired
+
+    def expired(self: Reservations, now: float) -> list[Any]:
+        return [found for found in true_expired(self, now) if now > found.held.deadline]
+
+    patch.setattr(Reservations, "expired", expired)
+
+
+def drop_fence_of_sender(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tx.Sender, "fence", lambda self, now: [])
+
+
+def drop_fence_of_receiver(patch: pytest.MonkeyPatch) -> None:
+    true_perform = KVReceiver._perform
+    patch.setattr(KVReceiver, "_perform", lambda self, actions: true_perform(self, [a for a in actions if not isinstance(a, rx.Fence)]))
+
+
+def say_last_write_out_too_soon(patch: pytest.MonkeyPatch) -> None:
+    true_close = tx.Sender._close
+
+    def close(self: tx.Sender, hand_off: tx.HandOff) -> list[tx.Action]:
+        said: list[tx.Action] = [tx.LastWriteOut(hand_off.peer, hand_off.reservation.epoch)]
+        link = self._links[hand_off.peer]
+        lost, link.lost = link.lost, None
+        actions = true_close(self, hand_off)
+        link.lost = lost
+        return said + [action for action in actions if not isinstance(action, tx.LastWriteOut)]
+
+    true_abort = tx.Sender.revoked
+
+    def revoked(self: tx.Sender, peer: str, epoch: int) -> list[tx.Action]:
+        return [*true_abort(self, peer, epoch), tx.LastWriteOut(peer, epoch)]
+
+    patch.setattr(tx.Sender, "_close", close)
+    patch.setattr(tx.Sender, "revoked", revoked)
+
+
+def commit_before_the_pages(patch: pytest.MonkeyPatch) -> None:
+    true_next = tx.Sender.next_post
+
+    def next_post(self: tx.Sender) -> tx.Post | None:
+        for hand_off in self._hand_offs.values():
+            if hand_off.phase is tx.Phase.SENDING and hand_off.order is not None and not hand_off.pages and hand_off.in_flight:
+                return tx.Post(hand_off.request_id, hand_off.peer, (), hand_off.order, 40)
+        return true_next(self)
+
+    patch.setattr(tx.Sender, "next_post", next_post)
+
+
+def free_local_pages_at_once(patch: pytest.MonkeyPatch) -> None:
+    """A cancelled prompt's pages are used again while they are read."""
+    true_close = PrefillLoop._close
+
+    def close(self: PrefillLoop, job: Job) -> None:
+        true_close(self, job)
+        self._pages.free(job.request_id)
+
+    patch.setattr(PrefillLoop, "_close", close)
+
+
+def forget_to_cancel(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RankSession, "cancel", lambda self, request_id: None)
+
+
+def free_on_commit(patch: pytest.MonkeyPatch) -> None:
+    """A reservation that ends between commit and first step is forgotten without being revoked."""
+    true_revoke = KVReceiver.revoke
+
+    def revoke(self: KVReceiver, epoch: int) -> None:
+        found = self._state._epochs.get(epoch)
+        if found is None or found.phase is not rx.Phase.COMMITTED:
+            true_revoke(self, epoch)
+
+    patch.setattr(KVReceiver, "revoke", revoke)
+
+
+MUTATIONS: dict[str, tuple[Mutate, str]] = {
+    "quarantine": (drop_quarantine, "landed in"),
+    "quarantine of lost senders": (shorten_quarantine, "landed in"),
+    "epoch check of the commit": (drop_epoch_check, ""),
+    "epoch check of the live answer": (let_anyone_write, "landed in"),
+    "lease": (drop_leases, "beyond its lease"),
+    "fence of the sender": (drop_fence_of_sender, "landed in"),
+    "fence of the receiver": (drop_fence_of_receiver, "landed in"),
+    "last write out": (say_last_write_out_too_soon, "landed in"),
+    "order of the commit": (commit_before_the_pages, ""),
+    "local pages": (free_local_pages_at_once, "reads page"),
+    "cancel": (forget_to_cancel, "is not idle"),
+    "revoke of what is committed": (free_on_commit, "is not idle"),
+}
+
+
+@pytest.mark.parametrize("rule", MUTATIONS)
+def test_a_world_without_this_rule_breaks(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate, says = MUTATIONS[rule]
+    mutate(monkeypatch)
+    for seed in range(NUM_WORLDS):
+        try:
+            run_world(seed)
+        except AssertionError as error:
+            if says in str(error):
+                print(f"world {seed}: {error}")
+                return
+    pytest.fail(f"{NUM_WORLDS} worlds do not notice that the rule is gone")
+
+
+def test_states_of_a_reservation_are_those_that_the_checks_know() -> None:
+    assert {state.name for state in State} == {"RESERVED", "RECEIVING", "READY", "RUNNING"}

@@ -1,0 +1,122 @@
+"""What takes the place of threads and of what they post to streams: events of the process that they belong to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from tests.sim.network import End, Link
+
+if TYPE_CHECKING:
+    from tests.sim.ranks import Rank
+    from tests.sim.world import World
+
+
+class Nothing:
+    """Metrics that nobody reads."""
+
+    def __getattr__(self, name: str) -> Nothing:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+        return self
+
+
+NOTHING: Any = Nothing()
+
+
+class SimThread:
+    """In place of `InboxThread`: orders and turns happen as events of the process that made it."""
+
+    current: World
+
+    def __init__(self, name: str, turn: Callable[[], float], died: Callable[[Exception], None]) -> None:
+        process = SimThread.current.current
+        assert process is not None
+        self._process, self._turn = process, turn
+        self._orders: deque[Callable[[], None]] = deque()
+        self._due = -1.0
+        self._busy_until = 0.0
+        self._is_started = False
+
+    def start(self) -> None:
+        self._is_started = True
+        self._wake(0.0)
+
+    def put(self, order: Callable[[], None]) -> None:
+        self._orders.append(order)
+        if self._is_started:
+            self._wake(0.0)
+
+    def end(self) -> None:
+        self._is_started = False
+
+    def join(self) -> None:
+        pass
+
+    def _wake(self, delay: float) -> None:
+        now = self._process.loop._now
+        when = max(now + delay, self._busy_until)
+        if self._due < 0 or when < self._due:
+            self._due = when
+            self._process.later(when - now, lambda: self._run(when))
+
+    def _run(self, when: float) -> None:
+        if when != self._due or not self._is_started:
+            return  # it was woken earlier since
+        self._due = -1.0
+        if self._process.loop._now < self._busy_until:
+            self._wake(0.0)
+            return
+        orders, process = self._orders, cast("Rank", self._process)
+        has_changed = bool(orders)
+        while orders:
+            orders.popleft()()
+        wait = self._turn()
+        if process.runner.busy_s:
+            has_changed = True
+            wait = process.runner.busy_s
+            self._busy_until = process.loop._now + wait
+            process.runner.busy_s = 0.0
+        if has_changed:
+            process.sim.check(process)
+        self._wake(max(wait, 0.001))
+
+
+class SimOutbox:
+    """In place of `Outbox`: what was posted leaves as one message, at once."""
+
+    def __init__(self, kind: Callable[[], Any], loop: Any) -> None:
+        process = SimThread.current.current
+        assert process is not None
+        self._process, self._kind = process, kind
+        self._pending: Any = None
+        self.is_closed = False
+        self.link: Link | None = None
+        self.end: End | None = None
+        self.finish: Callable[[Any], None] = lambda update: None
+
+    def connect(self, link: Link, end: End, finish: Callable[[Any], None]) -> None:
+        self.link, self.end, self.finish = link, end, finish
+
+    def post(self, part: Any) -> None:
+        if self.is_closed:
+            return
+        if self._pending is None:
+            self._pending = self._kind()
+            self._process.later(0.0, self._flush)
+        self._pending.MergeFrom(part)
+
+    def _flush(self) -> None:
+        update, self._pending = self._pending, None
+        if self.link is not None and self.end is not None and not self.is_closed:
+            self.finish(update)
+            self.link.send(self.end, update)
+
+    def close(self) -> None:
+        if not self.is_closed:
+            self.is_closed = True
+            if self.link is not None and self.end is not None and self.end.is_open:
+                self.link.end(self._process, "the other end closed the session")
+                self.end.lost("the session was closed")
