@@ -6,6 +6,7 @@ somebody else, are noticed at the next step of whom they hurt.
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 from core.request import SamplingParams
@@ -54,18 +55,18 @@ class SimRunner:
 
     vocab_size, max_model_len = VOCAB_SIZE, 1000
     layout: Any = SimLayout()
-    arena: Any = None
 
     def __init__(self, num_pages: int, num_slots: int, step_s: float) -> None:
         self.pages: list[int | None] = [None] * num_pages
         self.slots: list[int | None] = [None] * num_slots
+        self.arena = types.SimpleNamespace(pages=self.pages, slots=self.slots)
         self._step_s = step_s
         self.busy_s = 0.0
 
     def clear_slot(self, slot_id: int) -> None:
         self.slots[slot_id] = 0
 
-    def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
+    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
         self.busy_s += self._step_s
         return [self._run(chunk.sequence, chunk.start + chunk.length) for chunk in chunks]
 

@@ -13,6 +13,7 @@ from decode_worker.config import DecodeConfig
 from decode_worker.loop import DecodeLoop
 from decode_worker.reservations import State
 from decode_worker.server import DecodeService
+from engine.parallel.lockstep import SoloSteps
 from kv_transfer.config import TransferConfig
 from kv_transfer.receiving import KVReceiver
 from kv_transfer.sender import Post
@@ -77,7 +78,7 @@ class PrefillRank(Rank):
         super().__init__(world, "prefill", replica, address, incarnation, config.num_pages, config.num_slots)
         world.current = self
         clock: Any = self
-        self.engine = PrefillLoop(cast(Any, self.runner), config, NOTHING, clock, self._on_death)
+        self.engine = PrefillLoop(cast(Any, self.runner), config, NOTHING, SoloSteps(config.chunk_tokens), clock, self._on_death)
         event = self.engine.transfer_event
         self.sender = SimKVSender(TRANSFER, self.runner.layout, *self.regions, self.member, clock, NOTHING, event, self._on_death)
         self.service = PrefillService(self.engine, self.member, LIVENESS_S)
@@ -104,7 +105,8 @@ class DecodeRank(Rank):
         super().__init__(world, "decode", replica, address, incarnation, config.num_pages, config.num_slots)
         world.current = self
         clock: Any = self
-        self.engine = DecodeLoop(cast(Any, self.runner), config, TRANSFER.lease_s, NOTHING, self.member, clock, self._on_death)
+        steps = SoloSteps(config.max_running)
+        self.engine = DecodeLoop(cast(Any, self.runner), config, TRANSFER.lease_s, NOTHING, self.member, steps, clock, self._on_death)
         event = self.engine.transfer_event
         self.receiver = KVReceiver(
             TRANSFER, cast(Any, self.runner.layout), *self.regions, self.member, clock, NOTHING, event, self._on_death
