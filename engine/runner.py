@@ -48,7 +48,7 @@ class Runner(Protocol):
 
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
         """Results in the order of the chunks, which must not be empty, but in a group: there all ranks step together, and `batch` is
-        the number of sequences that decode steps of all of them can hold. When it returns, all that the step writes to pages and slots
+        the number of tokens that none of them exceeds in this step. When it returns, all that the step writes to pages and slots
         is there, for whoever reads them next."""
         ...
 
@@ -84,7 +84,10 @@ class ModelRunner:
         self._caches.clear_slot(slot_id)
 
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
-        assert chunks or self._loaded.share is not None, "a step needs at least one chunk"
+        if self._loaded.share is not None:
+            self._loaded.share.begin_step(batch)
+        else:
+            assert chunks, "a step needs at least one chunk"
         if self._graphs is not None and self._graphs.holds(chunks):
             logits = self._graphs.run(chunks, batch)
         elif not chunks:

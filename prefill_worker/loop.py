@@ -152,7 +152,7 @@ class PrefillLoop:
         if budget is not None:
             chunks = self._planner.plan(computing, budget)
             self._group_steps.begin(min(remaining - sum(chunk.length for chunk in chunks), self._chunk_tokens))
-            self._step(chunks)
+            self._step(chunks, budget)
         elif not self._jobs:
             self._pages.check_integrity()
             self._slots.check_integrity()
@@ -163,10 +163,10 @@ class PrefillLoop:
         log.exception("prefill.died", error=repr(error))
         self._on_death(repr(error))
 
-    def _step(self, chunks: list[Chunk]) -> None:
+    def _step(self, chunks: list[Chunk], budget: int) -> None:
         began = self._clock.now()
         try:
-            results = self._runner.step(chunks)
+            results = self._runner.step(chunks, budget if self._group_steps.is_shared else 0)
             self._failed_steps = 0
         except Exception as error:  # a bug or a broken device: confined to the requests of this step
             if self._group_steps.is_ending:

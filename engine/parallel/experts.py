@@ -72,9 +72,10 @@ class LayerShare:
 class ExpertShare:
     """All layers'."""
 
-    def __init__(self, layers: dict[str, LayerShare]) -> None:
+    def __init__(self, layers: dict[str, LayerShare], exchange: ExpertExchange) -> None:
         self.layers = layers
         """By the prefix of their tensors: "layers.0.ffn", and so on, then "mtp.0.ffn"."""
+        self._exchange = exchange
 
     @staticmethod
     def open(sharing: Sharing, model: ModelConfig, ops: BoundOps, device: torch.device) -> ExpertShare:
@@ -94,7 +95,11 @@ class ExpertShare:
         group.before_close(exchange.close)
         prefixes = [f"layers.{layer}.ffn" for layer in range(model.num_hidden_layers)]
         prefixes += [f"mtp.{index}.ffn" for index in range(model.num_nextn_predict_layers)]
-        return ExpertShare({prefix: LayerShare(placement, group.rank, exchange, device) for prefix in prefixes})
+        return ExpertShare({prefix: LayerShare(placement, group.rank, exchange, device) for prefix in prefixes}, exchange)
+
+    def begin_step(self, rows: int) -> None:
+        """The ranks are about to take a step with so many rows at most each; 0: they have not agreed on a number."""
+        self._exchange.rows = rows
 
     def is_wanted(self, name: str) -> bool:
         """Whether this rank needs a tensor of the checkpoint: all but other ranks' experts."""

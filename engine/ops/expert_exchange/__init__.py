@@ -51,6 +51,9 @@ class Arrived:
 
 
 class ExpertExchange(Protocol):
+    rows: int
+    """Set before a step: how many rows the ranks bring at most, where they have agreed on it; 0 where they have not."""
+
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
         """x: [T, d]; ids: int64 [T, k], the experts; slots: int64 [T, k], the copy of each to be used; weights: fp32 [T, k]."""
         ...
@@ -77,6 +80,8 @@ class RowExchange:
     Rows of a token are added up at home in float64, in the order of expert ids, as the reference of `moe_experts` does with all experts
     on one rank. Hence the result is the same to the bit, whatever the group's size and wherever the copies are.
     """
+
+    rows = 0
 
     def __init__(self, group: Group, shape: ExchangeShape) -> None:
         assert shape.num_slots % group.size == 0, f"{shape.num_slots} slots on {group.size} ranks"

@@ -47,6 +47,8 @@ class _Ranks:
 
 
 class NormalExchange:
+    rows = 0
+
     def __init__(self, group: Group, shape: ExchangeShape) -> None:
         self._num_slots = shape.num_slots
         row_bytes = shape.hidden_size * torch.bfloat16.itemsize
@@ -84,6 +86,8 @@ class NormalExchange:
 class LowLatencyExchange:
     """What arrives lies in a buffer [experts, room, d], mostly empty; `dispatch` takes the rows together, into as many as there can be
     at most, and `combine` puts the results back to where theirs came from."""
+
+    rows = 0
 
     def __init__(self, group: Group, shape: ExchangeShape) -> None:
         self._shape, self._size = shape, group.size

@@ -1,0 +1,43 @@
+"""Experts by gathering: the reference's sums within the rounding of fp32, with equal rows, uneven rows, and no rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.expert_exchange.gather import run
+from engine.ops.moe_experts import moe_experts
+from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
+from engine.parallel.group import Group
+from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, tokens_of
+from tests.support.ranks import run_group
+
+
+@pytest.mark.parametrize(
+    ("is_latency_bound", "placement", "counts", "rows"),
+    [
+        (True, even_placement(8, 2), (6, 6), 8),
+        (True, SKEWED, (3, 3, 3, 3), 0),
+        (False, even_placement(8, 2), (7, 16), 20),
+        (False, even_placement(8, 2), (0, 5), 5),
+        (False, SKEWED, (4, 0, 9, 1), 0),
+        (False, even_placement(8, 1), (4,), 4),
+    ],
+    ids=str,
+)
+def test_a_group_gives_the_sums_of_one_rank(is_latency_bound: bool, placement: ExpertPlacement, counts: tuple[int, ...], rows: int) -> None:
+    shape = ExchangeShape(hidden_size=HIDDEN, num_slots=len(placement.experts), max_tokens=32, is_latency_bound=is_latency_bound)
+
+    def rank(group: Group) -> torch.Tensor:
+        exchange = run(group, shape)
+        exchange.rows = rows
+        x, ids, weights = tokens_of(group.rank, counts[group.rank], torch.bfloat16)
+        arrived = exchange.dispatch(x, ids, SlotChoice(placement, group.rank)(ids), weights)
+        return exchange.combine(moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT), arrived)
+
+    everything = packed(tuple(range(EXPERTS)))
+    for number, routed in enumerate(run_group(placement.num_ranks, rank)):
+        alone = moe_experts(*tokens_of(number, counts[number], torch.bfloat16), everything, LIMIT)
+        assert routed.shape == alone.shape and routed.dtype == torch.float32
+        assert (routed - alone).norm() <= 1e-6 * alone.norm(), f"rank {number}"
