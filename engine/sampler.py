@@ -50,9 +50,11 @@ def draws_of(sequences: list[Sequence], vocab_size: int, device: torch.device | 
     def whole(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    filters = penalties = bias = None
-    if any(p.top_k or p.top_p < 1.0 or p.min_p > 0 for p in params if not p.is_greedy):
-        filters = Filters(whole([p.top_k for p in params]), column([p.top_p for p in params]), column([p.min_p for p in params]))
+    penalties = bias = None
+    drawn = [p for p in params if not p.is_greedy]
+    top_k = whole([p.top_k for p in params]) if any(p.top_k for p in drawn) else None
+    top_p = column([p.top_p for p in params]) if any(p.top_p < 1.0 for p in drawn) else None
+    min_p = column([p.min_p for p in params]) if any(p.min_p > 0 for p in drawn) else None
     if any(_has_penalties(p) for p in params):
         counts = torch.zeros(len(params), vocab_size, dtype=torch.int32)
         seen = torch.zeros(len(params), vocab_size, dtype=torch.bool)
@@ -75,7 +77,7 @@ def draws_of(sequences: list[Sequence], vocab_size: int, device: torch.device | 
         column([p.temperature for p in params]),
         whole([p.seed - 2**64 if p.seed >= 2**63 else p.seed for p in params]),
         whole([len(sequence.token_ids) for sequence in sequences]),
-        filters,
+        None if top_k is top_p is min_p is None else Filters(top_k, top_p, min_p),
         penalties,
         bias,
     )

@@ -11,4 +11,4 @@ __all__ = ["pack", "run"]
 
 def run(h: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float) -> torch.Tensor:
     """As the reference, with packed fn and contiguous h."""
-    return launch(h, None, fn, base, scale, None, (norm_eps, hc_eps), 0, cut(len(h), h.shape[2], h.is_cuda))[1]
+    return launch(h, None, fn, base, scale, None, (norm_eps, hc_eps), 0, cut(len(h), h.shape[2], h.dtype))[1]

@@ -23,5 +23,5 @@ def run(
     sinkhorn_iters: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference, with packed fn; all contiguous."""
-    plan = cut(len(h), h.shape[2], h.is_cuda)
+    plan = cut(len(h), h.shape[2], h.dtype)
     return launch(h, (y, post, comb), fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, plan)

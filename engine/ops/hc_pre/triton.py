@@ -5,17 +5,15 @@
     mix        a token: sum of its partials, pre gates, mix of the streams, RMSNorm     -> x
     balance    a block of tokens: sum of their partials, post gates, Sinkhorn           -> post, comb
 
-All three in one launch while there are few tokens (a grid small enough to be resident as a whole, with one barrier between project
-and the rest), else in two: project, then mix and balance side by side. A slice is cut over all four streams, so a program that makes
-new streams has all it needs to project them.
+Two launches: project, then mix and balance side by side. A slice is cut over all four streams, so a program that makes new streams
+has all it needs to project them. (One launch with a barrier of the grid in it was no faster, up to 64 tokens.)
 
-fn is packed as two bfloat16 matrices, rows interleaved, whose sum keeps 16 bits of each weight; bfloat16 streams times these are exact
-in the fp32 accumulators, in one pass of the matrix units.
+fn is packed as two bfloat16 matrices, rows interleaved, whose sum keeps 16 bits of each weight, and with the four streams of a channel
+side by side: a step of `project` is one product of the matrix units, exact in their fp32 accumulators.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +22,6 @@ import triton
 import triton.language as tl
 
 STREAMS = 4
-FUSED_TOKENS = 64
-"""Up to here one launch: 2 programs a token for mix and balance, which must all be resident."""
 
 
 @triton.jit
@@ -44,67 +40,6 @@ def _gates(post_ptr, comb_ptr, row, alive, K: tl.constexpr):
 def _spread(gates, y, h0, h1, h2, h3):
     post, c0, c1, c2, c3 = gates
     return post[:, None] * y + c0[:, None] * h0 + c1[:, None] * h1 + c2[:, None] * h2 + c3[:, None] * h3
-
-
-@triton.jit
-def _accumulate(acc, squares, stream, fn_ptr, at, row_stride, columns, kept, ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr):
-    """acc += stream x fn[:, at + columns]^T, squares += stream^2. stream: [BT, BC] bf16 or fp32."""
-    n = tl.arange(0, PADDED_ROWS)
-    part = tl.load(fn_ptr + n[None, :] * row_stride + (at + columns)[:, None], mask=kept[:, None] & (n < ROWS)[None, :], other=0.0)
-    wide = stream.to(tl.float32)
-    if stream.dtype == tl.bfloat16:
-        acc = tl.dot(stream, part, acc)
-    else:
-        acc = tl.dot(wide, part.to(tl.float32), acc, input_precision="tf32x3")
-    return acc, squares + wide * wide
-
-
-@triton.jit
-def _project(
-    h_ptr, y_ptr, post_ptr, comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, block, split, num_splits, split_channels,
-    N: tl.constexpr, PADDED_ROWS: tl.constexpr, POST: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    row = (block * BT + tl.arange(0, BT)).to(tl.int64)
-    alive = row < tokens
-    acc = tl.zeros([BT, PADDED_ROWS], tl.float32)
-    squares = tl.zeros([BT, BC], tl.float32)
-    first = split * split_channels
-    last = tl.minimum(first + split_channels, dim)
-    if POST:
-        gates0 = _gates(post_ptr, comb_ptr, row, alive, 0)
-        gates1 = _gates(post_ptr, comb_ptr, row, alive, 1)
-        gates2 = _gates(post_ptr, comb_ptr, row, alive, 2)
-        gates3 = _gates(post_ptr, comb_ptr, row, alive, 3)
-    for start in range(first, last, BC):
-        columns = start + tl.arange(0, BC)
-        kept = columns < last
-        mask = alive[:, None] & kept[None, :]
-        at = row[:, None] * (4 * dim) + columns[None, :]
-        s0 = tl.load(h_ptr + at, mask=mask, other=0.0)
-        s1 = tl.load(h_ptr + at + dim, mask=mask, other=0.0)
-        s2 = tl.load(h_ptr + at + 2 * dim, mask=mask, other=0.0)
-        s3 = tl.load(h_ptr + at + 3 * dim, mask=mask, other=0.0)
-        if POST:
-            y = tl.load(y_ptr + row[:, None] * dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            kind = s0.dtype
-            h0, h1, h2, h3 = s0.to(tl.float32), s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
-            s0 = _spread(gates0, y, h0, h1, h2, h3).to(kind)
-            s1 = _spread(gates1, y, h0, h1, h2, h3).to(kind)
-            s2 = _spread(gates2, y, h0, h1, h2, h3).to(kind)
-            s3 = _spread(gates3, y, h0, h1, h2, h3).to(kind)
-            tl.store(out_ptr + at, s0, mask=mask)
-            tl.store(out_ptr + at + dim, s1, mask=mask)
-            tl.store(out_ptr + at + 2 * dim, s2, mask=mask)
-            tl.store(out_ptr + at + 3 * dim, s3, mask=mask)
-        acc, squares = _accumulate(acc, squares, s0, fn_ptr, 0, 4 * dim, columns, kept, 2 * N, PADDED_ROWS)
-        acc, squares = _accumulate(acc, squares, s1, fn_ptr, dim, 4 * dim, columns, kept, 2 * N, PADDED_ROWS)
-        acc, squares = _accumulate(acc, squares, s2, fn_ptr, 2 * dim, 4 * dim, columns, kept, 2 * N, PADDED_ROWS)
-        acc, squares = _accumulate(acc, squares, s3, fn_ptr, 3 * dim, 4 * dim, columns, kept, 2 * N, PADDED_ROWS)
-    WIDTH: tl.constexpr = PADDED_ROWS // 2
-    n = tl.arange(0, WIDTH)
-    out = tl.sum(tl.reshape(acc, [BT, WIDTH, 2]), axis=2)
-    out = tl.where((n == N)[None, :], tl.sum(squares, 1)[:, None], out)
-    tl.store(partial_ptr + (row[:, None] * num_splits + split) * WIDTH + n[None, :], out, mask=alive[:, None] & (n <= N)[None, :])
 
 
 @triton.jit
@@ -159,28 +94,150 @@ def _balance(
 
 
 @triton.jit
+def _pick(values, index, I: tl.constexpr):
+    return tl.sum(tl.where(index == I, values, 0.0), 0)
+
+
+@triton.jit
+def _shares(a, b, c, d, eps, FAST: tl.constexpr):
+    """Each over their sum + eps; FAST: by the GPU's own reciprocal, to the last bit but one."""
+    total = ((a + b) + (c + d)) + eps
+    if FAST:
+        inverse = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        inverse = 1.0 / total
+    return a * inverse, b * inverse, c * inverse, d * inverse
+
+
+@triton.jit
+def _balance_token(
+    partial_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, token, dim, num_splits, norm_eps, hc_eps, iterations,
+    N: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """`_balance` of one token with comb in 16 scalars: each normalisation waits for three sums and a division, no other thread."""
+    split = tl.arange(0, SPLITS)
+    real = split < num_splits
+    at = partial_ptr + (token.to(tl.int64) * num_splits + split) * WIDTH
+    k = tl.arange(0, 4)
+    jk = tl.arange(0, 16)
+    rho = tl.rsqrt(tl.sum(tl.load(at + N, mask=real, other=0.0), 0) / (4 * dim) + norm_eps)
+    post = tl.sum(tl.load(at[:, None] + 4 + k[None, :], mask=real[:, None], other=0.0), 0) * rho
+    tl.store(post_ptr + token * 4 + k, 2 * tl.sigmoid(post * tl.load(scale_ptr + 1) + tl.load(base_ptr + 4 + k)))
+    comb = tl.sum(tl.load(at[:, None] + 8 + jk[None, :], mask=real[:, None], other=0.0), 0) * rho
+    comb = comb * tl.load(scale_ptr + 2) + tl.load(base_ptr + 8 + jk)
+    rows = tl.reshape(comb, [4, 4])
+    rows = tl.exp(rows - tl.max(rows, 1)[:, None])
+    comb = tl.reshape(rows * (1.0 / tl.sum(rows, 1))[:, None] + hc_eps, [16])
+    c00, c01, c02, c03 = _pick(comb, jk, 0), _pick(comb, jk, 1), _pick(comb, jk, 2), _pick(comb, jk, 3)
+    c10, c11, c12, c13 = _pick(comb, jk, 4), _pick(comb, jk, 5), _pick(comb, jk, 6), _pick(comb, jk, 7)
+    c20, c21, c22, c23 = _pick(comb, jk, 8), _pick(comb, jk, 9), _pick(comb, jk, 10), _pick(comb, jk, 11)
+    c30, c31, c32, c33 = _pick(comb, jk, 12), _pick(comb, jk, 13), _pick(comb, jk, 14), _pick(comb, jk, 15)
+    c00, c10, c20, c30 = _shares(c00, c10, c20, c30, hc_eps, FAST)
+    c01, c11, c21, c31 = _shares(c01, c11, c21, c31, hc_eps, FAST)
+    c02, c12, c22, c32 = _shares(c02, c12, c22, c32, hc_eps, FAST)
+    c03, c13, c23, c33 = _shares(c03, c13, c23, c33, hc_eps, FAST)
+    for _ in range(iterations - 1):
+        c00, c01, c02, c03 = _shares(c00, c01, c02, c03, hc_eps, FAST)
+        c10, c11, c12, c13 = _shares(c10, c11, c12, c13, hc_eps, FAST)
+        c20, c21, c22, c23 = _shares(c20, c21, c22, c23, hc_eps, FAST)
+        c30, c31, c32, c33 = _shares(c30, c31, c32, c33, hc_eps, FAST)
+        c00, c10, c20, c30 = _shares(c00, c10, c20, c30, hc_eps, FAST)
+        c01, c11, c21, c31 = _shares(c01, c11, c21, c31, hc_eps, FAST)
+        c02, c12, c22, c32 = _shares(c02, c12, c22, c32, hc_eps, FAST)
+        c03, c13, c23, c33 = _shares(c03, c13, c23, c33, hc_eps, FAST)
+    out = comb_ptr + token * 16
+    tl.store(out + 0, c00)
+    tl.store(out + 1, c01)
+    tl.store(out + 2, c02)
+    tl.store(out + 3, c03)
+    tl.store(out + 4, c10)
+    tl.store(out + 5, c11)
+    tl.store(out + 6, c12)
+    tl.store(out + 7, c13)
+    tl.store(out + 8, c20)
+    tl.store(out + 9, c21)
+    tl.store(out + 10, c22)
+    tl.store(out + 11, c23)
+    tl.store(out + 12, c30)
+    tl.store(out + 13, c31)
+    tl.store(out + 14, c32)
+    tl.store(out + 15, c33)
+
+
+@triton.jit
 def project_kernel(
-    h_ptr, y_ptr, post_ptr, comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, num_splits, split_channels,
+    h_ptr, y_ptr, post_ptr, comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, num_splits,
     N: tl.constexpr, PADDED_ROWS: tl.constexpr, POST: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    _project(
-        h_ptr, y_ptr, post_ptr, comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, tl.program_id(0), tl.program_id(1),
-        num_splits, split_channels, N, PADDED_ROWS, POST, BT, BC,
-    )  # fmt: skip
+    split = tl.program_id(0)
+    row = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
+    alive = row < tokens
+    acc = tl.zeros([BT, PADDED_ROWS], tl.float32)
+    squares = tl.zeros([BT, BC], tl.float32)
+    n = tl.arange(0, PADDED_ROWS)
+    if POST:
+        gates0 = _gates(post_ptr, comb_ptr, row, alive, 0)
+        gates1 = _gates(post_ptr, comb_ptr, row, alive, 1)
+        gates2 = _gates(post_ptr, comb_ptr, row, alive, 2)
+        gates3 = _gates(post_ptr, comb_ptr, row, alive, 3)
+    # The splits of a block take turns, so that programs that run side by side read and write side by side.
+    for start in range(split * BC, dim, num_splits * BC):
+        columns = start + tl.arange(0, BC)
+        kept = columns < dim
+        mask = alive[:, None] & kept[None, :]
+        at = row[:, None] * (4 * dim) + columns[None, :]
+        s0 = tl.load(h_ptr + at, mask=mask, other=0.0)
+        s1 = tl.load(h_ptr + at + dim, mask=mask, other=0.0)
+        s2 = tl.load(h_ptr + at + 2 * dim, mask=mask, other=0.0)
+        s3 = tl.load(h_ptr + at + 3 * dim, mask=mask, other=0.0)
+        if POST:
+            y = tl.load(y_ptr + row[:, None] * dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            kind = s0.dtype
+            h0, h1, h2, h3 = s0.to(tl.float32), s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
+            s0 = _spread(gates0, y, h0, h1, h2, h3).to(kind)
+            s1 = _spread(gates1, y, h0, h1, h2, h3).to(kind)
+            s2 = _spread(gates2, y, h0, h1, h2, h3).to(kind)
+            s3 = _spread(gates3, y, h0, h1, h2, h3).to(kind)
+            tl.store(out_ptr + at, s0, mask=mask)
+            tl.store(out_ptr + at + dim, s1, mask=mask)
+            tl.store(out_ptr + at + 2 * dim, s2, mask=mask)
+            tl.store(out_ptr + at + 3 * dim, s3, mask=mask)
+        # K runs over channels, the four streams of each side by side, as fn is packed: one product a step
+        x = tl.reshape(tl.join(tl.join(s0, s2), tl.join(s1, s3)), [BT, 4 * BC])
+        k = start * 4 + tl.arange(0, 4 * BC)
+        real = (k < 4 * dim)[:, None] & (n < 2 * N)[None, :]
+        part = tl.load(fn_ptr + n[None, :] * (4 * dim) + k[:, None], mask=real, other=0.0)
+        if x.dtype == tl.bfloat16:
+            acc = tl.dot(x, part, acc)
+        else:
+            acc = tl.dot(x, part.to(tl.float32), acc, input_precision="tf32x3")
+        h0, h1, h2, h3 = s0.to(tl.float32), s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
+        squares += h0 * h0 + h1 * h1 + h2 * h2 + h3 * h3
+    WIDTH: tl.constexpr = PADDED_ROWS // 2
+    column = tl.arange(0, WIDTH)[None, :]
+    out = tl.sum(tl.reshape(acc, [BT, WIDTH, 2]), axis=2)
+    out = tl.where(column == N, tl.sum(squares, 1)[:, None], out)
+    tl.store(partial_ptr + (row[:, None] * num_splits + split) * WIDTH + column, out, mask=alive[:, None] & (column <= N))
 
 
 @triton.jit
 def finish_kernel(
     h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, tokens, dim, num_splits, balance_blocks,
     norm_eps, hc_eps, iterations,
-    N: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < balance_blocks:
-        _balance(
-            partial_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, program, tokens, dim, num_splits, norm_eps, hc_eps, iterations,
-            N, WIDTH, SPLITS, BT,
-        )  # fmt: skip
+        if BT == 1:
+            _balance_token(
+                partial_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, program, dim, num_splits, norm_eps, hc_eps, iterations,
+                N, WIDTH, SPLITS, FAST,
+            )  # fmt: skip
+        else:
+            _balance(
+                partial_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, program, tokens, dim, num_splits, norm_eps, hc_eps, iterations,
+                N, WIDTH, SPLITS, BT,
+            )  # fmt: skip
     else:  # the last tokens first: of what `project` read or wrote, those are still in L2
         _mix(
             h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, tokens - 1 - (program - balance_blocks), dim, num_splits,
@@ -188,45 +245,9 @@ def finish_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def one_launch_kernel(
-    h_ptr, y_ptr, in_post_ptr, in_comb_ptr, out_ptr, fn_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr,
-    counter_ptr, tokens, dim, num_blocks, num_splits, split_channels, norm_eps, hc_eps, iterations,
-    N: tl.constexpr, PADDED_ROWS: tl.constexpr, POST: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    if program < num_blocks * num_splits:
-        _project(
-            h_ptr, y_ptr, in_post_ptr, in_comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, program // num_splits,
-            program % num_splits, num_splits, split_channels, N, PADDED_ROWS, POST, BT, BC,
-        )  # fmt: skip
-    # Barrier of the grid. Each launch adds as many as it has programs to a counter of its own grid size, so a launch's end is known
-    # from any value seen in it, and nothing has to be reset.
-    tl.debug_barrier()
-    programs = tl.num_programs(0)
-    seen = tl.atomic_add(counter_ptr + programs, 1, sem="acq_rel")
-    if program < 2 * tokens:
-        end = (seen // programs + 1) * programs
-        while tl.atomic_add(counter_ptr + programs, 0, sem="acquire") < end:
-            pass
-        tl.debug_barrier()
-        if program < tokens:
-            source = out_ptr if POST else h_ptr
-            _mix(
-                source, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, program, dim, num_splits, norm_eps, hc_eps,
-                N, PADDED_ROWS // 2, NORM, SPLITS, BD,
-            )  # fmt: skip
-        else:
-            _balance(
-                partial_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, program - tokens, tokens, dim, num_splits, norm_eps, hc_eps,
-                iterations, N, PADDED_ROWS // 2, SPLITS, 1,
-            )  # fmt: skip
-
-
 def pack(fn: torch.Tensor) -> torch.Tensor:
-    """float [N, M d] -> bfloat16 [2 N, M d]: row 2 n is fn[n] rounded, row 2 n + 1 what that leaves, rounded."""
-    wide = fn.float()
+    """float [N, M d] -> bfloat16 [2 N, d M]: row 2 n is fn[n] rounded, row 2 n + 1 what that leaves, rounded."""
+    wide = fn.float().unflatten(1, (STREAMS, -1)).transpose(1, 2).flatten(1)
     high = wide.to(torch.bfloat16)
     return torch.stack((high, (wide - high.float()).to(torch.bfloat16)), dim=1).flatten(0, 1).contiguous()
 
@@ -239,33 +260,27 @@ class Cut:
     """Tokens of a program of `project`."""
     channels: int
     """Of each stream, per step of its loop."""
-    split_channels: int
-    """Of each stream, per program."""
     num_splits: int
-    one_launch: bool
+    """Programs that share the channels of a block."""
     num_warps: int
-    """Of `project`; of all where one launch does all."""
+    num_stages: int
     finish_warps: int
 
     def num_blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)
 
 
-def cut(tokens: int, dim: int, resident: bool = True) -> Cut:
-    """Few tokens: thin slices, so that one token's work, the reading of fn, is spread over the whole chip. `resident`: programs run
-    at the same time, so that they can wait for each other (interpreted ones do not)."""
-    one_launch = tokens <= FUSED_TOKENS and resident
-    block = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    channels = 32 if tokens <= FUSED_TOKENS else 64
-    splits = max(1, 512 // max(1, -(-tokens // block)))
-    per_split = max(channels, -(-dim // splits // channels) * channels)
-    return Cut(block, channels, per_split, -(-dim // per_split), one_launch, 4, 8)
+def cut(tokens: int, dim: int, dtype: torch.dtype) -> Cut:
+    """Few tokens: thin slices, so that one token's work, the reading of fn, is spread over the whole chip. Measured on an H200."""
+    block = 16 if tokens <= 16 else 64
+    channels = 32 if dtype == torch.bfloat16 else 16
+    splits = min(-(-dim // channels), max(8, 256 // max(1, -(-tokens // block))))
+    return Cut(block, channels, splits, 2 if tokens <= 8 else 4, 2 if tokens <= 128 or dtype == torch.float32 else 3, 4)
 
 
-@functools.cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """One barrier counter for each grid size. Launches that share it must not overlap: one stream a device runs the model."""
-    return torch.zeros(4096, dtype=torch.int64, device=device)
+def _balance_block(tokens: int) -> int:
+    """Tokens of a program of `balance`: with few tokens there are many partials of each."""
+    return 1 if tokens <= 256 else 16 if tokens <= 1024 else 64
 
 
 def launch(
@@ -298,21 +313,15 @@ def launch(
     blocks, norm = cut.num_blocks(tokens), h if norm_weight is None else norm_weight
     splits = {"SPLITS": triton.next_power_of_2(cut.num_splits), "BD": triton.next_power_of_2(dim), "NORM": norm_weight is not None}
     shared = {"N": num, "PADDED_ROWS": rows, "POST": after is not None, "BT": cut.block, "BC": cut.channels}
-    if cut.one_launch and iterations:
-        one_launch_kernel[(max(blocks * cut.num_splits, 2 * tokens),)](
-            h, y, in_post, in_comb, streams, fn, partial, base, scale, norm, x, post, comb, _counters(h.device), tokens, dim, blocks,
-            cut.num_splits, cut.split_channels, *eps, iterations, **shared, **splits, num_warps=cut.num_warps,
-            launch_cooperative_grid=True,
-        )  # fmt: skip
-        return streams, x, post, comb
-    project_kernel[(blocks, cut.num_splits)](
-        h, y, in_post, in_comb, streams, fn, partial, tokens, dim, cut.num_splits, cut.split_channels, **shared, num_warps=cut.num_warps
-    )
-    balance_block = 1 if tokens <= FUSED_TOKENS or not iterations else 16 if tokens <= 1024 else 64
+    project_kernel[(cut.num_splits, blocks)](
+        h, y, in_post, in_comb, streams, fn, partial, tokens, dim, cut.num_splits, **shared,
+        num_warps=cut.num_warps, num_stages=cut.num_stages,
+    )  # fmt: skip
+    balance_block = _balance_block(tokens)
     balance_blocks = -(-tokens // balance_block) if iterations else 0
     finish_kernel[(tokens + balance_blocks,)](
         streams, partial, base, scale, norm, x, post, comb, tokens, dim, cut.num_splits, balance_blocks, *eps, iterations,
-        N=num, WIDTH=rows // 2, **splits, BT=balance_block, num_warps=cut.finish_warps,
+        N=num, WIDTH=rows // 2, **splits, BT=balance_block, FAST=h.is_cuda, num_warps=cut.finish_warps,
     )  # fmt: skip
     return streams, x, post, comb
 
@@ -329,33 +338,37 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference, with packed fn and contiguous h."""
     tokens, _, dim = h.shape
-    return launch(h, None, fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, cut(tokens, dim, h.is_cuda))[1:]
+    return launch(h, None, fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, cut(tokens, dim, h.dtype))[1:]
 
 
 def _aot(dtype: str, post: bool, num: int, dim: int, tokens: int) -> list[tuple[Any, ...]]:
-    plan = cut(tokens, dim)
+    plan = cut(tokens, dim, torch.bfloat16 if dtype == "*bf16" else torch.float32)
     rows = max(16, triton.next_power_of_2(2 * num))
     streams = dict.fromkeys(("h_ptr", "y_ptr", "out_ptr", "x_ptr"), dtype)
-    floats = dict.fromkeys(("post_ptr", "comb_ptr", "in_post_ptr", "in_comb_ptr", "partial_ptr", "base_ptr", "scale_ptr"), "*fp32")
-    integers = dict.fromkeys(("tokens", "num_blocks", "num_splits", "balance_blocks", "iterations"), "i32")
-    types = streams | floats | integers | {"dim": "i32:16", "split_channels": "i32:16", "norm_eps": "fp32", "hc_eps": "fp32"}
-    types |= {"fn_ptr": "*bf16", "norm_ptr": "*bf16", "counter_ptr": "*i64"}
-    constants = {"N": num, "PADDED_ROWS": rows, "WIDTH": rows // 2, "POST": post, "NORM": num != STREAMS, "BT": plan.block}
+    floats = dict.fromkeys(("post_ptr", "comb_ptr", "partial_ptr", "base_ptr", "scale_ptr"), "*fp32")
+    integers = dict.fromkeys(("tokens", "num_splits", "balance_blocks", "iterations"), "i32")
+    types = streams | floats | integers | {"dim": "i32:16", "norm_eps": "fp32", "hc_eps": "fp32"}
+    types |= {"fn_ptr": "*bf16", "norm_ptr": "*bf16"}
+    constants = {"N": num, "PADDED_ROWS": rows, "WIDTH": rows // 2, "POST": post, "NORM": num != STREAMS, "BT": plan.block, "FAST": True}
     constants |= {"BC": plan.channels, "BD": triton.next_power_of_2(dim), "SPLITS": triton.next_power_of_2(plan.num_splits)}
 
     def entry(kernel: triton.JITFunction, warps: int, **changed: int):
         used = {name: value for name, value in (constants | changed).items() if name in kernel.arg_names}
-        return kernel, {name: types[name] for name in kernel.arg_names if name not in used}, used, {"num_warps": warps}
+        return (
+            kernel,
+            {name: types[name] for name in kernel.arg_names if name not in used},
+            used,
+            {"num_warps": warps, "num_stages": plan.num_stages},
+        )
 
-    if plan.one_launch and num != STREAMS:
-        return [entry(one_launch_kernel, plan.num_warps)]
-    return [entry(project_kernel, plan.num_warps), entry(finish_kernel, plan.finish_warps, BT=64 if num != STREAMS else 1)]
+    return [entry(project_kernel, plan.num_warps), entry(finish_kernel, plan.finish_warps, BT=_balance_block(tokens))]
 
 
 AOT = [
     *_aot("*bf16", False, 24, 4096, 1),
     *_aot("*bf16", True, 24, 7168, 64),
     *_aot("*fp32", True, 24, 256, 1),
+    *_aot("*fp32", True, 24, 1024, 300),
     *_aot("*bf16", False, 24, 4096, 8192),
     *_aot("*bf16", True, 24, 7168, 8192),
     *_aot("*bf16", False, 4, 4096, 128),

@@ -18,11 +18,13 @@ from engine.philox import uniforms_of
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    top_k: torch.Tensor
+    """Each None if no sequence of the batch wants it."""
+
+    top_k: torch.Tensor | None
     """int64 [S]; 0 keeps all."""
-    top_p: torch.Tensor
+    top_p: torch.Tensor | None
     """float64 [S]."""
-    min_p: torch.Tensor
+    min_p: torch.Tensor | None
     """float64 [S]."""
 
 
@@ -88,15 +90,22 @@ def _penalised(values: torch.Tensor, penalties: Penalties) -> torch.Tensor:
 
 def _filtered(tempered: torch.Tensor, filters: Filters) -> torch.Tensor:
     """What top-k, top-p within it and min-p exclude becomes -inf; the most likely token always stays."""
-    place = torch.arange(tempered.shape[1], device=tempered.device)
-    values, ids = torch.sort(tempered, dim=1, descending=True, stable=True)
-    top_k, top_p = filters.top_k[:, None], filters.top_p[:, None]
-    values = values.masked_fill((place >= top_k) & (top_k > 0), -math.inf)
-    probabilities = torch.softmax(values, dim=1)
-    before = probabilities.cumsum(dim=1) - probabilities
-    values = values.masked_fill((before >= top_p) & (top_p < 1.0) & (place > 0), -math.inf)
-    kept = torch.empty_like(values).scatter_(1, ids, values)
-    return kept.masked_fill(tempered < torch.log(filters.min_p)[:, None], -math.inf)
+    kept = tempered
+    if filters.top_k is not None or filters.top_p is not None:
+        place = torch.arange(tempered.shape[1], device=tempered.device)
+        values, ids = torch.sort(tempered, dim=1, descending=True, stable=True)
+        if filters.top_k is not None:
+            top_k = filters.top_k[:, None]
+            values = values.masked_fill((place >= top_k) & (top_k > 0), -math.inf)
+        if filters.top_p is not None:
+            top_p = filters.top_p[:, None]
+            probabilities = torch.softmax(values, dim=1)
+            before = probabilities.cumsum(dim=1) - probabilities
+            values = values.masked_fill((before >= top_p) & (top_p < 1.0) & (place > 0), -math.inf)
+        kept = torch.empty_like(values).scatter_(1, ids, values)
+    if filters.min_p is not None:
+        kept = kept.masked_fill(tempered < torch.log(filters.min_p)[:, None], -math.inf)
+    return kept
 
 
 OP = Op("sample", sample, backends={"triton": Impl("engine.ops.sample.triton", requires.triton)})

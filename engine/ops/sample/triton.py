@@ -1,4 +1,4 @@
-"""sample in one pass over the logits, and some more where there are filters; batches with penalties or bias go the reference's way.
+"""sample in one pass over the logits, and more where there are filters; batches with penalties or bias go the reference's way.
 
 Exact draws need float64 logarithms for V tokens a row, of which one matters. So the score logit / temperature + Gumbel noise is first
 computed in fp32 with a bound on its error:
@@ -72,8 +72,17 @@ def _order(logits, token, ID_BITS: tl.constexpr):
 
 
 @triton.jit
+def sample_mass_kernel(logits_ptr, top_ptr, temperature_ptr, mass_ptr, vocab, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf")).to(tl.float64)
+    tempered = (logits - tl.load(top_ptr + row).to(tl.float64)) / tl.load(temperature_ptr + row)
+    tl.store(mass_ptr + row * vocab + token, tl.exp(tempered), mask=token < vocab)
+
+
+@triton.jit
 def sample_narrow_kernel(
-    logits_ptr, top_ptr, temperature_ptr, limit_ptr, floor_ptr, prefix_ptr, partial_ptr, rows, vocab, blocks, step, shift,
+    logits_ptr, mass_ptr, limit_ptr, floor_ptr, prefix_ptr, partial_ptr, rows, vocab, blocks, step, shift,
     BY_MASS: tl.constexpr, COUNT: tl.constexpr, ID_BITS: tl.constexpr, PADDED_BLOCKS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -96,16 +105,14 @@ def sample_narrow_kernel(
         # column d: tokens above digit d; the last column: all
         bound = tl.where(digit == 15, 0, prefix + ((digit.to(tl.int64) + 1) << shift))
         floor = tl.load(floor_ptr + row)
-        top = tl.load(top_ptr + row).to(tl.float64)
-        temperature = tl.load(temperature_ptr + row)
         sums = tl.zeros([CHUNK, 16], tl.float64)
         first = block * BLOCK
         for start in range(first, tl.minimum(first + BLOCK, vocab), CHUNK):
             token = start + tl.arange(0, CHUNK)
             logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
             order = _order(logits, token, ID_BITS)
-            if BY_MASS:
-                weight = tl.exp((logits.to(tl.float64) - top) / temperature)
+            if BY_MASS:  # computed once: the 16 columns of a token lie in 16 threads, each of which would compute it again
+                weight = tl.load(mass_ptr + row * vocab + token, mask=token < vocab, other=0.0)
             else:
                 weight = tl.full([CHUNK], 1.0, tl.float64)
             weight = tl.where((token < vocab) & (order >= floor), weight, 0.0)
@@ -227,23 +234,45 @@ def sample_decide_kernel(
     tl.store(out_ptr + row, chosen)
 
 
-def _least_kept(
-    logits: torch.Tensor, draws: Draws, top: torch.Tensor, limit: torch.Tensor, floor: torch.Tensor, by_mass: bool
-) -> torch.Tensor:
-    """int64 [S]: the least order that is kept. limit: float64 [S]; floor: int64 [S], the least order that takes part."""
+def _least_kept(logits: torch.Tensor, mass: torch.Tensor | None, limit: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """int64 [S]: the least order that is kept. mass: float64 [S, V], or None to count; limit: float64 [S], of the sum above it, as a
+    part of the whole where there is mass; floor: int64 [S], the least order that takes part."""
     rows, vocab = logits.shape
-    blocks, id_bits = triton.cdiv(vocab, BLOCK), max(1, (vocab - 1).bit_length())
+    chunks = triton.cdiv(vocab, CHUNK)
+    block = CHUNK * min(8, triton.next_power_of_2(triton.cdiv(rows * chunks, 1024)))  # some 1024 programs
+    blocks, id_bits = triton.cdiv(vocab, block), max(1, (vocab - 1).bit_length())
     steps = triton.cdiv(32 + id_bits, DIGIT_BITS)
     prefix = torch.empty(steps + 1, rows, dtype=torch.int64, device=logits.device)
     partial = torch.empty(2, rows, blocks, 16, dtype=torch.float64, device=logits.device)
+    tensors = (logits, logits if mass is None else mass, limit, floor, prefix, partial)
     for step in range(steps + 1):
         count = step < steps
         sample_narrow_kernel[(rows, blocks if count else 1)](
-            logits, top, draws.temperature, limit, floor, prefix, partial, rows, vocab, blocks, step, (steps - 1 - step) * DIGIT_BITS,
-            BY_MASS=by_mass, COUNT=count, ID_BITS=id_bits, PADDED_BLOCKS=triton.next_power_of_2(blocks), CHUNK=CHUNK, BLOCK=BLOCK,
-            num_warps=8,
+            *tensors, rows, vocab, blocks, step, (steps - 1 - step) * DIGIT_BITS,
+            BY_MASS=mass is not None, COUNT=count, ID_BITS=id_bits, PADDED_BLOCKS=triton.next_power_of_2(blocks), CHUNK=CHUNK,
+            BLOCK=block, num_warps=8,
         )  # fmt: skip
     return prefix[steps]
+
+
+def _thresholds(logits: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(least order kept int64 [S], least logarithm of likelihood over the most likely float64 [S], largest logit fp32 [S])."""
+    filters = draws.filters
+    if filters is None:
+        return draws.seed, draws.temperature, logits  # of the right types, not read
+    top = logits.amax(1)
+    floor = torch.zeros_like(draws.seed)
+    if filters.top_k is not None:
+        fewest = torch.where(filters.top_k > 0, filters.top_k.double(), torch.inf)
+        floor = _least_kept(logits, None, fewest, floor)
+    if filters.top_p is not None:
+        likely = torch.where(filters.top_p < 1, filters.top_p, torch.inf)
+        mass = torch.empty_like(logits, dtype=torch.float64)
+        grid = (len(logits), triton.cdiv(logits.shape[1], CHUNK))
+        sample_mass_kernel[grid](logits, top, draws.temperature, mass, logits.shape[1], CHUNK=CHUNK, num_warps=4)
+        floor = torch.maximum(floor, _least_kept(logits, mass, likely, floor))
+    lowest = torch.full_like(draws.temperature, -torch.inf) if filters.min_p is None else filters.min_p.log()
+    return floor, lowest, top
 
 
 def run(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -255,14 +284,7 @@ def run(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
         return out
-    floor, lowest, top = draws.seed, draws.temperature, logits  # stand-ins of the right types
-    if draws.filters is not None:
-        top = logits.amax(1)
-        fewest = torch.where(draws.filters.top_k > 0, draws.filters.top_k.double(), torch.inf)
-        floor = _least_kept(logits, draws, top, fewest, torch.zeros_like(draws.seed), by_mass=False)
-        likely = torch.where(draws.filters.top_p < 1, draws.filters.top_p, torch.inf)
-        floor = torch.maximum(floor, _least_kept(logits, draws, top, likely, floor, by_mass=True))
-        lowest = draws.filters.min_p.log()
+    floor, lowest, top = _thresholds(logits, draws)
     blocks = triton.cdiv(vocab, BLOCK)
     largest, low, high = logits.new_empty(3, rows, blocks)
     token, count = torch.empty(2, rows, blocks, dtype=torch.int32, device=logits.device)
@@ -277,7 +299,7 @@ def run(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 _TYPES = dict.fromkeys(("logits_ptr", "largest_ptr", "low_ptr", "high_ptr", "top_ptr"), "*fp32")
 _TYPES |= dict.fromkeys(("token_ptr", "count_ptr"), "*i32") | dict.fromkeys(
-    ("temperature_ptr", "lowest_ptr", "limit_ptr", "partial_ptr"), "*fp64"
+    ("temperature_ptr", "lowest_ptr", "limit_ptr", "partial_ptr", "mass_ptr"), "*fp64"
 )
 _TYPES |= dict.fromkeys(("seed_ptr", "position_ptr", "floor_ptr", "prefix_ptr", "out_ptr"), "*i64") | {"vocab": "i32:16", "slack": "fp32"}
 _TYPES |= dict.fromkeys(("rows", "blocks", "step", "shift"), "i32")
@@ -292,5 +314,6 @@ def _aot(kernel: triton.JITFunction, num_warps: int, **changed: object) -> tuple
 AOT = [
     *(_aot(sample_blocks_kernel, 8, FILTERED=filtered) for filtered in (False, True)),
     _aot(sample_decide_kernel, 4, FILTERED=True),
-    *(_aot(sample_narrow_kernel, 8, BY_MASS=by_mass, COUNT=True) for by_mass in (False, True)),
+    _aot(sample_mass_kernel, 4),
+    *(_aot(sample_narrow_kernel, 8, BY_MASS=by_mass, COUNT=True, PADDED_BLOCKS=256, BLOCK=CHUNK) for by_mass in (False, True)),
 ]
