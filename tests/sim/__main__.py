@@ -1,6 +1,7 @@
 """Print the transcript of one simulated world, or run many.
 
 python -m tests.sim --seed 673            what happened, line by line, and the broken rule if there is one
+python -m tests.sim --scenario NAME       a story with a plot (`tests/sim/scenarios.py`)
 python -m tests.sim --worlds 100000       seeds 0 to 99,999; the seeds of those that broke a rule
 """
 
@@ -13,13 +14,18 @@ import time
 from collections import Counter
 
 from tests.sim.patches import run_world
+from tests.sim.scenarios import SCENARIOS, run_scenario
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the world to print, or of the first one to run")
     parser.add_argument("--worlds", type=int, default=0, help="how many to run, without transcripts")
+    parser.add_argument("--scenario", choices=sorted(SCENARIOS), metavar="NAME", help=", ".join(sorted(SCENARIOS)))
     arguments = parser.parse_args()
+    if arguments.scenario:
+        run_scenario(arguments.scenario, print)
+        return 0
     if not arguments.worlds:
         world = run_world(arguments.seed, print)
         print(f"world {arguments.seed}: every rule held; faults: {', '.join(world.faults) or 'none'}")

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 class Client:
     """One request: what it asks for, and what it got."""
 
-    def __init__(self, world: World, number: int) -> None:
+    def __init__(self, world: World, number: int, num_tokens: int = 0, max_tokens: int = 0) -> None:
+        """0: as the world's seed has it."""
         rng = world.rng
         self.world, self.name = world, f"c{number}"
-        self.prompt = tuple(rng.choices(range(2, 90), k=rng.randint(1, 11)))
-        self.sampling = SamplingParams(max_tokens=rng.randint(1, 9), seed=rng.randrange(100))
+        self.prompt = tuple(rng.choices(range(2, 90), k=num_tokens or rng.randint(1, 11)))
+        self.sampling = SamplingParams(max_tokens=max_tokens or rng.randint(1, 9), seed=rng.randrange(100))
         self.expected = continuation(self.prompt, self.sampling)
         self.tokens: list[int] = []
         self.outcome = ""

@@ -86,9 +86,9 @@ def simulated(world: World) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def run_world(seed: int, tell: Callable[[str], None] | None = None) -> World:
+def run_world(seed: int, tell: Callable[[str], None] | None = None, set_up: Callable[[World], None] | None = None) -> World:
     """One history. Raises AssertionError, which names the broken rule."""
-    world = World(seed, tell)
+    world = World(seed, tell, set_up)
     with simulated(world):
         world.run()
     return world

@@ -43,9 +43,11 @@ ROUTER = RouterConfig(
 
 
 class World(Network):
-    def __init__(self, seed: int, tell: Callable[[str], None] | None = None) -> None:
-        """`tell` gets the transcript, a line at a time."""
+    def __init__(self, seed: int, tell: Callable[[str], None] | None = None, set_up: Callable[[World], None] | None = None) -> None:
+        """`tell` gets the transcript, a line at a time. `set_up` makes the cluster and plans what happens; without it both follow from
+        the seed."""
         super().__init__(seed)
+        self._make = set_up or World.set_up
         self.seed, self._tell = seed, tell
         self.wire = Wire(self)
         self.ranks: dict[str, Rank] = {}
@@ -57,6 +59,7 @@ class World(Network):
         self.faults: list[str] = []
         self._numbers = itertools.count(1)
         self._end_of_events = 0.0
+        self._awaited: list[tuple[str, Callable[[], None]]] = []
 
     @property
     def has_transcript(self) -> bool:
@@ -66,7 +69,14 @@ class World(Network):
 
     def note(self, who: Process | None, text: str) -> None:
         if self._tell is not None:
+            for fragment, event in [found for found in self._awaited if found[0] in text]:
+                self._awaited.remove((fragment, event))
+                self.loop.at(self.loop._now, event)
             self._tell(f"{self.loop._now:8.3f}  {who.name if who is not None else '':<12} {text}")
+
+    def when(self, fragment: str, event: Callable[[], None]) -> None:
+        """Let it happen as soon as a line of the transcript contains this, once."""
+        self._awaited.append((fragment, event))
 
     def at_address(self, address: str) -> Rank | None:
         found = self.ranks.get(address)
@@ -117,35 +127,37 @@ class World(Network):
     def staying(self, role: str) -> list[Rank]:
         return [rank for rank in self.living(role) if not rank.is_draining]
 
-    def _set_up(self) -> None:
-        rng = self.rng
-        for role, count in (("prefill", rng.choice((1, 2, 2))), ("decode", rng.choice((1, 2, 2, 3)))):
+    def make_cluster(self, num_prefill: int, num_decode: int, num_routers: int) -> None:
+        for role, count in (("prefill", num_prefill), ("decode", num_decode)):
             for replica in range(count):
                 self.start_rank(role, replica)
-        for number in range(rng.choice((1, 1, 2))):
+        for number in range(num_routers):
             one = RouterProcess(self, f"router{number}", ROUTER)
             self.routers.append(one)
             one.update(list(self.listed.values()))
+
+    def set_up(self) -> None:
+        rng = self.rng
+        self.make_cluster(rng.choice((1, 2, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 2)))
         count = 14 if rng.random() < 0.03 else rng.choice((1, 2, 2, 3, 4))  # 14 are more than a router takes
         span = rng.choice((0.05, 0.3))
         for number in range(count):
-            client = Client(self, number)
-            self.clients.append(client)
-            self._plan(0.05 + span * rng.random(), functools.partial(self._ask, client))
+            self.plan(0.05 + span * rng.random(), functools.partial(self.ask, Client(self, number)))
         events, weights = zip(*self.EVENTS, strict=True)
         for event in rng.choices(events, weights, k=rng.choice((0, 1, 1, 2, 2, 3, 4))):
             when = 0.05 + rng.choice((0.2, 0.4, 0.4, 1.5)) * rng.random()
-            self._plan(when, functools.partial(event, self))
+            self.plan(when, functools.partial(event, self))
         if rng.random() < 0.3:
             self.wire.repeats = 0.3
         if rng.random() < 0.15:
             self.wire.fails, self.faults = 0.15, [*self.faults, "fails"]
 
-    def _plan(self, when: float, event: Callable[[], None]) -> None:
+    def plan(self, when: float, event: Callable[[], None]) -> None:
         self._end_of_events = max(self._end_of_events, when)
         self.loop.at(when, event)
 
-    def _ask(self, client: Client) -> None:
+    def ask(self, client: Client) -> None:
+        self.clients.append(client)
         running = [one for one in self.routers if one.is_alive]
         if not running:
             client.outcome = "refused"
@@ -162,16 +174,16 @@ class World(Network):
         found = self.living()
         if found:
             rank = self.rng.choice(found)
-            self._fault(rank, "killed")
-            rank.kill()
-            self._replace(rank)
+            self.kill(rank, self.rng.random() < 0.8 or self.staying(rank.member.role) == [rank])
 
-    def _replace(self, rank: Rank) -> None:
-        """The controller notices, tells, and mostly starts it again at the same address."""
+    def kill(self, rank: Rank, is_replaced: bool) -> None:
+        """The controller notices, tells, and starts it again at the same address."""
+        self._fault(rank, "killed")
+        rank.kill()
         address = rank.member.address
         self.loop.at(self.loop._now + 0.3 * self.rng.random(), functools.partial(self._strike, address, rank.member))
-        if self.rng.random() < 0.8 or not self.staying(rank.member.role):
-            self._plan(self.loop._now + 0.05 + 0.6 * self.rng.random(), functools.partial(self._start_again, rank))
+        if is_replaced or not self.staying(rank.member.role):
+            self.plan(self.loop._now + 0.05 + 0.6 * self.rng.random(), functools.partial(self._start_again, rank))
 
     def _strike(self, address: str, member: Member) -> None:
         if self.listed.get(address) is member:
@@ -222,9 +234,11 @@ class World(Network):
         a, b = self.rng.sample(processes, 2) if len(processes) > 1 else (None, None)
         if a is None or b is None:
             return
-        seconds = self.rng.choice((0.3, 1.0, 2.0, 5.0)) * (0.8 + 0.4 * self.rng.random())
+        self.cut(a, b, self.rng.choice((0.3, 1.0, 2.0, 5.0)) * (0.8 + 0.4 * self.rng.random()))
+
+    def cut(self, a: Process, b: Process, seconds: float) -> None:
         self._fault(a, f"cut off from {b.name} for {seconds:.1f} s")
-        self.cut(a, b, seconds)
+        super().cut(a, b, seconds)
 
     def reset_link(self) -> None:
         found = [link for link in self.links if all(end.process.is_running for end in link.ends)]
@@ -317,7 +331,7 @@ class World(Network):
     def run(self) -> None:
         """Raises AssertionError, which names the broken rule."""
         SimThread.current = self
-        self.loop.at(0.0, self._set_up)
+        self.loop.at(0.0, lambda: self._make(self))
         calls = itertools.count()
         try:
             self.loop.run(0.05, lambda: False)
