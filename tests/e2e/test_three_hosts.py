@@ -62,7 +62,7 @@ class ThreeHosts:
     def start(self) -> None:
         head = f"{self.net.address(0)}:{RAY}"
         self._ray(0, "--head", f"--port={RAY}", "--include-dashboard=false", f"--temp-dir={self._temp}")
-        self.wait(lambda: self.net.call(0, lambda: _connects(self.net.address(0), RAY)), 60, "Ray's head")
+        self.wait(lambda: self.net.call(0, lambda: _connects(self.net.address(0), RAY)), 120, "Ray's head")
         for host in (1, 2):
             self._ray(host, f"--address={head}")
         time.sleep(3)  # `baton up` waits for room, but not for ever
