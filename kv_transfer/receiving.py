@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,10 @@ class _Session:
     incarnation: int
     outbox: Outbox
     heard_at: float
+    """When the newest message that arrived was sent, on our clock: one that was held up on its way is no news."""
     ping: int = 0
+    clock_offset: float = math.inf
+    """Ours less the sender's, as the fastest message had it."""
 
 
 class KVReceiver(transfer_pb2_grpc.TransferServicer):
@@ -270,7 +274,9 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
     def _take(self, session: _Session, message: transfer_pb2.SenderMessage) -> None:
         if session.key not in self._sessions:
             return  # over: a ping must not be answered any more
-        session.heard_at, session.ping = self._clock.now(), message.ping
+        sent_at, session.ping = message.ping / 1e6, message.ping
+        session.clock_offset = min(session.clock_offset, self._clock.now() - sent_at)
+        session.heard_at = sent_at + session.clock_offset
         if message.renew or message.last_write_out:
             self._order(lambda: self._heard(session.key, message))
 
