@@ -1,0 +1,270 @@
+"""Chaos: a real cluster under mixed traffic, to which something happens every few seconds.
+
+    with ChaosCluster(home) as cluster:
+        report = asyncio.run(Chaos(cluster, seed=7).run(minutes=3))
+    assert report.problems == []
+
+What happens is drawn from the seed: kill -9 of a rank, the router or the controller; a rank or the router stopped for some seconds
+(SIGSTOP: to the others a cut, shorter or longer than their patience); a storm of clients that leave. The cluster runs in checked mode.
+What must hold is in the claims of `_judge`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from core.errors import Unavailable
+from tests.support.chaos_levels import Levels, excess, measure, table
+from tests.support.chaos_traffic import Traffic, draw_scenarios, undisturbed
+from tests.support.cluster import Cluster
+
+HEALTH_TIMEOUT_S = 12.0
+
+OVERRIDES = (
+    "prefill.replicas=2",
+    "decode.replicas=2",
+    "transfer.checksum=true",
+    "router.wait_for_members_s=120",
+    "router.request_timeout_s=240",
+    f"placement.health_timeout_s={HEALTH_TIMEOUT_S}",
+    "placement.restart_backoff_max_s=2",
+)
+
+EVENTS = {
+    "kill prefill": 4,
+    "kill decode": 4,
+    "kill router": 2,
+    "kill controller": 1,
+    "stop prefill": 2,
+    "stop decode": 2,
+    "stop router": 1,
+    "storm": 3,
+}
+"""With their weights."""
+
+STOPS_S = ((0.3, 4.0), (6.0, 9.0), (HEALTH_TIMEOUT_S + 2, HEALTH_TIMEOUT_S + 4))
+"""Shorter than the liveness timeout; longer; so long that the controller replaces the process."""
+
+ROUTER_LOST_S = 3.0
+"""How long after the loss of a router a connection may still break: until the next one listens."""
+
+CALM_S = 90.0
+"""After the last event everything must be back at the starting level within this time."""
+
+
+class ChaosCluster(Cluster):
+    """Up inside `with`."""
+
+    def __init__(self, home: pathlib.Path) -> None:
+        super().__init__(home, "chaos")
+
+    def __enter__(self) -> ChaosCluster:
+        try:
+            self.up(*OVERRIDES)
+        except BaseException:
+            self.down()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    problems: list[str]
+    num_finished: int
+    """Requests with a whole answer."""
+    num_events: int
+
+
+class Chaos:
+    def __init__(
+        self, cluster: Cluster, seed: int, *, num_clients: int = 6, num_scenarios: int = 28, say: Callable[[str], None] = print
+    ) -> None:
+        self._cluster, self._seed, self._num_clients, self._num_scenarios = cluster, seed, num_clients, num_scenarios
+        self._random = Random(f"{seed}/events")
+        self._say_line = say
+        self._began = time.monotonic()
+        self._pids: dict[str, int] = {}
+        """Member -> process, as last seen."""
+        self._doomed: dict[int, str] = {}
+        """Processes whose end we caused, and how."""
+        self._router_lost: list[tuple[float, float]] = []
+        """From when to when a router was not there."""
+        self._stopped: set[int] = set()
+        self._counts: dict[str, int] = {}
+        self._problems: list[str] = []
+
+    async def run(self, minutes: float) -> Report:
+        """The baseline, so many minutes of chaos, and what is left when it is over."""
+        cluster = self._cluster
+        self._say(f"seed {self._seed}: {minutes:g} minutes, {self._num_clients} clients, {self._num_scenarios} scenarios")
+        url = f"http://127.0.0.1:{cluster.port}"
+        scenarios = draw_scenarios(Random(f"{self._seed}/scenarios"), self._num_scenarios)
+        expected = await undisturbed(url, scenarios)
+        before = await self._levels_at_rest()
+        self._say(f"undisturbed: {sum(map(len, expected))} requests, {sum(a.num_tokens for s in expected for _, a in s)} tokens")
+
+        self._began = time.monotonic()
+        traffic = Traffic(url, expected, self._seed, self._num_clients)
+        running = asyncio.create_task(traffic.run())
+        watching = asyncio.create_task(self._watch())
+        background: set[asyncio.Task[None]] = set()
+        while time.monotonic() < self._began + 60 * minutes and not running.done():
+            await asyncio.sleep(self._random.uniform(2.0, 6.0))
+            name = self._random.choices(list(EVENTS), list(EVENTS.values()))[0]
+            background.add(asyncio.create_task(self._happen(name, Random(self._random.random()), traffic)))
+        await asyncio.gather(*background)
+        self._say(f"no more events; {traffic.num_asking} requests are running")
+        traffic.stop()
+        await running
+        took = time.monotonic() - self._began
+        self._say("all clients are done")
+        after, left = await self._calm(before)
+        watching.cancel()
+        await asyncio.wait({watching})
+        self._judge(traffic, left)
+        events = ", ".join(f"{name} {count}" for name, count in sorted(self._counts.items()))
+        counts = traffic.counts
+        summary = [
+            f"{took:.0f} s, events: {events}",
+            f"requests: {counts['finished']} finished ({counts['tokens']} tokens), {counts['left']} left by their clients, "
+            f"{counts['broken']} connections broken by a lost router and asked again; longest {traffic.longest_s:.1f} s",
+            *table(before, after),
+            f"problems: {len(self._problems)}",
+            *self._problems,
+        ]
+        for line in summary:
+            self._say(line)
+        return Report(problems=self._problems, num_finished=counts["finished"], num_events=sum(self._counts.values()))
+
+    def _judge(self, traffic: Traffic, left: list[str]) -> None:
+        """Finished requests have the tokens of the undisturbed run and none is lost (`traffic.problems`); a connection breaks only with
+        its router; no process ends that nobody ended; and nothing stays behind."""
+        self._problems += traffic.problems
+        for found in traffic.breaks:
+            if not any(begin - 0.5 <= found.ended and found.began <= end for begin, end in self._router_lost):
+                when = found.ended - self._began
+                self._problems.append(f"at {when:.1f} s: {found.case}: the connection broke, and no router was lost: {found.reason}")
+        self._problems += [f"not back at the starting level: {one}" for one in left]
+
+    async def _happen(self, name: str, random: Random, traffic: Traffic) -> None:
+        self._counts[name] = self._counts.get(name, 0) + 1
+        how, _, role = name.partition(" ")
+        if how == "storm":
+            self._say(f"storm: {await traffic.storm(random, 12)} requests were cut")
+        elif how == "kill":
+            await self._kill(role, random)
+        else:
+            await self._stop(role, random)
+
+    async def _kill(self, role: str, random: Random) -> None:
+        victim = await self._victim(role, random)
+        if victim is None:
+            return
+        member, pid = victim
+        self._doomed[pid] = "killed"
+        self._say(f"kill {member} ({pid})")
+        began = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        if role == "router":
+            await self._lose_router(began)
+
+    async def _stop(self, role: str, random: Random) -> None:
+        victim = await self._victim(role, random)
+        seconds = random.uniform(*random.choice(STOPS_S[:1] if role == "router" else STOPS_S))
+        if victim is None or victim[1] in self._stopped:
+            return
+        member, pid = victim
+        if seconds > HEALTH_TIMEOUT_S - 2:
+            self._doomed[pid] = f"stopped for {seconds:.1f} s"
+        self._say(f"stop {member} ({pid}) for {seconds:.1f} s")
+        self._stopped.add(pid)
+        try:
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(seconds)
+            os.kill(pid, signal.SIGCONT)
+            self._say(f"continue {member} ({pid})")
+        except ProcessLookupError:
+            self._say(f"{member} ({pid}) ended while it was stopped")
+        finally:
+            self._stopped.discard(pid)
+
+    async def _lose_router(self, began: float) -> None:
+        """Note from when to when nobody listened."""
+        while True:
+            await asyncio.sleep(0.1)
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", self._cluster.port)
+                writer.close()
+                break
+        self._router_lost.append((began, time.monotonic() + ROUTER_LOST_S))
+        self._say(f"a router listens again after {time.monotonic() - began:.1f} s")
+
+    async def _victim(self, role: str, random: Random) -> tuple[str, int] | None:
+        """A living process of the role, as far as we know."""
+        if role == "controller":
+            try:
+                return role, await asyncio.to_thread(self._cluster.controller_pid)
+            except (ProcessLookupError, FileNotFoundError):
+                return None
+        found = [
+            (member, pid) for member, pid in sorted(self._pids.items()) if member.startswith(role) and pathlib.Path(f"/proc/{pid}").exists()
+        ]
+        return random.choice(found) if found else None
+
+    async def _watch(self) -> None:
+        """Keep `_pids`, and see who ended without our doing."""
+        while True:
+            with contextlib.suppress(Unavailable, OSError):
+                rows: dict[str, Any] = await asyncio.to_thread(self._cluster.rows)
+                for member, row in rows.items():
+                    old, new = self._pids.get(member, 0), int(row.pid)
+                    if new and old and old != new and old not in self._doomed:
+                        self._doomed[old] = "by itself"
+                        self._problems.append(
+                            f"at {time.monotonic() - self._began:.1f} s: {member} ({old}) ended, and nobody ended it: {row.note}"
+                        )
+                        self._say(self._problems[-1])
+                        if member.startswith("router"):
+                            self._router_lost.append((time.monotonic() - 30, time.monotonic() + ROUTER_LOST_S))
+                    if new:
+                        self._pids[member] = new
+            await asyncio.sleep(0.5)
+
+    async def _levels_at_rest(self) -> Levels:
+        """Levels when no request is running."""
+        await asyncio.to_thread(self._cluster.wait_until_settled, CALM_S)
+        end = time.monotonic() + CALM_S
+        while True:
+            await asyncio.sleep(1.0)  # reports are up to health_interval_s old
+            levels = await asyncio.to_thread(measure, self._cluster)
+            if not levels.taken:
+                return levels
+            assert time.monotonic() < end, levels.taken
+
+    async def _calm(self, before: Levels) -> tuple[Levels, list[str]]:
+        """Levels when everything is back at the starting level, or CALM_S are over; and what is not back."""
+        began = time.monotonic()
+        await asyncio.to_thread(self._cluster.wait_until_settled, CALM_S)
+        while True:
+            await asyncio.sleep(1.0)
+            after = await asyncio.to_thread(measure, self._cluster)
+            left = excess(before, after)
+            if not left or time.monotonic() > began + CALM_S:
+                self._say(f"{'calm' if not left else 'not calm'} after {time.monotonic() - began:.1f} s")
+                return after, left
+
+    def _say(self, line: str) -> None:
+        self._say_line(f"{time.monotonic() - self._began:7.1f}  {line}")
