@@ -47,7 +47,8 @@ class ApiKeys:
 
     def _is_known(self, scope: Scope) -> bool:
         headers = dict(scope["headers"])
-        offered = headers.get(b"x-api-key", b"") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        offered = headers.get(b"x-api-key", b"") or (token.strip() if scheme.lower() == b"bearer" else b"")
         matches = [hmac.compare_digest(offered, key) for key in self._keys]
         return any(matches)
 
@@ -69,7 +70,8 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
-        shown: BatonError = ModelNotFound(f"no route {request.method} {request.url.path}") if error.status_code == 404 else _Refused(error)
+        """404 and 405 of the routing itself."""
+        shown = NoRoute(f"no route {request.method} {request.url.path[:200]}", error.status_code)
         return response_of(shown, anthropic=_is_anthropic(request.url.path))
 
     @app.exception_handler(Exception)
@@ -224,12 +226,12 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
     return app
 
 
-class _Refused(BatonError):
-    """A refusal by the HTTP layer itself, with its own status."""
+class NoRoute(BatonError):
+    """Nothing is served under this path, or not with this method."""
 
-    def __init__(self, error: HTTPException) -> None:
-        super().__init__(str(error.detail))
-        self.http_status = error.status_code  # type: ignore[misc]
+    def __init__(self, message: str, http_status: int) -> None:
+        super().__init__(message)
+        self.http_status = http_status  # type: ignore[misc]
 
 
 def _model(service: Service, created: int) -> dict[str, Any]:

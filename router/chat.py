@@ -71,9 +71,12 @@ class ChatFormat:
         checked = {"max_tokens": given[0] if given else None}
         max_tokens = number(checked, "max_tokens", 1, 2**31, None, integer=True)
         n = number(body, "n", 1, service.config.max_n if dialect is CHAT else 1, 1, integer=True)
+        refuse_unservable(body, dialect)
         rest = {key: value for key, value in body.items() if key not in ("n", *dialect.max_tokens_keys)}
         if dialect is MESSAGES:
             rest["max_tokens"] = max_tokens or 1
+        if dialect is RESPONSES and max_tokens is not None:
+            rest["max_output_tokens"] = max_tokens  # the answer repeats it
         options = recipe.ConversionOptions(default_thinking_mode=self._wants_thinking(body))
         options = options.with_model_versions_by_name({service.model: recipe.ModelVersion.DeepseekV4Pro})
         try:
@@ -81,7 +84,7 @@ class ChatFormat:
             echo = request.echo() if dialect is RESPONSES else None
             names = request.namespace_tool_map(options) if dialect is RESPONSES else None
             converted = request.convert(options)
-            self._refuse_unenforceable(converted)
+            refuse_unenforceable(converted)
             prompt = tuple(self._encoding.encode(converted.conversation))
         except recipe.ConversionError as error:
             raise InvalidRequest(_message_of(error.body)) from error
@@ -110,15 +113,40 @@ class ChatFormat:
             raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
         return boolean(extra, "thinking", boolean(extra, "enable_thinking", self._default_thinking))
 
-    def _refuse_unenforceable(self, converted: recipe.ConversationRequest) -> None:
-        conversation = converted.conversation
-        if any(message.image_sources for message in conversation.messages):
-            raise InvalidRequest("images are not supported by this model", param="messages")
-        if conversation.response_format in ("json_schema", "regex"):
-            raise InvalidRequest(
-                f"response_format {conversation.response_format} cannot be enforced by this server; allowed: text, json_object",
-                param="response_format",
-            )
+
+def refuse_unservable(body: Mapping[str, Any], dialect: Dialect) -> None:
+    """Raises InvalidRequest for what the library would pass over or paint over (a picture becomes the words "[Unsupported Image]")."""
+    key = "input" if dialect is RESPONSES else "messages"
+    if isinstance(body.get(key), list) and _holds_image(body[key]):
+        raise InvalidRequest("images are not supported by this model", param=key)
+    if dialect is RESPONSES:
+        for key in ("previous_response_id", "conversation", "background"):
+            if body.get(key):
+                raise InvalidRequest(f"{key} is not supported: this server keeps no responses; send the whole conversation", param=key)
+
+
+def _holds_image(messages: list[Any]) -> bool:
+    """Whether a content part of any message, also inside a tool's result, is a picture."""
+    left = list(messages)
+    while left:
+        part = left.pop()
+        if not isinstance(part, dict):
+            continue
+        if part.get("type") in ("image_url", "input_image", "image"):
+            return True
+        for key in ("content", "output"):
+            if isinstance(inside := part.get(key), list):
+                left += inside
+    return False
+
+
+def refuse_unenforceable(converted: recipe.ConversationRequest) -> None:
+    """Raises InvalidRequest for an output format that nothing here holds the model to."""
+    wanted = converted.conversation.response_format
+    if wanted in ("json_schema", "regex"):
+        raise InvalidRequest(
+            f"response_format {wanted} cannot be enforced by this server; allowed: text, json_object", param="response_format"
+        )
 
 
 class Chat:

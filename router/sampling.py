@@ -26,7 +26,8 @@ def number(
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not math.isfinite(value):
         raise InvalidRequest(f"{key} must be {kind}, found {_show(value)}", param=key)
     if not (low < value if above else low <= value) or value > high:
-        raise InvalidRequest(f"{key} is {_show(value)}; it must be {kind} in {'(' if above else '['}{low:g}, {high:g}]", param=key)
+        allowed = f"{'(' if above else '['}{_bound(low)}, {_bound(high)}]"
+        raise InvalidRequest(f"{key} is {_show(value)}; it must be {kind} in {allowed}", param=key)
     return value if integer else float(value)
 
 
@@ -98,6 +99,10 @@ def sampling_params(
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
     )
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _show(value: Any) -> str:

@@ -87,8 +87,43 @@ def test_limits_model_and_route_are_named(client: httpx.Client, path: str) -> No
     assert (large.status_code, "20000" in message_of(path, large)) == (413, True)
     other = client.post(path, json={"model": "other", **BODIES[path]})
     assert (other.status_code, "'other'" in message_of(path, other)) == (404, True)
-    assert client.post(path + "/x", json={}).status_code == 404
-    assert client.get(path).status_code == 405
+    for refused, status in ((client.post(path + "/x", json={}), 404), (client.get(path), 405)):
+        assert refused.status_code == status
+        assert message_of(path, refused).startswith("no route ")
+        assert path.startswith("/v1/messages") or refused.json()["error"]["code"] == "NoRoute"
+
+
+IMAGES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"type": "image_url", "image_url": {"url": "http://host/a.png"}},
+    "/v1/responses": {"type": "input_image", "image_url": "http://host/a.png"},
+    "/v1/messages": {
+        "type": "tool_result",
+        "tool_use_id": "a",
+        "content": [{"type": "image", "source": {"type": "url", "url": "http://h"}}],
+    },
+}
+
+
+@pytest.mark.parametrize("path", IMAGES)
+def test_an_image_is_refused_wherever_it_stands(client: httpx.Client, path: str) -> None:
+    field = "input" if path == "/v1/responses" else "messages"
+    words = {"type": "input_text" if path == "/v1/responses" else "text", "text": "a"}
+    for parts, status in (([words, IMAGES[path]], 400), ([words], 503)):
+        response = client.post(path, json={"model": "demo", "max_tokens": 4, field: [{"role": "user", "content": parts}]})
+        assert response.status_code == status, response.text
+    deep: dict[str, Any] = IMAGES[path]
+    for _ in range(200):
+        deep = {"role": "user", "content": [deep]}
+    refused = client.post(path, json={"model": "demo", "max_tokens": 4, field: [deep]})
+    assert (refused.status_code, "images" in message_of(path, refused)) == (400, True)
+
+
+@pytest.mark.parametrize("field", [{"previous_response_id": "resp_1"}, {"conversation": "conv_1"}, {"background": True}])
+def test_a_stateful_response_is_refused_by_name(client: httpx.Client, field: dict[str, Any]) -> None:
+    response = client.post("/v1/responses", json={"model": "demo", "input": "Hello", **field})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] in field
+    assert client.post("/v1/responses", json={"model": "demo", "input": "Hello", **dict.fromkeys(field)}).status_code == 503
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
@@ -107,7 +142,10 @@ def test_dialects_without_choices_refuse_n(client: httpx.Client, path: str, stre
         ({"authorization": "Bearer gamma"}, False),
         ({"authorization": "Bearer"}, False),
         ({"authorization": "Bearer alphabeta"}, False),
+        ({"authorization": "alpha"}, False),
+        ({"authorization": "Basic alpha"}, False),
         ({"authorization": "Bearer alpha"}, True),
+        ({"authorization": "bearer alpha"}, True),
         ({"authorization": "", "x-api-key": "beta"}, True),
         ({"authorization": "", "x-api-key": "# operators"}, False),
     ],
@@ -149,7 +187,7 @@ FIELDS = st.sampled_from(
         "top_p", "top_k", "min_p", "n", "stop", "stop_sequences", "stream", "stream_options",
         "logprobs", "top_logprobs", "echo", "seed", "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos",
         "stop_token_ids", "tools", "tool_choice", "response_format", "thinking", "reasoning", "reasoning_effort", "chat_template_kwargs",
-        "system", "instructions", "text", "metadata",
+        "system", "instructions", "text", "metadata", "previous_response_id", "conversation", "background",
     )
 )  # fmt: skip
 
