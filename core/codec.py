@@ -141,6 +141,7 @@ def encode_reservation(reservation: Reservation) -> common_pb2.Reservation:
         slot_id=reservation.slot_id,
         lease_s=reservation.lease_s,
         request_id=reservation.request_id,
+        num_kept_pages=reservation.num_kept_pages,
     )
 
 
@@ -152,6 +153,7 @@ def decode_reservation(wire: common_pb2.Reservation) -> Reservation:
         slot_id=wire.slot_id,
         lease_s=wire.lease_s,
         request_id=wire.request_id,
+        num_kept_pages=wire.num_kept_pages,
     )
 
 

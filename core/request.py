@@ -148,6 +148,8 @@ class Reservation:
     epoch: int
     page_ids: tuple[int, ...]
     """One per 256 tokens of `Request.token_ids`, in order."""
+    num_kept_pages: int = 0
+    """The first so many hold the state of their tokens already, from an earlier request; only the others are written."""
     slot_id: int
     lease_s: float
     """The sender renews (by any Renew message) within this many seconds or the reservation is aborted."""

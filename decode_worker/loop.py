@@ -141,18 +141,27 @@ class DecodeLoop:
             outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request.request_id, error)]))
             return
         self._jobs[request.request_id] = Job(request, outbox, now)
-        self._receiver.expect(held.epoch, request.request_id, held.page_ids, held.slot_id, len(request.token_ids))
+        missing = held.page_ids[held.num_kept_pages :]
+        self._receiver.expect(held.epoch, request.request_id, missing, held.slot_id, len(request.token_ids))
         grant = Reservation(
             request_id=request.request_id,
             decode=self._member,
             epoch=held.epoch,
             page_ids=held.page_ids,
+            num_kept_pages=held.num_kept_pages,
             slot_id=held.slot_id,
             lease_s=self._lease_s,
         )
         reserved = decode_pb2.Reserved(request_id=request.request_id, reservation=encode_reservation(grant))
         outbox.post(decode_pb2.DecodeUpdate(reserved=[reserved]))
-        log.info("decode.accepted", request_id=request.request_id, epoch=held.epoch, num_pages=len(held.page_ids))
+        self._metrics.kept_pages.inc(held.num_kept_pages)
+        log.info(
+            "decode.accepted",
+            request_id=request.request_id,
+            epoch=held.epoch,
+            num_pages=len(held.page_ids),
+            num_kept_pages=held.num_kept_pages,
+        )
 
     def _transfer_event(self, event: Event) -> None:
         if isinstance(event, Renewed):

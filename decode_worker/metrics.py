@@ -24,6 +24,7 @@ class DecodeMetrics:
         self.requests = Counter("baton_decode_requests", "Requests by outcome", ["outcome"], registry=registry)
         self.running = Gauge("baton_decode_running_requests", "Sequences in the batch", registry=registry)
         self.quarantined = Gauge("baton_decode_quarantined_reservations", "Aborted ones that may still be written to", registry=registry)
+        self.kept_pages = Counter("baton_decode_kept_pages", "Pages of prompts that needed no transfer", registry=registry)
         self.pages_free = Gauge("baton_decode_pages_free", "Free pages", registry=registry)
         self.slots_free = Gauge("baton_decode_slots_free", "Free slots", registry=registry)
         self.joined_steps = Counter(

@@ -5,6 +5,9 @@
                                   v
                     QUARANTINED --quiesced--> (gone)        only if a write may still land; else gone at once
 
+Pages that a sender has filled are kept when their sequence ends: the next turn of the conversation finds them, and only the missing ones
+travel (delta hand-off). Pages that decode has filled are not: another rank's prefill may differ from them in the last bit.
+
 Pages and a slot belong to the request id while it lives and to "quarantine/<epoch>" afterwards, so a page has one owner at any time.
 """
 
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 
 from core.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, TransferFailed
 from core.kv_layout import PAGE_TOKENS
+from core.prefix import page_digests
 from core.request import Request
 from engine.scheduler.pages import PageAllocator, SlotAllocator
 
@@ -31,7 +35,11 @@ class Held:
     request: Request
     epoch: int
     page_ids: tuple[int, ...]
-    """The pages that the sender writes; decode adds more as the sequence grows."""
+    """Those of the prompt; decode adds more as the sequence grows."""
+    num_kept_pages: int
+    """The first so many hold what they must already. The sender writes the others."""
+    digests: list[bytes]
+    """Of the whole pages of the prompt."""
     slot_id: int
     lease_until: float
     deadline: float
@@ -95,16 +103,17 @@ class Reservations:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
         promised = sum(max(self._expected_pages(h.request), len(self.pages.owned_by(name))) for name, h in self._held.items())
         quarantined = sum(len(self.pages.owned_by(_quarantine(epoch))) for epoch in self._quarantined)
-        count = -(-len(request.token_ids) // PAGE_TOKENS)
+        digests, count = page_digests(request.token_ids), -(-len(request.token_ids) // PAGE_TOKENS)
         if promised + quarantined + self._expected_pages(request) > self.pages.num_total or count > self.pages.num_free:
             raise Overloaded(f"no {self._expected_pages(request)} pages are free for {request.request_id}")
         slots = self.slots.allocate(request.request_id, 1)
         if slots is None:
             raise Overloaded(f"all {self.slots.num_total} slots are taken")
-        pages = self.pages.allocate(request.request_id, count)
-        assert pages is not None
+        kept = self.pages.claim(request.request_id, digests)
+        missing = self.pages.allocate(request.request_id, count - len(kept))
+        assert missing is not None
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        held = Held(request, epoch, tuple(pages), slots[0], now + self._lease_s, now + request.deadline_s)
+        held = Held(request, epoch, (*kept, *missing), len(kept), digests, slots[0], now + self._lease_s, now + request.deadline_s)
         self._held[request.request_id] = self._by_epoch[epoch] = held
         return held
 
@@ -137,7 +146,7 @@ class Reservations:
         if held is None:
             return None
         if held.state is State.RUNNING:
-            self.pages.free(request_id)
+            self.pages.free_kept(request_id, held.digests)
             self.slots.free(request_id)
         else:
             del self._by_epoch[held.epoch]

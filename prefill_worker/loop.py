@@ -68,7 +68,7 @@ class Job:
     """Whether the sender knows it, under `hand_off`."""
     hand_off: str = ""
     num_pushed: int = 0
-    """Pages given to the sender in this hand-off."""
+    """Pages given to the sender in this hand-off, or kept by the decode rank."""
     first_token: int | None = None
     stages: dict[str, float] = field(default_factory=dict)
 
@@ -260,7 +260,7 @@ class PrefillLoop:
         self._push(job)
 
     def _open(self, job: Job) -> None:
-        job.is_open, job.hand_off, job.num_pushed = True, job.reservation.request_id, 0
+        job.is_open, job.hand_off, job.num_pushed = True, job.reservation.request_id, job.reservation.num_kept_pages
         self._by_hand_off[job.hand_off] = job
         self._sender.open(job.hand_off, job.reservation)
         self._push(job)

@@ -109,20 +109,22 @@ class Member(_message.Message):
     def __init__(self, role: _Optional[str] = ..., replica: _Optional[int] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., state: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("decode", "epoch", "page_ids", "slot_id", "lease_s", "request_id")
+    __slots__ = ("decode", "epoch", "page_ids", "slot_id", "lease_s", "request_id", "num_kept_pages")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     SLOT_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_KEPT_PAGES_FIELD_NUMBER: _ClassVar[int]
     decode: Member
     epoch: int
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     slot_id: int
     lease_s: float
     request_id: str
-    def __init__(self, decode: _Optional[_Union[Member, _Mapping]] = ..., epoch: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., slot_id: _Optional[int] = ..., lease_s: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+    num_kept_pages: int
+    def __init__(self, decode: _Optional[_Union[Member, _Mapping]] = ..., epoch: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., slot_id: _Optional[int] = ..., lease_s: _Optional[float] = ..., request_id: _Optional[str] = ..., num_kept_pages: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_running", "num_waiting", "waiting_tokens", "pages_free", "pages_total", "slots_free", "slots_total", "transfer_bytes_total", "transfer_seconds_total", "steps_total", "tokens_total")

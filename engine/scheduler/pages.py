@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+
 
 class Allocator:
     """Hands out ids 0..count-1; each is free or has exactly one owner (a request id)."""
@@ -47,18 +50,65 @@ class Allocator:
     def owners(self) -> tuple[str, ...]:
         return tuple(self._owned)
 
+    def _free_ids(self) -> list[int]:
+        return self._free
+
     def check_integrity(self) -> None:
         """Assert that free and owned ids together are each id exactly once."""
-        ids = sorted(self._free + [one for ids in self._owned.values() for one in ids])
+        ids = sorted(self._free_ids() + [one for ids in self._owned.values() for one in ids])
         assert ids == list(range(self._count)), f"{type(self).__name__}: {len(ids)} ids accounted for of {self._count}"
 
 
 class PageAllocator(Allocator):
-    """Pages of 256 tokens."""
+    """Pages of 256 tokens. A free page may be kept: it still holds what it held, until it is given to somebody else."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self._kept: OrderedDict[bytes, int] = OrderedDict()
+        """Digest of what it holds -> free page, the first to be given away first."""
 
     @property
     def num_pages(self) -> int:
         return self.num_total
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free) + len(self._kept)
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._kept)
+
+    def allocate(self, owner: str, count: int) -> list[int] | None:
+        while len(self._free) < count and self._kept:
+            self._free.append(self._kept.popitem(last=False)[1])
+        return super().allocate(owner, count)
+
+    def claim(self, owner: str, digests: Sequence[bytes]) -> list[int]:
+        """Kept pages that hold the first of these contents, as many as there are without a gap; they are the owner's now."""
+        ids: list[int] = []
+        for digest in digests:
+            page = self._kept.pop(digest, None)
+            if page is None:
+                break
+            ids.append(page)
+        if ids:
+            self._owned.setdefault(owner, []).extend(ids)
+        return ids
+
+    def free_kept(self, owner: str, digests: Sequence[bytes]) -> None:
+        """As `free`; the owner's first pages hold these contents, and are kept."""
+        ids = self._owned.pop(owner, [])
+        kept = list(zip(digests, ids, strict=False))
+        self._free.extend(reversed(ids[len(kept) :]))
+        for digest, page in reversed(kept):  # a page without those before it is of no use, so the last ones go first
+            if digest in self._kept:
+                self._free.append(page)
+            else:
+                self._kept[digest] = page
+
+    def _free_ids(self) -> list[int]:
+        return [*self._free, *self._kept.values()]
 
 
 class SlotAllocator(Allocator):

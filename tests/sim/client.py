@@ -24,6 +24,8 @@ class Client:
         rng = world.rng
         self.world, self.name = world, f"c{number}"
         self.prompt = tuple(rng.choices(range(2, 90), k=num_tokens or rng.randint(1, 11)))
+        if world.clients and not num_tokens and rng.random() < 0.4:  # it goes on where another one is, or was
+            self.prompt = rng.choice(world.clients).prompt[:12] + self.prompt[:4]
         self.sampling = SamplingParams(max_tokens=max_tokens or rng.randint(1, 9), seed=rng.randrange(100))
         self.expected = continuation(self.prompt, self.sampling)
         self.tokens: list[int] = []

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import core.prefix
 import decode_worker.loop
 import decode_worker.reservations
 import engine.scheduler.decode
@@ -63,7 +64,14 @@ def simulated(world: World) -> Iterator[None]:
 
     for module in (prefill_worker.loop, decode_worker.loop, kv_transfer.sending, kv_transfer.receiving):
         put(module, "InboxThread", SimThread)
-    for module in (prefill_worker.loop, decode_worker.reservations, engine.scheduler.decode, engine.scheduler.prefill, router.placement):
+    for module in (
+        core.prefix,
+        prefill_worker.loop,
+        decode_worker.reservations,
+        engine.scheduler.decode,
+        engine.scheduler.prefill,
+        router.placement,
+    ):
         put(module, "PAGE_TOKENS", PAGE_TOKENS)
     for module in (kv_transfer.sending, kv_transfer.receiving):
         put(module, "open_transport", open_transport)

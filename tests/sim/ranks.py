@@ -29,7 +29,7 @@ from router.relay import Relay
 from router.service import Service
 from tests.sim.network import LIVENESS_S, Process
 from tests.sim.null_engine import SimRunner
-from tests.sim.threads import NOTHING
+from tests.sim.threads import NOTHING, SimThread
 from tests.sim.wire import WIRE_S, Host, SimTransport, Tag, TaggedWrite
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ class SimKVSender(KVSender):
         write = super()._as_write(post)
         hand_off = self._state.hand_off(post.request_id)
         assert hand_off is not None
+        if post.order is not None:
+            SimThread.current.num_kept_pages += hand_off.reservation.num_kept_pages
         return TaggedWrite(write.pages, write.slot, write.notification, Tag(post.request_id, hand_off.reservation.epoch))
 
 

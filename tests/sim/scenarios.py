@@ -26,6 +26,7 @@ def _ask(world: World, *, num_tokens: int = 9, max_tokens: int = 9, at: float = 
     client = Client(world, len(world.clients), num_tokens, max_tokens)
     while len(client.expected) < max_tokens:  # one that goes on to its limit
         client = Client(world, len(world.clients), num_tokens, max_tokens)
+    world.clients.append(client)
     world.plan(at, functools.partial(world.ask, client))
     return client
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
+from decode_worker import reservations
 from decode_worker.reservations import Held, Reservations, State
 from kv_transfer import receiver as rx
 from kv_transfer import sender as tx
 from kv_transfer.receiving import KVReceiver
 from prefill_worker.loop import Job, PrefillLoop
 from router.session import RankSession
+from tests.sim.null_engine import PAGE_TOKENS
 from tests.sim.patches import run_world
 
 NUM_WORLDS = 10_000
@@ -136,6 +138,33 @@ def free_on_commit(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KVReceiver, "revoke", revoke)
 
 
+def name_pages_by_their_first_token(patch: pytest.MonkeyPatch) -> None:
+    def page_digests(ids: Sequence[int]) -> list[bytes]:
+        return [bytes(ids[start : start + 1]) for start in range(0, len(ids) - PAGE_TOKENS + 1, PAGE_TOKENS)]
+
+    patch.setattr(reservations, "page_digests", page_digests)
+
+
+def keep_pages_that_never_came(patch: pytest.MonkeyPatch) -> None:
+    """Pages of a reservation that was aborted are taken for filled."""
+    true_end, aborted = Reservations.end, dict[tuple[Reservations, int], list[bytes]]()
+
+    def end(self: Reservations, request_id: str) -> Held | None:
+        held = true_end(self, request_id)
+        if held is not None:
+            aborted[self, held.epoch] = held.digests
+        return held
+
+    def quiesced(self: Reservations, epoch: int) -> None:
+        if epoch in self._quarantined:
+            self._quarantined.remove(epoch)
+            self.pages.free_kept(f"quarantine/{epoch}", aborted[self, epoch])
+            self.slots.free(f"quarantine/{epoch}")
+
+    patch.setattr(Reservations, "end", end)
+    patch.setattr(Reservations, "quiesced", quiesced)
+
+
 MUTATIONS: dict[str, tuple[Mutate, str]] = {
     "quarantine": (drop_quarantine, "landed in"),
     "quarantine of lost senders": (shorten_quarantine, "landed in"),
@@ -148,6 +177,8 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
     "order of the commit": (commit_before_the_pages, ""),
     "local pages": (free_local_pages_at_once, "reads page"),
     "cancel": (forget_to_cancel, "is not idle"),
+    "names of pages": (name_pages_by_their_first_token, "found foreign bytes"),
+    "only filled pages are kept": (keep_pages_that_never_came, "found foreign bytes"),
     "revoke of what is committed": (free_on_commit, "is not idle"),
 }
 

@@ -31,6 +31,7 @@ def run_block(seeds: range) -> tuple[Counter[str], Counter[str], Counter[str]]:
         outcomes.update(client.outcome for client in world.clients)
         faults.update(world.faults)
         repairs["retries"] += sum(one.relay.num_migrations for one in world.routers)
+        repairs["kept pages"] += world.num_kept_pages
         repairs["hand-ons"] += sum(client.journey.hand_ons for client in world.clients if client.journey is not None)
     return outcomes, faults, repairs
 
@@ -40,7 +41,7 @@ def test_every_request_ends_once_with_the_right_tokens_and_nothing_leaks(block: 
     outcomes, faults, repairs = run_block(range(WORLDS_PER_BLOCK * block, WORLDS_PER_BLOCK * (block + 1)))
     assert outcomes["ok"] > 800 and outcomes["cancelled"] > 80 and outcomes["Overloaded"] > 5, f"the worlds must do some work: {outcomes}"
     assert {"killed", "stopped", "cut", "connection", "write", "stalls", "drained", "clock", "fails"} <= faults.keys()
-    assert repairs["retries"] > 50 and repairs["hand-ons"] > 10, f"{repairs}"
+    assert repairs["retries"] > 50 and repairs["hand-ons"] > 10 and repairs["kept pages"] > 20, f"{repairs}"
 
 
 @pytest.mark.slow

@@ -57,6 +57,8 @@ class World(Network):
         self.routers: list[RouterProcess] = []
         self.clients: list[Client] = []
         self.faults: list[str] = []
+        self.num_kept_pages = 0
+        """Pages that were not sent because the decode rank had them."""
         self._numbers = itertools.count(1)
         self._end_of_events = 0.0
         self._awaited: list[tuple[str, Callable[[], None]]] = []
@@ -140,9 +142,11 @@ class World(Network):
         rng = self.rng
         self.make_cluster(rng.choice((1, 2, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 2)))
         count = 14 if rng.random() < 0.03 else rng.choice((1, 2, 2, 3, 4))  # 14 are more than a router takes
-        span = rng.choice((0.05, 0.3))
+        span = rng.choice((0.05, 0.3, 0.8))
         for number in range(count):
-            self.plan(0.05 + span * rng.random(), functools.partial(self.ask, Client(self, number)))
+            client = Client(self, number)
+            self.clients.append(client)
+            self.plan(0.05 + span * rng.random(), functools.partial(self.ask, client))
         events, weights = zip(*self.EVENTS, strict=True)
         for event in rng.choices(events, weights, k=rng.choice((0, 1, 1, 2, 2, 3, 4))):
             when = 0.05 + rng.choice((0.2, 0.4, 0.4, 1.5)) * rng.random()
@@ -157,7 +161,6 @@ class World(Network):
         self.loop.at(when, event)
 
     def ask(self, client: Client) -> None:
-        self.clients.append(client)
         running = [one for one in self.routers if one.is_alive]
         if not running:
             client.outcome = "refused"

@@ -85,3 +85,43 @@ def test_slots_are_counted_too() -> None:
     with pytest.raises(Overloaded, match="slots"):
         reservations.reserve(new_request("b", prompt=3, max_tokens=3), 0.0)
     reservations.check_integrity()
+
+
+def turn(name: str, token_ids: tuple[int, ...]) -> Request:
+    return Request(request_id=name, token_ids=token_ids, prompt_len=len(token_ids), sampling=SamplingParams(max_tokens=10))
+
+
+def run_through(reservations: Reservations, request: Request) -> None:
+    held = reservations.reserve(request, 0.0)
+    reservations.committed(held.epoch, 3)
+    reservations.started(request.request_id)
+    reservations.end(request.request_id)
+
+
+def test_the_next_turn_of_a_conversation_finds_the_whole_pages_of_the_last_prompt() -> None:
+    reservations = new_reservations(num_pages=12)
+    first = tuple(range(700))  # two whole pages
+    run_through(reservations, turn("a", first))
+    assert reservations.pages.num_free == 12, "kept pages are free"
+    held = reservations.reserve(turn("b", (*first, *range(500))), 1.0)
+    assert (held.num_kept_pages, len(held.page_ids)) == (2, 5)
+    other = reservations.reserve(turn("c", first), 1.0)
+    assert other.num_kept_pages == 0, "they have an owner now"
+    assert not set(held.page_ids) & set(other.page_ids)
+    reservations.check_integrity()
+
+
+def test_pages_that_may_never_have_been_filled_are_not_kept() -> None:
+    reservations = new_reservations(num_pages=12)
+    held = reservations.reserve(turn("a", tuple(range(700))), 0.0)
+    reservations.end("a")
+    reservations.quiesced(held.epoch)
+    assert reservations.pages.num_kept == 0 and reservations.pages.num_free == 12
+
+
+def test_kept_pages_give_way_to_those_in_need() -> None:
+    reservations = new_reservations(num_pages=4)
+    run_through(reservations, turn("a", tuple(range(700))))
+    held = reservations.reserve(turn("b", tuple(range(1, 1000))), 1.0)
+    assert len(held.page_ids) == 4 and held.num_kept_pages == 0
+    assert reservations.pages.num_kept == 0

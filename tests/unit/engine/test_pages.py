@@ -72,3 +72,54 @@ def test_no_id_has_two_owners_over_random_events(rng: random.Random) -> None:
                 model[other] = model.pop(owner)
         assert {name: tuple(ids) for name, ids in model.items()} == {name: pages.owned_by(name) for name in pages.owners()}
         pages.check_integrity()
+
+
+def test_kept_pages_are_free_and_are_found_again() -> None:
+    pages = PageAllocator(5)
+    ids = pages.allocate("a", 4) or []
+    pages.free_kept("a", [b"1", b"12", b"123"])
+    assert (pages.num_free, pages.num_kept) == (5, 3)
+    assert pages.claim("b", [b"1", b"12", b"x", b"123"]) == ids[:2], "up to the first gap"
+    assert pages.owned_by("b") == tuple(ids[:2])
+    assert pages.claim("c", [b"1"]) == [], "a page has one owner"
+    pages.check_integrity()
+
+
+def test_kept_pages_are_given_away_last_and_the_ends_of_prompts_first() -> None:
+    pages = PageAllocator(4)
+    ids = pages.allocate("a", 3) or []
+    pages.free_kept("a", [b"1", b"12"])
+    assert sorted(pages.allocate("b", 2) or []) == sorted({0, 1, 2, 3} - set(ids[:2]))
+    assert pages.allocate("c", 1) == [ids[1]]
+    assert pages.claim("d", [b"1", b"12"]) == [ids[0]]
+    assert pages.allocate("e", 1) is None
+    pages.check_integrity()
+
+
+def test_of_two_pages_with_one_content_one_is_kept() -> None:
+    pages = PageAllocator(2)
+    pages.allocate("a", 1)
+    pages.allocate("b", 1)
+    pages.free_kept("a", [b"1"])
+    pages.free_kept("b", [b"1"])
+    assert (pages.num_free, pages.num_kept) == (2, 1)
+    pages.check_integrity()
+
+
+def test_any_order_of_keeping_and_claiming_leaves_each_page_with_one_owner(rng: random.Random) -> None:
+    pages, owners = PageAllocator(12), dict[str, list[bytes]]()
+    for number in range(3000):
+        if owners and rng.random() < 0.5:
+            owner = rng.choice(list(owners))
+            digests = owners.pop(owner)
+            pages.free_kept(owner, digests) if rng.random() < 0.7 else pages.free(owner)
+        else:
+            name, word = f"r{number}", "".join(rng.choices("ab", k=rng.randint(1, 4)))
+            digests = [word[: k + 1].encode() for k in range(len(word))]
+            claimed = len(pages.claim(name, digests))
+            if pages.allocate(name, len(word) - claimed) is None:
+                pages.free_kept(name, digests)
+            else:
+                owners[name] = digests
+        pages.check_integrity()
+        assert set(pages.owners()) == set(owners)

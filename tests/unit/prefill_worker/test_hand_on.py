@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any, cast
 
 import pytest
@@ -188,3 +189,17 @@ def test_another_router_cannot_hand_it_on(rank: Rank) -> None:
     rank.loop.hand_on("r.1", granted("r.2"), other)
     rank.turn()
     assert other._pending.failures and not rank.sender.taken()
+
+
+def test_pages_that_the_decode_rank_has_are_not_sent(rank: Rank) -> None:
+    tokens = tuple(k % 100 for k in range(NUM_TOKENS))
+    request = Request(request_id="r.1", token_ids=tokens, prompt_len=NUM_TOKENS, sampling=SamplingParams(max_tokens=9, ignore_eos=True))
+    rank.loop.run(request, dataclasses.replace(granted("r.1"), num_kept_pages=1), rank.outbox)
+    rank.turns(4)
+    taken = rank.sender.taken()
+    assert [order[2:] for order in taken if order[0] == "push"] == [(1, 1), (2, 1)]
+    assert taken[-1][0] == "commit"
+    rank.close("r.1", MemberLost("gone"))
+    rank.loop.hand_on("r.1", granted("r.2"), rank.outbox)
+    rank.turn()
+    assert ("push", "r.2", 0, 3) in rank.sender.taken(), "another decode rank has nothing of it"

@@ -1,0 +1,35 @@
+"""Delta hand-off over real transfers, in checked mode: what a decode rank still holds of a conversation does not travel again."""
+
+from __future__ import annotations
+
+import pytest
+
+from core.kv_layout import PAGE_TOKENS
+from core.request import SamplingParams
+from engine.null import NullRunner
+from router.config import RouterConfig
+from tests.support.serving import Serving
+
+pytestmark = pytest.mark.e2e
+
+
+def null_runner(role: str) -> NullRunner:
+    return NullRunner(num_pages=40, num_slots=12, vocab_size=900, max_model_len=8192)
+
+
+def test_only_the_missing_pages_of_the_next_turn_travel() -> None:
+    runner = null_runner("")
+    page_bytes, slot_bytes = runner.layout.page_bytes, runner.layout.slot_bytes
+    with Serving(new_runner=null_runner, router=RouterConfig(default_thinking=False)) as serving:
+        prompt, sent = [k % 800 for k in range(3 * PAGE_TOKENS + 50)], 0
+        for turn, num_pages in enumerate((4, 2, 2)):
+            sampling = SamplingParams(max_tokens=20, seed=turn, ignore_eos=True)
+            body = {"prompt": prompt, "max_tokens": 20, "seed": turn, "ignore_eos": True, "logprobs": 0}
+            answer = serving.complete(**body)["choices"][0]["logprobs"]["tokens"]
+            expected = runner.continuation(prompt, sampling)
+            assert answer == [serving.router._codec.spelling(token) for token in expected]
+            total = serving.workers["prefill/0.0"].load().transfer_bytes_total
+            assert total - sent == num_pages * page_bytes + slot_bytes, f"turn {turn}"
+            sent = total
+            prompt = [*prompt, *expected, *((k * 7 + turn) % 800 for k in range(PAGE_TOKENS - 20))]
+        serving.wait(serving.is_empty)
