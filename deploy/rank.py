@@ -143,14 +143,13 @@ def _host_of(spec: ClusterSpec) -> str:
 
 def _new_worker(assignment: Assignment, rendezvous_address: str, rendezvous: Any) -> Worker:
     """Imports only what the role needs: a router loads no torch."""
-    spec = assignment.spec
+    spec, host = assignment.spec, _host_of(assignment.spec)
     if assignment.role == "router":
         from deploy.router_worker import RouterWorker
 
-        return RouterWorker(spec, assignment.index, assignment.control_token)
+        return RouterWorker(spec, assignment.index, assignment.control_token, host)
     from engine.parallel.group import Seat
 
-    host = _host_of(spec)
     size = spec.ranks_per_replica(assignment.role)
     name = f"{assignment.role}/{assignment.index}"
     common: dict[str, Any] = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from core.clock import new_incarnation
+from core.metrics import MetricsEndpoint
 from core.request import Load, Member
 from deploy.spec import ClusterSpec
 from router.members import watch_controller
@@ -10,8 +13,11 @@ from router.server import Router
 
 
 class RouterWorker:
-    def __init__(self, spec: ClusterSpec, index: int, control_token: str) -> None:
-        self._spec, self._index, self._control_token = spec, index, control_token
+    """All router processes share one port, and the kernel chooses among them. So each has a second one for its metrics, as ranks do."""
+
+    def __init__(self, spec: ClusterSpec, index: int, control_token: str, host: str) -> None:
+        """`host`: this node's address for other members and for Prometheus."""
+        self._spec, self._index, self._control_token, self._host = spec, index, control_token, host
         self._is_stopped = False
 
     async def start(self) -> Member:
@@ -24,8 +30,15 @@ class RouterWorker:
             watch=lambda members: watch_controller(spec.router.control_address, self._control_token, members),
         )
         await self._router.start()
-        address = f"{spec.router.host}:{self._router.port}"
-        return Member(role="router", replica=self._index, rank=0, address=address, incarnation=new_incarnation(), metrics_address=address)
+        self._endpoint = MetricsEndpoint(self._router.registry, self._host)
+        return Member(
+            role="router",
+            replica=self._index,
+            rank=0,
+            address=f"{spec.router.host}:{self._router.port}",
+            incarnation=new_incarnation(),
+            metrics_address=self._endpoint.address,
+        )
 
     def load(self) -> Load:
         return Load(num_running=self._router.num_requests)
@@ -39,3 +52,4 @@ class RouterWorker:
         if not self._is_stopped:
             self._is_stopped = True
             await self._router.stop()
+            await asyncio.to_thread(self._endpoint.close)

@@ -27,7 +27,8 @@ class Members:
         self._closing: set[asyncio.Task[None]] = set()
 
     def sessions(self, role: str) -> list[RankSession]:
-        return [session for session in self._sessions.values() if session.member.role == role]
+        """A copy; may be called from any thread."""
+        return [session for session in list(self._sessions.values()) if session.member.role == role]
 
     def ready(self, role: str) -> list[RankSession]:
         return [session for session in self.sessions(role) if session.is_ready]

@@ -1,6 +1,7 @@
 """Prometheus metrics of a router process, and gauges of the ranks as it sees them.
 
-With several router processes each answers `/metrics` for itself; the label `router` tells them apart.
+Each router process has its own: on the shared port whichever process takes the connection answers `/metrics`, so under a controller
+each has a port of its own as well.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class RouterMetrics:
 
 
 class RankCollector(Collector):
-    """Each rank's last report as gauges with the labels role and rank."""
+    """Collects in the thread of whoever asks. Each rank's last report as gauges with the labels role and rank."""
 
     def __init__(self, members: Members) -> None:
         self._members = members

@@ -44,10 +44,12 @@ class Router:
         self._follow, self._first_members = watch, members
         self._codec = TextCodec(model_path)
         self._api_keys = config.read_api_keys()
+        self.registry = new_registry()
+        """Its metrics, complete from `start` on; may be read from any thread."""
 
     async def start(self) -> None:
         """Returns when the port answers."""
-        config, clock, registry = self._config, SystemClock(), new_registry()
+        config, clock, registry = self._config, SystemClock(), self.registry
         self.members = Members(config.liveness_timeout_s)
         metrics = RouterMetrics(registry, self.members.router_name)
         registry.register(RankCollector(self.members))
