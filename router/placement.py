@@ -20,6 +20,8 @@ class Candidate:
     in_flight_requests: int
     in_flight_tokens: int
     """What this router has there, whether the rank's report counts it yet or not."""
+    kept_share: float = 0.0
+    """Of the prompt's pages, those that the rank may still hold from an earlier turn; 0 to 1."""
 
 
 def place(
@@ -29,7 +31,8 @@ def place(
 
     prefill   prompt tokens to compute before this one's turn
     decode    what the request adds to the squares of the shares of slots and of pages in use: a short request goes where few sequences
-              are, a long one where few pages are taken, and both stay even
+              are, a long one where few pages are taken, and both stay even; a rank that holds the whole prompt may have one sequence
+              more than others
 
     The ranks of a group step together, so the mean of a rank's group counts as much as the rank itself. A rank without room for the
     request comes after all that have it. `avoid`: (name, incarnation) of ranks that failed this request or refused it; used only when
@@ -63,7 +66,7 @@ def decode_load(rank: Candidate, num_pages: int) -> float:
     slots_total, pages_total = max(load.slots_total, 1), max(load.pages_total, 1)
     requests = max(load.num_running + load.num_waiting, rank.in_flight_requests)
     pages = max(load.pages_total - load.pages_free, rank.in_flight_tokens // PAGE_TOKENS)
-    return requests / slots_total**2 + pages * num_pages / pages_total**2
+    return (requests - rank.kept_share) / slots_total**2 + pages * num_pages / pages_total**2
 
 
 def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], num_pages: int, avoided: set[tuple[str, int]]) -> Member:

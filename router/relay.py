@@ -27,6 +27,7 @@ from core.request import FinishReason, Request, Reservation, TokenLogprobs
 from router.config import RouterConfig
 from router.members import Members
 from router.placement import Candidate, place
+from router.prefix_index import PrefixIndex
 from router.session import Decoded, Event, Failed, Finished, FirstToken, HandedOff, HandOffFailed, PromptScored, RankSession, Reserved
 
 log = get_logger("relay")
@@ -116,6 +117,7 @@ class Relay:
         self._members, self._config, self._clock = members, config, clock
         self._full = asyncio.Lock()
         """Held by the request that waits for room on the decode ranks; the others wait behind it, in order."""
+        self._prefixes = PrefixIndex()
         self.num_migrations = 0
 
     async def generate(self, request: Request, journey: Journey) -> AsyncGenerator[Output, None]:
@@ -208,6 +210,8 @@ class Relay:
                     prefill.cancel(request.request_id)
                 if has_first:
                     for output in held:
+                        if output.finish_reason is not None:
+                            self._prefixes.note(request.token_ids, _key(run.decode))
                         yield output
                         if output.finish_reason is not None:
                             return
@@ -252,12 +256,13 @@ class Relay:
         """Pages on a decode rank, and a prefill rank to fill them (`keeper`, which has computed it already). When all decode ranks are
         full, waits in line for room; a keeper's request goes first and waits for KEPT_S at most. Whatever the decode rank says
         afterwards is put into `events`."""
-        kept_until = self._clock.now() + KEPT_S
+        kept_until, found = self._clock.now() + KEPT_S, self._prefixes.find(request.token_ids)
+        shares = {} if found is None else dict([found])
         full: set[tuple[str, int]] = set()
         is_first_in_line = False
         async with contextlib.AsyncExitStack() as line:
             while True:
-                prefill, decode = await self._place(request, [*avoid, *full], deadline, keeper)
+                prefill, decode = await self._place(request, shares, [*avoid, *full], deadline, keeper)
                 key = _key(decode)
                 if key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
                     if keeper is not None and self._clock.now() > kept_until:
@@ -292,7 +297,12 @@ class Relay:
                     raise
 
     async def _place(
-        self, request: Request, avoid: list[tuple[str, int]], deadline: float, keeper: RankSession | None
+        self,
+        request: Request,
+        shares: dict[tuple[str, int], float],
+        avoid: list[tuple[str, int]],
+        deadline: float,
+        keeper: RankSession | None,
     ) -> tuple[RankSession, RankSession]:
         """Waits a configured time for ranks to be there. Raises NoMembers or Mismatch."""
         give_up = min(self._clock.now() + self._config.wait_for_members_s, deadline)
@@ -301,7 +311,7 @@ class Relay:
             if keeper is not None:
                 sessions["prefill"] = [keeper]
             try:
-                prefills, decodes = ([_candidate(session) for session in found] for found in sessions.values())
+                prefills, decodes = ([_candidate(session, shares) for session in found] for found in sessions.values())
                 chosen = place(request, prefills, decodes, avoid)
                 break
             except Unavailable as error:
@@ -345,5 +355,6 @@ def _into(events: Events, name: str, answer: asyncio.Future[Event] | None = None
     return listener
 
 
-def _candidate(session: RankSession) -> Candidate:
-    return Candidate(session.member, session.load, len(session.in_flight), sum(session.in_flight.values()))
+def _candidate(session: RankSession, shares: dict[tuple[str, int], float]) -> Candidate:
+    in_flight = session.in_flight
+    return Candidate(session.member, session.load, len(in_flight), sum(in_flight.values()), shares.get(_key(session), 0.0))

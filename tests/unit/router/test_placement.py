@@ -39,6 +39,14 @@ class TestPlacement:
         decodes = [candidate("decode", 0, pages_free=1), candidate("decode", 1, num_running=6)]
         assert place(REQUEST, [candidate("prefill", 0)], decodes)[1].replica == 1
 
+    def test_a_rank_that_holds_the_prompt_may_have_one_sequence_more_and_no_two(self) -> None:
+        holds = dataclasses.replace(candidate("decode", 1, requests=3), kept_share=0.9)
+        for requests, chosen in ((3, 1), (2, 0)):
+            decodes = [candidate("decode", 0, requests=requests), holds]
+            assert place(REQUEST, [candidate("prefill", 0)], decodes)[1].replica == chosen
+        nearly = dataclasses.replace(candidate("decode", 1, requests=3), kept_share=1.0)
+        assert place(REQUEST, [candidate("prefill", 0)], [candidate("decode", 0, requests=2, num_running=3), nearly])[1].replica == 1
+
     def test_an_avoided_rank_is_used_only_if_there_is_no_other(self) -> None:
         decodes = [candidate("decode", 0), candidate("decode", 1, num_running=6)]
         assert place(REQUEST, [candidate("prefill", 0)], decodes, [("decode/0.0", 1)])[1].replica == 1

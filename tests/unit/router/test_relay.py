@@ -13,6 +13,7 @@ import pytest
 import router.relay
 from core.clock import SystemClock
 from core.errors import BatonError, InternalError, MemberLost, NoMembers, Overloaded, Preempted, TransferFailed
+from core.kv_layout import PAGE_TOKENS
 from core.request import FinishReason, Load, Member, Request, Reservation, SamplingParams, Tokens
 from router.config import RouterConfig
 from router.members import Members
@@ -355,3 +356,28 @@ def test_pages_are_not_kept_for_long_while_all_decode_ranks_are_full(monkeypatch
 
     assert asyncio.run(run()) == EXPECTED
     assert not prefill.handed_on and len(prefill.requests) == 2
+
+
+def test_the_next_turn_of_a_conversation_goes_where_the_last_one_was() -> None:
+    decodes = [FakeRank("decode", replica) for replica in range(3)]
+    prefill = FakePrefill(decodes)
+    relay = new_relay([prefill, *decodes])
+    prompt = tuple(range(2, 2 + 3 * PAGE_TOKENS))
+
+    async def turn(name: str, token_ids: tuple[int, ...]) -> None:
+        request = Request(request_id=name, token_ids=token_ids, prompt_len=len(token_ids), sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        async with aclosing(relay.generate(request, new_journey())) as outputs:
+            async for _ in outputs:
+                pass
+
+    async def converse() -> None:
+        decodes[0].in_flight["busy"] = 100
+        decodes[1].in_flight["busy"] = 100
+        await turn("first", prompt)
+        for decode in decodes:
+            decode.in_flight.clear()
+        await turn("second", (*prompt, *prompt))
+        await turn("other", (1, *prompt))
+
+    asyncio.run(converse())
+    assert [[request.request_id for request in decode.requests] for decode in decodes] == [["other.1"], [], ["first.1", "second.1"]]
