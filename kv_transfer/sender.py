@@ -66,6 +66,8 @@ class HandOff:
     order: CommitOrder | None = None
     ordered_at: float = 0.0
     num_bytes: int = 0
+    is_released: bool = False
+    """Decode has taken over before this side heard that its last write is out."""
     error: BatonError | None = None
 
 
@@ -222,10 +224,15 @@ class Sender:
         if hand_off is not None and hand_off.phase is Phase.OPENING:
             hand_off.phase = Phase.SENDING
 
-    def released(self, peer: str, epoch: int) -> list[Action]:
-        """Decode ran its first step. Only a committed hand-off can be released."""
+    def released(self, peer: str, epoch: int, now: float) -> list[Action]:
+        """Decode ran its first step, so everything has landed, even if the transport has not said so yet."""
         hand_off = self._by_epoch.get((peer, epoch))
-        if hand_off is None or hand_off.phase is not Phase.COMMITTED:
+        if hand_off is None or hand_off.is_released:
+            return []
+        if hand_off.phase is Phase.COMMITTING:
+            hand_off.is_released = True
+            return [HandedOff(hand_off.request_id, hand_off.num_bytes, now - hand_off.ordered_at)]
+        if hand_off.phase is not Phase.COMMITTED:
             return []
         self._forget(hand_off)
         return [Closed(hand_off.request_id, None)]
@@ -296,6 +303,9 @@ class Sender:
             return lost
         if hand_off.phase is Phase.CLOSING:
             return [*lost, *self._close(hand_off), *self._drop_if_quiet(hand_off.peer)]
+        if hand_off.is_released:
+            self._forget(hand_off)
+            return [*lost, Closed(request_id, None), *self._drop_if_quiet(hand_off.peer)]
         if hand_off.phase is Phase.COMMITTING:
             hand_off.phase = Phase.COMMITTED
             return [HandedOff(request_id, hand_off.num_bytes, now - hand_off.ordered_at)]
@@ -353,7 +363,7 @@ class Sender:
 
     def _fail(self, hand_off: HandOff, error: BatonError) -> list[Action]:
         if hand_off.phase is not Phase.CLOSING:
-            hand_off.phase, hand_off.error = Phase.CLOSING, error
+            hand_off.phase, hand_off.error = Phase.CLOSING, None if hand_off.is_released else error
             hand_off.pages.clear()
         return [] if hand_off.in_flight else self._close(hand_off)
 

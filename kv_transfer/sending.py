@@ -245,7 +245,7 @@ class KVSender:
         for epoch in message.live:
             self._state.live(link, epoch)
         for epoch in message.released:
-            actions += self._state.released(link, epoch)
+            actions += self._state.released(link, epoch, self._clock.now())
         for epoch in message.revoked:
             actions += self._state.revoked(link, epoch)
         return actions

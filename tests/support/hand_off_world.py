@@ -227,8 +227,10 @@ class World:
                 state.vouched(link.name, what)
             elif kind == "live":
                 state.live(link.name, int(what))
+            elif kind == "released":
+                self.act_sender(process, state.released(link.name, int(what), self.now))
             else:
-                self.act_sender(process, (state.released if kind == "released" else state.revoked)(link.name, int(what)))
+                self.act_sender(process, state.revoked(link.name, int(what)))
             self.check_fence(process)
             self.post(process)
 

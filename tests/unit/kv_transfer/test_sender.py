@@ -77,15 +77,29 @@ def test_pages_and_slot_go_in_one_write_if_nothing_else_is_out() -> None:
     sender = Sender(LIMITS)
     opened(sender, "r")
     sent(sender)
-    assert sender.released(PEER, 1) == [Closed("r", None)]
+    assert sender.released(PEER, 1, 3.0) == [Closed("r", None)]
     assert sender.num_open == 0
 
 
 def test_only_a_committed_hand_off_can_be_released() -> None:
     sender = Sender(LIMITS)
     opened(sender, "r")
-    assert sender.released(PEER, 1) == []
+    assert sender.released(PEER, 1, 3.0) == []
     assert sender.num_open == 1
+
+
+@pytest.mark.parametrize("succeeded", [True, False])
+def test_a_release_that_is_faster_than_the_end_of_the_last_write_counts(succeeded: bool) -> None:
+    """The receiver has seen the commit, so all of it has landed, whatever the transport makes of the connection afterwards."""
+    sender = Sender(LIMITS)
+    opened(sender, "r")
+    sender.push("r", 0, [10, 11, 12])
+    sender.commit("r", ORDER, 1.0)
+    post(sender, 1)
+    assert sender.released(PEER, 1, 1.5) == [HandedOff("r", 340, 0.5)]
+    assert sender.released(PEER, 1, 1.6) == []
+    assert Closed("r", None) in sender.write_finished("r", 1, succeeded, 2.0)
+    assert sender.num_open == 0
 
 
 def test_requests_take_turns_and_the_bound_holds() -> None:
@@ -264,5 +278,5 @@ def test_events_of_unknown_hand_offs_change_nothing() -> None:
     sender.commit("x", ORDER, 0.0)
     sender.live(PEER, 1)
     sender.vouched(PEER, 1.0)
-    assert sender.abort("x") == [] and sender.released(PEER, 1) == [] and sender.write_finished("x", 1, True, 0.0) == []
+    assert sender.abort("x") == [] and sender.released(PEER, 1, 3.0) == [] and sender.write_finished("x", 1, True, 0.0) == []
     assert sender.next_post() is None and sender.num_open == 0

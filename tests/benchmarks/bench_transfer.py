@@ -1,0 +1,265 @@
+"""Hand-offs of V4-Flash pages from one process to another: `python -m tests.benchmarks.bench_transfer [--devices cuda:0,cuda:1] [--out F]`.
+
+Three things are timed in one run, on the same memory, for each prompt length:
+
+    hand-off      KVSender -> KVReceiver as in service: all pages and the slot, from "the last page is computed" to the commit's arrival
+    page-major    one write of the transport: whole pages, all layers of a page in one piece
+    layer-major   the same bytes by the same transport in pieces of one layer of one page, as engines keep them that store layer by layer
+    copy          the limit: a plain copy of as many bytes (between devices on GPUs, within memory on a CPU)
+
+Without GPUs (`--devices cpu,cpu`) UCX copies between processes through shared memory. Clocks are CLOCK_MONOTONIC, equal in both processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.connection
+import pathlib
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+import torch
+from prometheus_client import CollectorRegistry
+
+from core.clock import SystemClock
+from core.kv_layout import PAGE_TOKENS, KVLayout
+from core.request import Member, Reservation
+from engine.cache.layout import build_layout
+from engine.config import EngineConfig, ModelConfig
+from engine.memory import memory_run
+from kv_transfer.config import TransferConfig
+from kv_transfer.metrics import ReceiverMetrics, SenderMetrics
+from kv_transfer.receiver import Committed
+from kv_transfer.receiving import KVReceiver
+from kv_transfer.sender import Closed, CommitOrder
+from kv_transfer.sending import KVSender
+from kv_transfer.transport import Region, Write
+from kv_transfer.transports import open_transport
+
+MODEL = pathlib.Path(__file__).resolve().parents[2] / "deploy" / "model_shapes" / "v4_flash"
+LAYERS = 43
+WARM_UPS = 3
+
+
+def layout_of_flash() -> KVLayout:
+    return build_layout(ModelConfig.from_folder(MODEL), EngineConfig(), "v4_flash@dummy")
+
+
+def regions(memory: torch.Tensor, slots: torch.Tensor) -> tuple[Region, Region]:
+    return Region(**dataclasses.asdict(memory_run(memory))), Region(**dataclasses.asdict(memory_run(slots)))
+
+
+def by_layer(pages: Region) -> Region:
+    """The same bytes in pieces of a layer of a page (the rest of the division is left out)."""
+    return dataclasses.replace(pages, num_pieces=pages.num_pieces * LAYERS, piece_bytes=pages.piece_bytes // LAYERS)
+
+
+def config_of(device: str) -> TransferConfig:
+    return TransferConfig(num_threads=4 if device.startswith("cuda") else 0, quarantine_s=20.0).on_loopback()
+
+
+def allocate(layout: KVLayout, num_pages: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    pages = torch.randint(0, 255, (num_pages, layout.page_bytes), dtype=torch.uint8, device=device)
+    return pages, torch.randint(0, 255, (2, layout.slot_bytes), dtype=torch.uint8, device=device)
+
+
+def member(role: str, address: str) -> Member:
+    return Member(role=role, replica=0, rank=0, address=address, incarnation=11 if role == "prefill" else 22, fingerprint="")
+
+
+def receive(device: str, num_pages: int, pipe: multiprocessing.connection.Connection) -> None:
+    """The decode side: answers with what a sender must know, then with the times at which commits arrived, until told to end."""
+    layout = layout_of_flash()
+    pages, slots = allocate(layout, num_pages, device)
+    here = regions(pages, slots)
+    raw, agent = open_transport(config_of(device), "raw-receiver", *here)
+    arrived: dict[int, float] = {}
+
+    async def serve() -> None:
+        server = grpc.aio.server()
+        port = server.add_insecure_port("127.0.0.1:0")
+
+        def event(event: Any) -> None:
+            if isinstance(event, Committed):
+                arrived[event.epoch] = time.monotonic()
+                receiver.release(event.epoch)
+
+        receiver = KVReceiver(
+            config_of(device), layout, *here, member("decode", f"127.0.0.1:{port}"), SystemClock(), ReceiverMetrics(CollectorRegistry()),
+            event, print,
+        )  # fmt: skip
+        receiver.add_to(server)
+        await receiver.start()
+        await server.start()
+        pipe.send((port, agent, here))
+        while True:
+            while not pipe.poll():
+                raw.poll()
+                await asyncio.sleep(0.0005)
+            order, *arguments = pipe.recv()
+            if order == "expect":
+                epoch, num = arguments
+                receiver.expect(epoch, f"r{epoch}", tuple(range(num)), 0, num * PAGE_TOKENS)
+                pipe.send("expected")
+            elif order == "arrived":
+                while arguments[0] not in arrived:
+                    await asyncio.sleep(0.0002)
+                pipe.send(arrived[arguments[0]])
+            else:
+                break
+        await server.stop(0)
+        await receiver.close()
+        raw.close()
+
+    asyncio.run(serve())
+
+
+class HandOffs:
+    """The prefill side's KVSender, on an event loop of its own."""
+
+    def __init__(self, device: str, layout: KVLayout, here: tuple[Region, Region]) -> None:
+        self.closed = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        config, metrics = config_of(device), SenderMetrics(CollectorRegistry())
+
+        def event(event: Any) -> None:
+            if isinstance(event, Closed):
+                assert event.error is None, event.error
+                self.closed.set()
+
+        self.sender = KVSender(config, layout, *here, member("prefill", "127.0.0.1:1"), SystemClock(), metrics, event, print)
+        asyncio.run_coroutine_threadsafe(self.sender.start(), self._loop).result()
+
+    def run(self, epoch: int, num: int, decode: Member) -> float:
+        """Returns the moment at which the last page was final."""
+        self.closed.clear()
+        request = f"r{epoch}"
+        reservation = Reservation(request_id=request, decode=decode, epoch=epoch, page_ids=tuple(range(num)), slot_id=0, lease_s=30)
+        self.sender.open(request, reservation)
+        time.sleep(0.05)  # in service the prompt is being computed meanwhile, and the session is there
+        began = time.monotonic()
+        self.sender.push_pages(request, 0, list(range(num)))
+        self.sender.commit(request, CommitOrder(local_slot_id=1, num_tokens=num * PAGE_TOKENS, first_token=7))
+        return began
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.sender.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+def time_writes(
+    device: str, own: tuple[Region, Region], theirs: tuple[Region, Region], agent: bytes, pieces: int, repeats: int
+) -> list[float]:
+    """Seconds of one write of `pieces` pieces, from the call to its end, ascending."""
+    transport, _ = open_transport(config_of(device), f"raw-sender-{own[0].piece_bytes}-{pieces}", *own)
+    transport.connect("peer", agent, *theirs)
+    times = []
+    order = torch.randperm(own[0].num_pieces)[:pieces].tolist()
+    for _ in range(repeats + WARM_UPS):
+        began = time.monotonic()
+        write_id = transport.write("peer", Write(tuple((i, i) for i in order)))
+        while not any(done == write_id for done, _ in transport.poll().finished):
+            pass
+        times.append(time.monotonic() - began)
+    transport.close()
+    return sorted(times[WARM_UPS:])
+
+
+def time_copies(num_bytes: int, devices: list[str], repeats: int) -> list[float]:
+    source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=devices[0])
+    target = torch.empty(num_bytes, dtype=torch.uint8, device=devices[1])
+
+    def wait() -> None:
+        for device in devices:
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+
+    times = []
+    for _ in range(repeats + WARM_UPS):
+        wait()
+        began = time.monotonic()
+        target.copy_(source)
+        wait()
+        times.append(time.monotonic() - began)
+    return sorted(times[WARM_UPS:])
+
+
+def row(tokens: int, what: str, num_bytes: int, times: list[float]) -> dict[str, Any]:
+    median = statistics.median(times)
+    return {
+        "tokens": tokens, "what": what, "MB": round(num_bytes / 1e6, 2), "ms": round(median * 1e3, 3),
+        "GB/s": round(num_bytes / median / 1e9, 2),
+        "spread": round((times[-1] - times[0]) / 2 / median, 3),
+    }  # fmt: skip
+
+
+def measure(devices: list[str], prompts: list[int], repeats: int, show: Callable[[dict[str, Any]], None]) -> None:
+    layout = layout_of_flash()
+    num_pages = max(prompts) // PAGE_TOKENS
+    pipe, theirs_end = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=receive, args=(devices[1], num_pages, theirs_end))
+    process.start()
+    pages, slots = allocate(layout, num_pages, devices[0])
+    here = regions(pages, slots)
+    port, agent, theirs = pipe.recv()
+    hand_offs = HandOffs(devices[0], layout, here)
+    decode = dataclasses.replace(member("decode", f"127.0.0.1:{port}"), fingerprint=layout.fingerprint())
+    epoch = 0
+    for tokens in prompts:
+        num = tokens // PAGE_TOKENS
+        times = []
+        for _ in range(repeats + WARM_UPS):
+            epoch += 1
+            pipe.send(("expect", epoch, num))
+            pipe.recv()
+            began = hand_offs.run(epoch, num, decode)
+            pipe.send(("arrived", epoch))
+            times.append(pipe.recv() - began)
+            assert hand_offs.closed.wait(30), "the hand-off was not closed"
+        show(row(tokens, "hand-off", num * layout.page_bytes + layout.slot_bytes, sorted(times[WARM_UPS:])))
+        own_layers, their_layers = (by_layer(here[0]), here[1]), (by_layer(theirs[0]), theirs[1])
+        show(row(tokens, "page-major write", num * layout.page_bytes, time_writes(devices[0], here, theirs, agent, num, repeats)))
+        layered = time_writes(devices[0], own_layers, their_layers, agent, num * LAYERS, repeats)
+        show(row(tokens, "layer-major write", num * LAYERS * own_layers[0].piece_bytes, layered))
+        show(row(tokens, "copy", num * layout.page_bytes, time_copies(num * layout.page_bytes, devices, repeats)))
+    hand_offs.close()
+    pipe.send(("end",))
+    process.join(30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time hand-offs of V4-Flash pages between two processes.")
+    parser.add_argument("--devices", default="cpu,cpu", help="of the sender and of the receiver")
+    parser.add_argument("--prompts", default="8192,131072", help="tokens")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=pathlib.Path, default=None)
+    arguments = parser.parse_args()
+    devices = arguments.devices.split(",")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    names = [torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu" for device in devices]
+    report: dict[str, Any] = {"command": " ".join(sys.argv), "commit": commit, "devices": names, "rows": []}
+
+    def show(found: dict[str, Any]) -> None:
+        print(found, flush=True)
+        report["rows"].append(found)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    measure(devices, [int(text) for text in arguments.prompts.split(",")], arguments.repeats, show)
+
+
+if __name__ == "__main__":
+    main()
