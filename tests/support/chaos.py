@@ -5,13 +5,15 @@
     assert report.problems == []
 
 What happens is drawn from the seed: kill -9 of a rank, the router or the controller; a rank or the router stopped for some seconds
-(SIGSTOP: to the others a cut, shorter or longer than their patience); a storm of clients that leave. The cluster runs in checked mode.
-What must hold is in the claims of `_judge`.
+(SIGSTOP: to the others a cut, shorter or longer than their patience); a storm of clients that leave. The cluster runs in checked mode,
+with so few pages that requests wait and are preempted. In the second half the router and a rank of each role are spared what would end
+them: they must outlive everybody else's deaths without keeping anything of them. What must hold is in the claims of `_judge`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import os
 import pathlib
@@ -33,6 +35,9 @@ OVERRIDES = (
     "prefill.replicas=2",
     "decode.replicas=2",
     "transfer.checksum=true",
+    "prefill.num_pages=24",
+    "decode.num_pages=24",
+    "decode.expected_output=0.4",
     "router.wait_for_members_s=120",
     "router.request_timeout_s=240",
     f"placement.health_timeout_s={HEALTH_TIMEOUT_S}",
@@ -56,6 +61,9 @@ STOPS_S = ((0.3, 4.0), (6.0, 9.0), (HEALTH_TIMEOUT_S + 2, HEALTH_TIMEOUT_S + 4))
 
 ROUTER_LOST_S = 3.0
 """How long after the loss of a router a connection may still break: until the next one listens."""
+
+SPARED = ("prefill/0.0", "decode/0.0", "router/0.0")
+"""Members that are not killed in the second half, nor stopped for longer than others wait."""
 
 CALM_S = 90.0
 """After the last event everything must be back at the starting level within this time."""
@@ -102,7 +110,8 @@ class Chaos:
         self._router_lost: list[tuple[float, float]] = []
         """From when to when a router was not there."""
         self._stopped: set[int] = set()
-        self._counts: dict[str, int] = {}
+        self._is_second_half = False
+        self._counts: collections.Counter[str] = collections.Counter()
         self._problems: list[str] = []
 
     async def run(self, minutes: float) -> Report:
@@ -118,10 +127,13 @@ class Chaos:
         self._began = time.monotonic()
         traffic = Traffic(url, expected, self._seed, self._num_clients)
         running = asyncio.create_task(traffic.run())
-        watching = asyncio.create_task(self._watch())
+        watching = asyncio.create_task(self._watch(traffic))
         background: set[asyncio.Task[None]] = set()
         while time.monotonic() < self._began + 60 * minutes and not running.done():
             await asyncio.sleep(self._random.uniform(2.0, 6.0))
+            if not self._is_second_half and time.monotonic() > self._began + 30 * minutes:
+                self._is_second_half = True
+                self._say(f"second half: {', '.join(SPARED)} are spared")
             name = self._random.choices(list(EVENTS), list(EVENTS.values()))[0]
             background.add(asyncio.create_task(self._happen(name, Random(self._random.random()), traffic)))
         await asyncio.gather(*background)
@@ -159,9 +171,9 @@ class Chaos:
         self._problems += [f"not back at the starting level: {one}" for one in left]
 
     async def _happen(self, name: str, random: Random, traffic: Traffic) -> None:
-        self._counts[name] = self._counts.get(name, 0) + 1
         how, _, role = name.partition(" ")
         if how == "storm":
+            self._counts[name] += 1
             self._say(f"storm: {await traffic.storm(random, 12)} requests were cut")
         elif how == "kill":
             await self._kill(role, random)
@@ -169,26 +181,29 @@ class Chaos:
             await self._stop(role, random)
 
     async def _kill(self, role: str, random: Random) -> None:
-        victim = await self._victim(role, random)
+        victim = await self._victim(role, random, SPARED if self._is_second_half else ())
         if victim is None:
             return
         member, pid = victim
+        self._counts[f"kill {role}"] += 1
         self._doomed[pid] = "killed"
         self._say(f"kill {member} ({pid})")
         began = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         if role == "router":
-            await self._lose_router(began)
+            await self._lose_router(pid, began)
 
     async def _stop(self, role: str, random: Random) -> None:
         victim = await self._victim(role, random)
-        seconds = random.uniform(*random.choice(STOPS_S[:1] if role == "router" else STOPS_S))
         if victim is None or victim[1] in self._stopped:
             return
         member, pid = victim
+        is_spared = role == "router" or (self._is_second_half and member in SPARED)
+        seconds = random.uniform(*random.choice(STOPS_S[:1] if is_spared else STOPS_S))
         if seconds > HEALTH_TIMEOUT_S - 2:
             self._doomed[pid] = f"stopped for {seconds:.1f} s"
+        self._counts[f"stop {role}"] += 1
         self._say(f"stop {member} ({pid}) for {seconds:.1f} s")
         self._stopped.add(pid)
         try:
@@ -201,8 +216,10 @@ class Chaos:
         finally:
             self._stopped.discard(pid)
 
-    async def _lose_router(self, began: float) -> None:
+    async def _lose_router(self, pid: int, began: float) -> None:
         """Note from when to when nobody listened."""
+        while pathlib.Path(f"/proc/{pid}").exists():
+            await asyncio.sleep(0.1)
         while True:
             await asyncio.sleep(0.1)
             with contextlib.suppress(OSError):
@@ -212,7 +229,7 @@ class Chaos:
         self._router_lost.append((began, time.monotonic() + ROUTER_LOST_S))
         self._say(f"a router listens again after {time.monotonic() - began:.1f} s")
 
-    async def _victim(self, role: str, random: Random) -> tuple[str, int] | None:
+    async def _victim(self, role: str, random: Random, spared: tuple[str, ...] = ()) -> tuple[str, int] | None:
         """A living process of the role, as far as we know."""
         if role == "controller":
             try:
@@ -220,13 +237,19 @@ class Chaos:
             except (ProcessLookupError, FileNotFoundError):
                 return None
         found = [
-            (member, pid) for member, pid in sorted(self._pids.items()) if member.startswith(role) and pathlib.Path(f"/proc/{pid}").exists()
+            (member, pid)
+            for member, pid in sorted(self._pids.items())
+            if member.startswith(role) and member not in spared and pathlib.Path(f"/proc/{pid}").exists()
         ]
         return random.choice(found) if found else None
 
-    async def _watch(self) -> None:
-        """Keep `_pids`, and see who ended without our doing."""
+    async def _watch(self, traffic: Traffic) -> None:
+        """Keep `_pids`, see who ended without our doing, and say what the clients complain of."""
+        num_said = 0
         while True:
+            for problem in traffic.problems[num_said:]:
+                self._say(f"PROBLEM {problem[:300]}")
+                num_said += 1
             with contextlib.suppress(Unavailable, OSError):
                 rows: dict[str, Any] = await asyncio.to_thread(self._cluster.rows)
                 for member, row in rows.items():
