@@ -59,7 +59,13 @@ async def ask(place: Address) -> Member:
 
 async def wait_for_ranks(places: Sequence[Address]) -> list[Member]:
     """Returns when each has answered once. Raises Mismatch."""
-    return list(await asyncio.gather(*(_wait_for(place) for place in places)))
+    waits = [asyncio.create_task(_wait_for(place)) for place in places]
+    try:
+        return list(await asyncio.gather(*waits))
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
 
 async def _wait_for(place: Address) -> Member:
