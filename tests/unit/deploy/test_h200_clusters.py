@@ -1,4 +1,4 @@
-"""The cluster files for one host of H200s: each loads, is placed on the GPUs that its comment names, and its weights leave room for pages."""
+"""The cluster files for one host of H200s: each loads and is placed on the GPUs that its comment names; weights leave room for pages."""
 
 from __future__ import annotations
 
