@@ -70,6 +70,15 @@ def _deltas(base_url: str, api_key: str, body: dict[str, Any]) -> Iterator[dict[
                 for choice in event.get("choices", ()):
                     yield choice.get("delta", {})
     except urllib.error.HTTPError as error:
-        raise Unavailable(f"{error.code}: {error.read().decode(errors='replace')[:500]}") from error
+        hint = "; --api-key-file names a file with one" if error.code == 401 else ""
+        raise Unavailable(f"{error.code}: {_sentence(error.read())}{hint}") from error
     except (urllib.error.URLError, OSError) as error:
         raise Unavailable(f"{base_url} cannot be reached: {error}") from error
+
+
+def _sentence(body: bytes) -> str:
+    """The message of an error body, or its beginning if it is none of ours."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:500]

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from core.errors import BatonError, ConfigError
+from core.errors import BatonError, ConfigError, Unavailable
 from deploy import lifecycle
 from deploy.chat import chat
 from deploy.client import ControlClient
-from deploy.folder import ClusterFolder, find_cluster
+from deploy.folder import ClusterFolder, find_cluster, has_keeper
 from deploy.local import ROOT
 from deploy.logs import print_logs
 from deploy.spec import ROLES, check_files, load_spec
@@ -22,8 +22,13 @@ from deploy.status import render
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 refused or failed (the reason is on standard error), 130 interrupted."""
-    options = new_parser().parse_args(arguments)
+    """Exit status: 0 done, 1 refused or failed (the reason is on standard error), 2 wrong usage, 130 interrupted."""
+    parser = new_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes overrides before an option only: `apply FILE --dry-run KEY=VALUE`
+        if not hasattr(options, "overrides") or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
@@ -192,6 +197,11 @@ def parse_counts(texts: Sequence[str]) -> dict[str, int]:
 def _client(folder: ClusterFolder) -> ControlClient:
     state = folder.read()
     assert state is not None, "find_cluster returns recorded clusters only"
+    if not has_keeper(state):
+        raise Unavailable(
+            f"{folder.name} has ended: its keeper, process {state.keeper_pid}, is gone; `baton up FILE` starts it anew, "
+            f"`baton down -n {folder.name}` forgets it; {folder.keeper_log} may say why"
+        )
     return ControlClient(state.control_address, folder.read_control_token())
 
 

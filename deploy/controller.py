@@ -168,7 +168,7 @@ class Controller:
     def _drain_events(self) -> None:
         for _, sentence in self.fleet.events:
             log.info("fleet.changed", what=sentence)
-            self.events.append(f"{datetime.datetime.now():%H:%M:%S} {sentence}")
+            self.events.append(f"{datetime.datetime.now(datetime.UTC):%H:%M:%SZ} {sentence}")
         self.fleet.events.clear()
 
     async def _publish(self) -> None:

@@ -129,6 +129,11 @@ def processes_of(marker: str) -> list[int]:
     return found
 
 
+def has_keeper(state: ClusterState) -> bool:
+    """Whether the embedded Ray's keeper is alive: without it all the rest is ending. True where the file names a Ray cluster."""
+    return not state.marker or state.keeper_pid in processes_of(state.marker)
+
+
 def end_processes(marker: str, keeper_pid: int, grace_s: float) -> int:
     """Ask the keeper to end, wait, then kill whatever still carries the marker. Returns how many had to be killed."""
     end = time.monotonic()

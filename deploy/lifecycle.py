@@ -16,7 +16,7 @@ from typing import Any
 from core.config import differences, parse_config
 from core.errors import ConfigError, DeadlineExceeded, Unavailable
 from deploy.client import ControlClient
-from deploy.folder import ClusterFolder, ClusterState, end_processes, new_secret, processes_of
+from deploy.folder import ClusterFolder, ClusterState, end_processes, has_keeper, new_secret, processes_of
 from deploy.local import choose_ray_dir, launch
 from deploy.spec import ClusterSpec, check_files
 
@@ -137,7 +137,7 @@ def is_running(folder: ClusterFolder) -> bool:
     state = folder.read()
     if state is None:
         return False
-    if state.marker and not processes_of(state.marker):
+    if not has_keeper(state):
         return False
     try:
         with ControlClient(state.control_address, folder.read_control_token()) as client:

@@ -59,6 +59,26 @@ def test_a_good_file_passes_the_check(capsys: pytest.CaptureFixture[str]) -> Non
     assert "is good: local_cpu serves baton-demo" in capsys.readouterr().out
 
 
+def test_overrides_may_follow_an_option(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = ["--home", str(tmp_path)]
+    for arguments in (["--dry-run", str(LOCAL_CPU), "decode.replicas=2"], [str(LOCAL_CPU), "--dry-run", "decode.replicas=2"]):
+        assert main([*home, "apply", *arguments]) == 1
+        assert "no cluster is running" in capsys.readouterr().err, "the arguments were understood"
+    assert main([*home, "apply", str(LOCAL_CPU), "--dry-run", "decode.replica=2"]) == 1
+    assert "unknown key 'replica'" in capsys.readouterr().err
+    for arguments in (["apply", str(LOCAL_CPU), "--dri-run"], ["status", "decode.replicas=2"], ["down", "-x"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*home, *arguments])
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["scale", "prefill=1"], ["drain", "prefill/0"], ["chat"], ["apply", str(LOCAL_CPU)]])
+def test_commands_say_when_the_keeper_is_gone(arguments: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded(tmp_path, "local_cpu")
+    assert main(["--home", str(tmp_path), *arguments]) == 1
+    assert "local_cpu has ended: its keeper, process 1, is gone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["status"], ["scale", "prefill=1"], ["down"], ["drain", "prefill/0"], ["chat"], ["logs"]])
 def test_commands_say_when_no_cluster_runs(arguments: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--home", str(tmp_path), *arguments]) == 1
