@@ -1,0 +1,262 @@
+"""Predict decode and prefill of a group of N ranks, and say how far the predictions are from what was measured. No device needed.
+
+python -m tests.benchmarks.scaling_model [--model v4_pro] [--hardware gb300] [--software goal] [--ranks 8,16,32,72] [--batch 1,32,128,256]
+    [--context 8192] [--imbalance 1.0] [--drafts 0] [--out tests/benchmarks/results/scaling_2026-11]
+
+Prints tables in Markdown: each measured point of `results/engine_flash_h200*.json` beside its prediction, and their parts; decode and
+prefill of groups; the frontier for 8,192 tokens in and 1,024 out. `--out` writes them as PREFIX.json and a plot as PREFIX.png.
+
+Left out, all of it in the predictions' favour: sampling and the host's work between steps; waiting for a slower rank beyond `--imbalance`;
+the hand-over from prefill to decode; router, queues, and batches that are not full; prompts of unequal length. Against them: parts follow
+one another, where kernels on side streams or a second batch could overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from engine.config import ModelConfig
+from tests.benchmarks.hardware import AS_MEASURED, H200, HARDWARE, SOFTWARE, WITH_DEEPEP, Hardware, Software
+from tests.benchmarks.plot_step import part_of
+from tests.benchmarks.step_model import Parts, Work, decode_parts, largest_batch, prefill_parts
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tests/benchmarks/results"
+
+ACCEPTED = (1.0, 1.79, 2.27, 2.49)
+"""Tokens a step with 0 to 3 drafts: the public figures of V4-Pro, thinking."""
+
+PUBLIC = (
+    ("SGLang, April 2026, no MTP", 50, 2_200),
+    ("SGLang, June 2026, MTP", 50, 11_200),
+    ("vLLM, 2026", 27, 6_182),
+)
+"""V4-Pro FP4 on GB300, 8K in and 1K out: (who, tokens/s a user, tokens/s a GPU; InferenceX, which counts prompt tokens, too)."""
+
+PROMPT, OUTPUT = 8192, 1024
+USER_RATES = (20, 30, 40, 50, 60, 80, 100)
+NAMES = {"experts": "experts", "attention": "attention, index", "hyper-connections": "hyper-connections", "exchange": "exchange"}
+"""Part of a measured profile -> of a predicted step, where they mean the same."""
+
+
+def work_of(name: str) -> Work:
+    return Work.of(ModelConfig.from_folder(ROOT / "deploy/model_shapes" / name))
+
+
+# -- beside what was measured
+
+
+def cut(work: Work, layers: int) -> Work:
+    """The first `layers` layers, each as heavy as the mean."""
+    model = work.model
+    if layers == model.num_hidden_layers:
+        return work
+    share = layers / model.num_hidden_layers
+    shorter = dataclasses.replace(model, num_hidden_layers=layers, compress_ratios=model.compress_ratios[:layers])
+    return dataclasses.replace(work, model=shorter, layer_bytes=work.layer_bytes * share, layer_flops=work.layer_flops * share)
+
+
+def experts_seen(row: dict[str, Any], work: Work, layers: int, ranks: int) -> tuple[float | None, str]:
+    """Experts of a layer that this rank's step touched: counted where the run did, else what the expert kernels' time amounts to."""
+    if "experts" in row:
+        return row["experts"] / layers, "counted"
+    spent = sum(us for name, us in row.get("profile us", {}).items() if "moe_hidden" in name or "moe_out" in name) * 1e-6 / layers
+    if not spent:
+        return None, "uniform"
+    found = (spent - 2 * AS_MEASURED.product_s) * H200.memory_rate / work.expert_bytes
+    return min(float(work.held(ranks)), max(1.0, found)), "from kernels"
+
+
+def measured_parts(row: dict[str, Any]) -> Parts:
+    """Milliseconds of the parts that the model has, too; scaled to the step, since kernels of side streams overlap."""
+    spent: Parts = {}
+    for kernel, us in row.get("profile us", {}).items():
+        name = NAMES.get(part_of(kernel))
+        if name is not None:
+            spent[name] = spent.get(name, 0.0) + us / 1e3
+    whole = sum(row.get("profile us", {}).values()) / 1e3
+    return {name: ms * row["ms"] / whole for name, ms in spent.items()}
+
+
+def check(paths: Sequence[pathlib.Path], work: Work) -> Iterator[dict[str, Any]]:
+    """A row for each measured point of V4-Flash on H200s."""
+    for path in paths:
+        report = json.loads(path.read_text())
+        layers, ranks = report["layers"], report["ranks"]
+        part = cut(work, layers)
+        software = WITH_DEEPEP if report["ops"].get("expert_exchange") == "deepep" else AS_MEASURED
+        for row in report["decode"]:
+            seen, how = experts_seen(row, work, layers, ranks)
+            parts = decode_parts(part, H200, software, ranks=ranks, batch=row["batch"], context=row["context"], experts=seen)
+            shape = f"decode {row['batch']} x {row['context']}"
+            yield _compared(path, report, shape, row, parts) | {"experts": seen and round(seen, 1), "how": how}
+        for row in report["prefill"]:
+            parts = prefill_parts(part, H200, software, ranks=ranks, chunk=row["chunk"], prompt=row["prompt"])
+            yield _compared(path, report, f"prefill {row['prompt']}", row, parts) | {"experts": None, "how": "uniform"}
+
+
+def _compared(path: pathlib.Path, report: dict[str, Any], shape: str, row: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    predicted = sum(parts.values()) * 1e3
+    return {
+        "file": path.stem, "commit": report["commit"], "layers": report["layers"], "ranks": report["ranks"], "shape": shape,
+        "measured ms": row["ms"], "predicted ms": round(predicted, 2), "error": round(predicted / row["ms"] - 1, 3),
+        "parts ms": {name: round(seconds * 1e3, 2) for name, seconds in parts.items()},
+        "measured parts ms": {name: round(ms, 2) for name, ms in measured_parts(row).items()},
+    }  # fmt: skip
+
+
+def _both(row: dict[str, Any], name: str) -> str:
+    return f"{row['measured parts ms'].get(name, 0):.2f} / {row['parts ms'].get(name, 0):.2f}"
+
+
+# -- groups
+
+
+def predict(work: Work, hardware: Hardware, software: Software, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for ranks in options.ranks:
+        prefill = prefill_parts(work, hardware, software, ranks=ranks, chunk=PROMPT, prompt=PROMPT, imbalance=options.imbalance)
+        for context in options.context:
+            for batch in options.batch:
+                parts = decode_parts(
+                    work, hardware, software, ranks=ranks, batch=batch, context=context, imbalance=options.imbalance, drafts=options.drafts
+                )
+                seconds = sum(parts.values())
+                weights = work.rank_bytes(ranks)
+                yield {
+                    "ranks": ranks, "batch": batch, "context": context, "ms": round(seconds * 1e3, 2),
+                    "tokens/s/user": round(ACCEPTED[options.drafts] / seconds, 1),
+                    "tokens/s/GPU": round(batch * ACCEPTED[options.drafts] / seconds),
+                    "prefill tokens/s/GPU": round(PROMPT / sum(prefill.values())),
+                    "fits": weights + batch * work.sequence_bytes(context + OUTPUT) <= 0.94 * hardware.memory_bytes,
+                    "parts ms": {name: round(value * 1e3, 2) for name, value in parts.items()},
+                }  # fmt: skip
+
+
+def frontier(work: Work, hardware: Hardware, software: Software, ranks: Sequence[int], imbalance: float) -> Iterator[dict[str, Any]]:
+    """For each decode group and speed a user gets: as many sequences as keep it, and as many prefill GPUs (groups of 4) as feed them."""
+    prefill_s = sum(prefill_parts(work, hardware, software, ranks=4, chunk=PROMPT, prompt=PROMPT, imbalance=imbalance).values())
+    for drafts, accepted in enumerate(ACCEPTED):
+        for size in ranks:
+            for rate in USER_RATES:
+                batch = largest_batch(
+                    work, hardware, software, ranks=size, tokens=PROMPT + OUTPUT, context=PROMPT + OUTPUT // 2, limit_s=accepted / rate,
+                    drafts=drafts, imbalance=imbalance,
+                )  # fmt: skip
+                decode_s = OUTPUT / (rate * batch) if batch else None
+                yield {
+                    "software": software.name, "drafts": drafts, "ranks": size, "tokens/s/user": rate, "batch": batch,
+                    "output tokens/s per decode GPU": batch * rate,
+                    "prefill GPUs per decode GPU": round(prefill_s / decode_s, 2) if decode_s else None,
+                    "tokens/s/GPU": round((PROMPT + OUTPUT) / (prefill_s + decode_s)) if decode_s else 0,
+                }  # fmt: skip
+
+
+def best(rows: Sequence[dict[str, Any]], has_drafts: bool) -> dict[int, dict[str, Any]]:
+    """Speed a user gets -> the row with the most tokens/s a GPU, of those with drafts or of those without."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if bool(row["drafts"]) == has_drafts and row["batch"]:
+            rate = row["tokens/s/user"]
+            found[rate] = max(found.get(rate, row), row, key=lambda one: one["tokens/s/GPU"])
+    return found
+
+
+# -- out
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    def said(cell: Any) -> str:
+        if isinstance(cell, bool):
+            return "yes" if cell else "no"
+        return f"{cell:,}" if isinstance(cell, int | float) else str(cell)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(said(row[column]) for column in columns) + " |" for row in rows])
+
+
+def plot(checked: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[dict[str, Any]]], title: str, out: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for kind, color in (("decode", "tab:blue"), ("prefill", "tab:orange")):
+        points = [row for row in checked if row["shape"].startswith(kind)]
+        left.loglog([row["measured ms"] for row in points], [row["predicted ms"] for row in points], "o", color=color, label=kind)
+    ends = [min(row["measured ms"] for row in checked) / 1.5, max(row["measured ms"] for row in checked) * 1.5]
+    left.plot(ends, ends, color="black", linewidth=0.8)
+    left.set_xlabel("measured ms, V4-Flash on H200s")
+    left.set_ylabel("predicted ms")
+    left.legend()
+    for name, rows in curves.items():
+        for has_drafts, style in ((False, "-"), (True, "--")):
+            found = sorted(best(rows, has_drafts).items())
+            if found:
+                label = f"{name}, {'MTP' if has_drafts else 'no MTP'}"
+                right.plot([rate for rate, _ in found], [row["tokens/s/GPU"] for _, row in found], style, marker=".", label=label)
+    for name, rate, total in PUBLIC:
+        right.plot([rate], [total], "k*")
+        right.annotate(name, (rate, total), textcoords="offset points", xytext=(6, 4), fontsize=7)
+    right.set_xlabel("tokens/s a user")
+    right.set_ylabel("prompt and output tokens/s a GPU")
+    right.set_title(title, fontsize=9)
+    right.set_ylim(0, 20_000)
+    right.legend(fontsize=7, ncol=3, loc="upper center")
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+
+
+def parse() -> argparse.Namespace:
+    def ints(text: str) -> list[int]:
+        return [int(part) for part in text.split(",") if part]
+
+    parser = argparse.ArgumentParser(description="Predicted decode and prefill of groups of ranks, beside what was measured.")
+    parser.add_argument("--model", choices=["v4_flash", "v4_pro"], default="v4_pro")
+    parser.add_argument("--hardware", choices=sorted(HARDWARE), default="gb300")
+    parser.add_argument("--software", choices=list(SOFTWARE), default="goal", help="of the table of groups; the frontier shows all")
+    parser.add_argument("--ranks", type=ints, default=[8, 16, 32, 72])
+    parser.add_argument("--batch", type=ints, default=[1, 32, 128, 256], help="sequences of each rank")
+    parser.add_argument("--context", type=ints, default=[8192])
+    parser.add_argument("--imbalance", type=float, default=1.0, help="the busiest rank's share of the experts' work over the mean")
+    parser.add_argument("--drafts", type=int, choices=range(len(ACCEPTED)), default=0, help="MTP steps")
+    parser.add_argument("--out", type=pathlib.Path, default=None, metavar="PREFIX")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    checked = list(check(sorted(RESULTS.glob("engine_flash_h200*.json")), work_of("v4_flash")))
+    print("\n## Measured and predicted\n")
+    print(table(checked, ["file", "ranks", "layers", "shape", "experts", "how", "measured ms", "predicted ms", "error"]))
+    print("\n## Their parts, ms measured (of a step whose kernels do not overlap) / predicted\n")
+    parts = [
+        row | {name: _both(row, name) for name in NAMES.values()}
+        for row in checked
+        if row["shape"].startswith("decode") and row["measured parts ms"]
+    ]
+    print(table(parts, ["shape", *NAMES.values()]))
+    work, hardware = work_of(options.model), HARDWARE[options.hardware]
+    groups = list(predict(work, hardware, SOFTWARE[options.software], options))
+    print(f"\n## {options.model} on {hardware.name}, {options.software}\n")
+    columns = ["ranks", "batch", "context", "ms", "tokens/s/user", "tokens/s/GPU", "prefill tokens/s/GPU", "fits"]
+    print(table(groups, columns))
+    curves = {software.name: list(frontier(work, hardware, software, options.ranks, options.imbalance)) for software in SOFTWARE.values()}
+    print(f"\n## Frontier of {options.model} on {hardware.name}, {PROMPT} in and {OUTPUT} out, best group of {options.ranks}\n")
+    columns = ["software", "drafts", "ranks", "tokens/s/user", "batch", "prefill GPUs per decode GPU", "tokens/s/GPU"]
+    print(table([row for rows in curves.values() for has in (False, True) for _, row in sorted(best(rows, has).items())], columns))
+    if options.out is not None:
+        report = {"check": checked, "groups": groups, "frontier": curves, "public": PUBLIC}
+        report["hardware"] = {name: dataclasses.asdict(one) for name, one in HARDWARE.items()}
+        report["software"] = {name: dataclasses.asdict(one) for name, one in SOFTWARE.items()}
+        options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        plot(checked, curves, f"{options.model} on {hardware.name}, {PROMPT} in, {OUTPUT} out", options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""How long a decode step and a prefill step take on a group of ranks, from bytes, FLOPs, link rates and launches. Pure.
+
+    parts = decode_parts(Work.of(model), GB300, GOAL, ranks=32, batch=256, context=8704)    # {"experts": seconds, ...}
+
+A part takes its launches' fixed time plus the longer of its bytes and its FLOPs at the rates that such kernels reach; parts follow one
+another. Experts are those of the busiest rank. Attention is data-parallel, experts are spread over the group, everything else is on
+every rank. Left out: everything that `scaling_model` lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.cache.layout import build_layout
+from engine.config import EngineConfig, ModelConfig
+from engine.model.weights import expected_tensors, published_format
+from tests.benchmarks.hardware import Hardware, Software
+
+BYTES = {"mxfp4": 1 / 2 + 1 / 32, "fp8": 1 + 1 / 128**2, "bf16": 2.0, "fp32": 4.0, "int64": 8.0}
+
+Parts = dict[str, float]
+"""Name -> seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """A model's shape as bytes and FLOPs."""
+
+    model: ModelConfig
+    layer_bytes: float
+    """Weights outside of experts, of all layers."""
+    head_bytes: float
+    layer_flops: float
+    """Per token, of all layers, experts and attention aside."""
+    head_flops: float
+    expert_bytes: float
+    """One expert of one layer."""
+    expert_params: float
+    row_bytes: dict[str, int]
+    """Cache rows: "window", "c4_kv", "c128_kv", "index"."""
+    page_bytes: int
+    slot_bytes: int
+    resident_bytes: float
+    """Weights outside of routed experts, MTP block and embedding included."""
+
+    @staticmethod
+    def of(model: ModelConfig) -> Work:
+        layers = head = flops = head_flops = resident = 0.0
+        for name, tensor in expected_tensors(model).items():
+            if ".ffn.experts." in name:
+                continue
+            size, values = math.prod(tensor.shape) * BYTES[published_format(name)], math.prod(tensor.shape)
+            resident += size
+            if name.startswith("head."):
+                head, head_flops = head + size, head_flops + 2.0 * values
+            elif name.startswith("layers."):
+                layers += size
+                flops += 2.0 * values if len(tensor.shape) == 2 and published_format(name) in ("fp8", "bf16", "fp32") else 0.0
+        layout = build_layout(model, EngineConfig(), "m")
+        params = 3.0 * model.hidden_size * model.moe_intermediate_size
+        return Work(
+            model=model, layer_bytes=layers, head_bytes=head, layer_flops=flops, head_flops=head_flops,
+            expert_bytes=params * BYTES["mxfp4"], expert_params=params,
+            row_bytes={field.name.split(".")[0]: field.row_bytes for field in (*layout.page_fields, *layout.slot_fields)},
+            page_bytes=layout.page_bytes, slot_bytes=layout.slot_bytes, resident_bytes=resident,
+        )  # fmt: skip
+
+    def rank_bytes(self, ranks: int, redundant: int = 0) -> float:
+        """Weights on one rank, the MTP block's experts included."""
+        held = self.held(ranks, redundant)
+        return self.resident_bytes + (self.model.num_hidden_layers + self.model.num_nextn_predict_layers) * held * self.expert_bytes
+
+    def held(self, ranks: int, redundant: int = 0) -> int:
+        """Experts of a layer on one rank, with `redundant` further ones a rank."""
+        return -(-self.model.n_routed_experts // ranks) + redundant
+
+    def sequence_bytes(self, tokens: int) -> float:
+        """Pages and slot."""
+        return -(-tokens // 256) * self.page_bytes + self.slot_bytes
+
+    def cache_bytes(self, context: int) -> float:
+        """Read by one token's decode (deepseek-v4 spec, section 5.2)."""
+        model, rows = self.model, self.row_bytes
+        c4 = min(model.index_topk, context // 4) * rows["c4_kv"] + context // 4 * rows["index"]
+        total = model.num_hidden_layers * min(context, 128) * rows["window"]
+        return total + model.compress_ratios.count(4) * c4 + model.compress_ratios.count(128) * (context // 128) * rows["c128_kv"]
+
+    def attention_flops(self, context: float) -> float:
+        """Of one token with so much before it, scores of the index included."""
+        model = self.model
+        rows = model.num_hidden_layers * min(context, 128) + model.compress_ratios.count(128) * context / 128
+        rows += model.compress_ratios.count(4) * min(model.index_topk, context / 4)
+        index = model.compress_ratios.count(4) * 2.0 * model.index_n_heads * model.index_head_dim * context / 4
+        return 4.0 * model.num_attention_heads * model.head_dim * rows + index
+
+
+def touched(held: int, ranks: int, top_k: int, tokens: float, imbalance: float = 1.0) -> float:
+    """Expected experts of one rank that have any of its group's `tokens`, if each chooses at random; the rank's experts are `imbalance`
+    times as popular as the average, and copies of one expert share its tokens."""
+    chance = min(1.0, imbalance * top_k / (held * ranks))
+    return float(held * (1.0 - (1.0 - chance) ** tokens))
+
+
+def touched_of(chances: Sequence[float], tokens: float) -> float:
+    """The same, with each expert's own chance of being among a token's."""
+    return float(sum(1.0 - (1.0 - min(1.0, chance)) ** tokens for chance in chances))
+
+
+def experts_s(work: Work, hardware: Hardware, software: Software, rows: float, experts: float) -> float:
+    """One layer's experts on one rank: `rows` (token, expert) pairs over `experts` that have any."""
+    size, flops = experts * work.expert_bytes, 2.0 * rows * work.expert_params
+    codes = max(size / hardware.memory_rate, flops / (hardware.fp8_rate * software.few_rows_share))
+    widening = experts * (work.expert_bytes + work.expert_params) / hardware.memory_rate if software.widens else 0.0
+    return min(codes, widening + max(size / hardware.memory_rate, flops / (hardware.fp8_rate * software.many_rows_share)))
+
+
+def exchange_s(work: Work, hardware: Hardware, software: Software, ranks: int, rows: float) -> float:
+    """One layer's dispatch and combine in decode, of `rows` tokens a rank."""
+    if ranks == 1:
+        return 0.0
+    d = work.model.hidden_size
+    if software.exchange == "gather":  # bf16 rows of all ranks come here; sums leave in float32
+        out, back = (ranks - 1) * rows * d * 2.0, (ranks - 1) * rows * d * 4.0
+    else:  # FP8 with scales, once for each expert; bf16 results
+        far = rows * work.model.num_experts_per_tok * (ranks - 1) / ranks * d
+        out, back = far * (1.0 + 4 / 128), far * 2.0
+    sent = out / (hardware.link_rate * software.dispatch_link_share) + back / (hardware.link_rate * software.combine_link_share)
+    return software.dispatch_s + software.combine_s + sent
+
+
+def decode_parts(
+    work: Work,
+    hardware: Hardware,
+    software: Software,
+    *,
+    ranks: int,
+    batch: float,
+    context: int,
+    imbalance: float = 1.0,
+    redundant: int = 0,
+    experts: float | None = None,
+    drafts: int = 0,
+) -> Parts:
+    """Seconds of one step in which each rank has `batch` sequences. `experts`: of a layer, that the busiest rank touches, where known.
+    With `drafts`, each sequence brings so many tokens more, and the MTP block runs once for each."""
+    model, layers, rows = work.model, work.model.num_hidden_layers, batch * (1 + drafts)
+    if experts is None:
+        experts = touched(work.held(ranks, redundant), ranks, model.num_experts_per_tok, rows * ranks, imbalance)
+    linear = max(
+        work.layer_bytes / hardware.memory_rate, rows * work.layer_flops / (hardware.fp8_rate * software.linear_share)
+    )  # fmt: skip
+    head = max(work.head_bytes / hardware.memory_rate, rows * work.head_flops / (hardware.bf16_rate * software.linear_share))
+    attention = max(
+        batch * work.cache_bytes(context) / hardware.memory_rate,
+        rows * work.attention_flops(context) / (hardware.bf16_rate * software.attention_share),
+    )
+    hyper_bytes = rows * hyper_token_bytes(model)
+    per_layer = experts_s(work, hardware, software, imbalance * rows * model.num_experts_per_tok, experts)
+    parts = {
+        "projections": layers * (software.products - 2) * software.product_s + linear,
+        "head": software.product_s + head,
+        "experts": layers * (2 * software.product_s + per_layer),
+        "attention, index": layers * software.attention_s + attention,
+        "hyper-connections": 2 * layers * (software.hyper_s + hyper_bytes / (hardware.memory_rate * software.hyper_share)),
+        "exchange": layers * exchange_s(work, hardware, software, ranks, rows),
+        "small kernels": layers * software.small_launches * software.launch_s,
+    }
+    if drafts:
+        block = decode_parts(work, hardware, software, ranks=ranks, batch=batch, context=128, imbalance=imbalance, redundant=redundant)
+        parts["drafts"] = drafts * (sum(block.values()) - block["head"]) / layers + drafts * block["head"]
+    return parts
+
+
+def hyper_token_bytes(model: ModelConfig) -> float:
+    """One hyper-connection: four streams read and written, the sublayer's output and the next one's input, in bf16."""
+    return (2 * model.hc_mult + 2) * model.hidden_size * 2.0
+
+
+def prefill_parts(
+    work: Work, hardware: Hardware, software: Software, *, ranks: int, chunk: int, prompt: int, imbalance: float = 1.0
+) -> Parts:
+    """Seconds of a rank's share of a prompt of `prompt` tokens in chunks of `chunk`, with all ranks of the group as busy."""
+    model, layers, chunks = work.model, work.model.num_hidden_layers, math.ceil(prompt / chunk)
+    rows = min(chunk, prompt)
+    experts = touched(work.held(ranks), ranks, model.num_experts_per_tok, rows * ranks, imbalance)
+    each = experts_s(work, hardware, software, imbalance * rows * model.num_experts_per_tok, experts)
+    met = ranks * (1 - (1 - 1 / ranks) ** model.num_experts_per_tok) * (ranks - 1) / ranks  # other ranks that a token goes to
+    sent = 2 * rows * met * model.hidden_size * 2.0 / (hardware.link_rate * software.prefill_link_share)
+    attention = sum(work.attention_flops(start + 256) for start in range(0, prompt, 512)) * 512
+    streamed = prompt * layers * stream_token_bytes(model) / hardware.memory_rate
+    launches = chunks * layers * (software.products * software.product_s + software.small_launches * software.launch_s)
+    return {
+        "projections": prompt * work.layer_flops / (hardware.fp8_rate * software.linear_share),
+        "experts": chunks * layers * each,
+        "attention, index": attention / (hardware.bf16_rate * software.prefill_attention_share),
+        "hyper-connections": 2 * layers * prompt * hyper_token_bytes(model) / (hardware.memory_rate * software.hyper_share),
+        "exchange": chunks * layers * sent,
+        "norms, rope, stores, quantisation": streamed,
+        "launches": launches,
+    }
+
+
+def stream_token_bytes(model: ModelConfig) -> float:
+    """Read and written per token and layer between the products: queries normed and rotated, outputs rotated back, inputs quantised to
+    FP8, and the experts' rows gathered, activated and added up."""
+    queries = model.num_attention_heads * model.head_dim * 2.0
+    rotated = model.num_attention_heads * model.qk_rope_head_dim * 4.0
+    inputs = 6 * model.hidden_size * 3.0 + model.o_groups * model.o_lora_rank * 3.0
+    experts = model.num_experts_per_tok * (model.hidden_size * (3.0 + 6.0) + model.moe_intermediate_size * 7.0)
+    return 2 * queries + rotated + inputs + experts
+
+
+def largest_batch(
+    work: Work, hardware: Hardware, software: Software, *, ranks: int, tokens: int, context: int, limit_s: float, drafts: int = 0,
+    imbalance: float = 1.0, memory_share: float = 0.94,
+) -> int:  # fmt: skip
+    """Most sequences a rank can have, so that a step takes at most `limit_s` and `tokens` of each fit into memory; 0 if none."""
+    room = hardware.memory_bytes * memory_share - work.rank_bytes(ranks)
+    least, most = 0, max(0, int(room / work.sequence_bytes(tokens)))
+    while least < most:
+        middle = (least + most + 1) // 2
+        parts = decode_parts(
+            work, hardware, software, ranks=ranks, batch=middle, context=context, drafts=drafts, imbalance=imbalance
+        )  # fmt: skip
+        least, most = (middle, most) if sum(parts.values()) <= limit_s else (least, middle - 1)
+    return least
