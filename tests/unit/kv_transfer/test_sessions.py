@@ -148,7 +148,7 @@ def test_another_wire_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
     async def test(ends: Ends) -> None:
         true_version = kv_transfer.session.WIRE_VERSION
         monkeypatch.setattr(kv_transfer.session, "WIRE_VERSION", true_version + 1)
-        await _refused(ends, f"wire version {true_version + 1} of prefill/0.0", f"{true_version} here")
+        await _refused(ends, f"wire version {true_version} of decode/0.0", f"{true_version + 1} here")
 
     run(test)
 
