@@ -1,24 +1,18 @@
-"""The prefill rank's engine thread: take requests, compute prompts chunk by chunk, push pages as they finish.
+"""The prefill rank's engine thread: take requests, compute prompts chunk by chunk, let pages go as they finish.
 
-    WAITING (no pages yet) -> COMPUTING -> SENDING (first token is out) -> gone when decode has taken its first step
-
-A hand-off that fails takes nothing with it: the job goes on, keeps its pages, and is handed on when the router has found it another
-decode rank.
-
-Everything that happens to a job happens in this thread: commands and transfer events come in through one inbox.
+Everything that happens to a job (`job.py`) happens in this thread: commands and transfer events come in through one inbox. What is
+computed here is sent by `hand_offs.py`.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from functools import partial
 
 from core.clock import Clock
-from core.codec import encode_error, encode_failure, encode_logprobs, encode_stages, encode_tokens
+from core.codec import encode_failure, encode_logprobs, encode_stages, encode_tokens
 from core.errors import BatonError, DeadlineExceeded, Draining, InternalError, InvalidRequest, Overloaded, TransferFailed
 from core.inbox import InboxThread
-from core.kv_layout import PAGE_TOKENS
 from core.log import get_logger
 from core.request import Load, Request, Reservation, Tokens
 from core.session import Outbox
@@ -29,9 +23,11 @@ from engine.runner import ChunkResult, Runner
 from engine.scheduler.pages import PageAllocator, SlotAllocator
 from engine.scheduler.prefill import PrefillPlanner
 from engine.sequence import Sequence
-from kv_transfer.sender import Closed, CommitOrder, HandedOff
+from kv_transfer.sender import Closed, HandedOff
 from kv_transfer.sending import KVSender
 from prefill_worker.config import PrefillConfig
+from prefill_worker.hand_offs import HandOffs
+from prefill_worker.job import Job, State, check_reservation, num_prompt_pages
 from prefill_worker.metrics import PrefillMetrics
 from protos import prefill_pb2
 
@@ -47,36 +43,6 @@ NEWEST_STEP_WEIGHT = 0.2
 """In the mean time of a token."""
 
 
-class State(enum.Enum):
-    WAITING = "waiting"
-    COMPUTING = "computing"
-    SENDING = "sending"
-    CLOSING = "closing"
-    """Failed or cancelled; its pages are still being written from."""
-
-
-@dataclass(slots=True)
-class Job:
-    sequence: Sequence
-    reservation: Reservation
-    """The latest one."""
-    outbox: Outbox
-    arrived: float
-    state: State = State.WAITING
-    started: float = 0.0
-    is_open: bool = False
-    """Whether the sender knows it, under `hand_off`."""
-    hand_off: str = ""
-    num_pushed: int = 0
-    """Pages given to the sender in this hand-off, or kept by the decode rank."""
-    first_token: int | None = None
-    stages: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def request_id(self) -> str:
-        return self.sequence.request_id
-
-
 class PrefillLoop:
     """Owner of the rank's jobs, pages and slots. Public methods may be called from any thread."""
 
@@ -89,11 +55,10 @@ class PrefillLoop:
         self._group_steps, self._chunk_tokens = steps, config.chunk_tokens
         self._planner = PrefillPlanner(chunk_tokens=config.chunk_tokens, max_sequences=config.num_slots)
         self._jobs: dict[str, Job] = {}
-        self._by_hand_off: dict[str, Job] = {}
-        """Those that are open."""
+        self._hand_offs = HandOffs(metrics, self._forget)
         self._thread = InboxThread("prefill-loop", self._turn, self._died)
         self._failed_steps = 0
-        self._transfer_bytes, self._transfer_seconds, self._steps, self._tokens = 0, 0.0, 0, 0
+        self._steps, self._tokens = 0, 0
         self._token_s = 0.0
         """Seconds a token, of the latest steps."""
         self.is_draining = False
@@ -101,7 +66,7 @@ class PrefillLoop:
         """Replaced after every step; read by the sessions."""
 
     def start(self, sender: KVSender) -> None:
-        self._sender = sender
+        self._hand_offs.use(sender)
         self._refresh_load()
         self._group_steps.start(lambda: self._thread.put(_wake), self._on_death)
         self._thread.start()
@@ -134,12 +99,11 @@ class PrefillLoop:
         """Cancel everything that came over a session."""
         self._thread.put(lambda: self._drop_session(outbox))
 
-    def _drop_session(self, outbox: Outbox) -> None:
-        for job in [job for job in self._jobs.values() if job.outbox is outbox]:
-            self._drop(job, None)
-
     def transfer_event(self, event: HandedOff | Closed) -> None:
-        self._thread.put(lambda: self._handed_off(event) if isinstance(event, HandedOff) else self._closed(event))
+        if isinstance(event, HandedOff):
+            self._thread.put(partial(self._hand_offs.handed_off, event))
+        else:
+            self._thread.put(partial(self._hand_offs.closed, event))
 
     # -- the thread ------------------------------------------------------------------------------------------------------------
 
@@ -197,7 +161,7 @@ class PrefillLoop:
             return
         job = Job(Sequence.from_request(request), reservation, outbox, self._clock.now())
         self._jobs[request.request_id] = job
-        self._open(job)  # the handshake goes on while the prompt is computed
+        self._hand_offs.open(job)
         log.info("prefill.accepted", request_id=request.request_id, num_tokens=len(request.token_ids))
 
     def _check(self, request: Request, reservation: Reservation) -> None:
@@ -206,12 +170,12 @@ class PrefillLoop:
         if request.request_id in self._jobs:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
         check_fits(request, self._runner.vocab_size, self._runner.max_model_len)
-        num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
+        num_pages = num_prompt_pages(request)
         if num_pages > self._pages.num_total:
             raise InvalidRequest(f"the prompt needs {num_pages} pages; this prefill rank has {self._pages.num_total}", param="prompt")
-        _check_pages(request, reservation)
+        check_reservation(request, reservation)
         if self.num_waiting >= self._config.max_waiting:
-            tokens = sum(job.sequence.num_remaining for job in self._jobs.values() if job.state in (State.WAITING, State.COMPUTING))
+            tokens = sum(job.sequence.num_remaining for job in self._jobs.values() if job.is_unfinished)
             retry_after_s = min(max(tokens * self._token_s, MIN_RETRY_S), MAX_RETRY_S)
             raise Overloaded(f"{self.num_waiting} requests are waiting on this prefill rank", retry_after_s=retry_after_s)
 
@@ -220,7 +184,7 @@ class PrefillLoop:
         for job in self._jobs.values():
             if job.state is not State.WAITING:
                 continue
-            count = -(-len(job.sequence.token_ids) // PAGE_TOKENS)
+            count = num_prompt_pages(job.sequence.request)
             if not self._slots.num_free or count > self._pages.num_free:
                 return
             pages, slots = self._pages.allocate(job.request_id, count), self._slots.allocate(job.request_id, 1)
@@ -238,7 +202,7 @@ class PrefillLoop:
             )
             job.outbox.post(prefill_pb2.PrefillUpdate(prompt_logprobs=[found]))
         if result.token is None:
-            self._push(job)
+            self._hand_offs.push(job)
             return
         job.first_token = result.token
         job.stages["prefill"] = self._clock.now() - job.started
@@ -254,77 +218,21 @@ class PrefillLoop:
             self._metrics.stage_seconds.labels(stage).observe(job.stages[stage])
         if sequence.finish_reason is not None:
             self._metrics.requests.labels("finished").inc()
-            self._close(job)
+            self._hand_offs.close(job)
             return
         job.state = State.SENDING
-        self._push(job)
-
-    def _open(self, job: Job) -> None:
-        job.is_open, job.hand_off, job.num_pushed = True, job.reservation.request_id, job.reservation.num_kept_pages
-        self._by_hand_off[job.hand_off] = job
-        self._sender.open(job.hand_off, job.reservation)
-        self._push(job)
-
-    def _push(self, job: Job) -> None:
-        """Give the sender what is final: whole pages, and with the first token everything."""
-        if not job.is_open:
-            return
-        sequence = job.sequence
-        end = sequence.num_computed // PAGE_TOKENS if job.first_token is None else len(sequence.page_ids)
-        if end > job.num_pushed:
-            self._sender.push_pages(job.hand_off, job.num_pushed, sequence.page_ids[job.num_pushed : end])
-            job.num_pushed = end
-        if job.first_token is not None:
-            num_tokens = len(sequence.request.token_ids)
-            self._sender.commit(job.hand_off, CommitOrder(sequence.slot_id, num_tokens, job.first_token))
+        self._hand_offs.push(job)
 
     def _hand_on(self, request_id: str, reservation: Reservation, outbox: Outbox) -> None:
         job = self._jobs.get(request_id)
         try:
             if job is None or job.state is State.CLOSING or job.outbox is not outbox:
                 raise TransferFailed(f"nothing is kept of {request_id}")
-            _check_pages(job.sequence.request, reservation)
+            check_reservation(job.sequence.request, reservation)
         except BatonError as error:
             outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(request_id, error)]))
             return
-        log.info("prefill.handed_on", request_id=request_id, decode=reservation.decode.name, was_open=job.is_open)
-        job.reservation = reservation
-        if job.is_open:
-            self._sender.abort(job.hand_off)  # the next one begins when nothing reads the pages any more
-        else:
-            self._open(job)
-
-    def _handed_off(self, event: HandedOff) -> None:
-        job = self._by_hand_off.get(event.request_id)
-        if job is None:
-            return
-        self._transfer_bytes += event.num_bytes
-        self._transfer_seconds += event.seconds
-        self._metrics.transfer_bytes.inc(event.num_bytes)
-        self._metrics.transfer_seconds.inc(event.seconds)
-        self._metrics.stage_seconds.labels("transfer").observe(event.seconds)
-        self._metrics.requests.labels("handed_off").inc()
-        log.info("prefill.handed_off", request_id=job.request_id, num_bytes=event.num_bytes, seconds=event.seconds)
-        done = prefill_pb2.HandedOff(
-            request_id=job.request_id,
-            num_bytes=event.num_bytes,
-            stages=encode_stages({"transfer": event.seconds}),
-            reserved_as=event.request_id,
-        )
-        job.outbox.post(prefill_pb2.PrefillUpdate(handed_off=[done]))
-
-    def _closed(self, event: Closed) -> None:
-        job = self._by_hand_off.pop(event.request_id)
-        job.is_open = False
-        if event.error is None or job.state is State.CLOSING:
-            self._forget(job)
-        elif job.reservation.request_id != job.hand_off:
-            self._open(job)
-        else:
-            self._metrics.requests.labels("hand_off_failed").inc()
-            log.warning("prefill.hand_off_failed", request_id=job.request_id, error=str(event.error))
-            failed = prefill_pb2.HandOffFailed(request_id=job.request_id, reserved_as=event.request_id, error=encode_error(event.error))
-            job.outbox.post(prefill_pb2.PrefillUpdate(hand_offs_failed=[failed]))
+        self._hand_offs.redirect(job, reservation)
 
     def _forget(self, job: Job) -> None:
         log.info("prefill.done", request_id=job.request_id, **{f"{stage}_s": seconds for stage, seconds in job.stages.items()})
@@ -339,27 +247,24 @@ class PrefillLoop:
                 self._metrics.requests.labels("cancelled").inc()
                 self._drop(job, None)
 
+    def _drop_session(self, outbox: Outbox) -> None:
+        for job in [job for job in self._jobs.values() if job.outbox is outbox]:
+            self._drop(job, None)
+
     def _drop(self, job: Job, error: BatonError | None) -> None:
         """Give a job up; the router is told unless it asked for it. Pages stay until the sender has let go of them."""
         if job.state is State.CLOSING:
             return
         if error is not None:
             job.outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(job.request_id, error)]))
-        self._close(job)
-
-    def _close(self, job: Job) -> None:
-        job.state = State.CLOSING
-        if job.is_open:
-            self._sender.abort(job.hand_off)
-        else:
-            self._forget(job)
+        self._hand_offs.close(job)
 
     def _expire(self) -> None:
         now = self._clock.now()
         for job in list(self._jobs.values()):
             limit = job.sequence.request.deadline_s
             is_kept = job.state is State.SENDING and not job.is_open
-            if (is_kept or job.state in (State.WAITING, State.COMPUTING)) and now - job.arrived > limit:
+            if (is_kept or job.is_unfinished) and now - job.arrived > limit:
                 self._drop(job, DeadlineExceeded(f"prefill took over {limit:g} s"))
 
     def _step_failed(self, request_ids: list[str], error: Exception) -> None:
@@ -372,27 +277,20 @@ class PrefillLoop:
             raise InternalError(f"{self._failed_steps} steps in a row failed, the last with {error!r}")
 
     def _refresh_load(self) -> None:
-        active = [job for job in self._jobs.values() if job.state in (State.WAITING, State.COMPUTING)]
         self.load = Load(
             num_running=sum(job.state is not State.WAITING for job in self._jobs.values()),
             num_waiting=self.num_waiting,
-            waiting_tokens=sum(job.sequence.num_remaining for job in active),
+            waiting_tokens=sum(job.sequence.num_remaining for job in self._jobs.values() if job.is_unfinished),
             pages_free=self._pages.num_free,
             pages_total=self._pages.num_total,
             slots_free=self._slots.num_free,
             slots_total=self._slots.num_total,
-            transfer_bytes_total=self._transfer_bytes,
-            transfer_seconds_total=self._transfer_seconds,
+            transfer_bytes_total=self._hand_offs.num_bytes,
+            transfer_seconds_total=self._hand_offs.seconds,
             steps_total=self._steps,
             tokens_total=self._tokens,
         )
         self._metrics.show(self.load)
-
-
-def _check_pages(request: Request, reservation: Reservation) -> None:
-    num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
-    if len(reservation.page_ids) != num_pages:
-        raise InternalError(f"{len(reservation.page_ids)} pages are reserved, the prompt has {num_pages}")
 
 
 def _wake() -> None:

@@ -39,6 +39,12 @@ class PrefillMetrics:
         self.tokens.inc(num_tokens)
         self.step_seconds.observe(seconds)
 
+    def handed_off(self, num_bytes: int, seconds: float) -> None:
+        self.transfer_bytes.inc(num_bytes)
+        self.transfer_seconds.inc(seconds)
+        self.stage_seconds.labels("transfer").observe(seconds)
+        self.requests.labels("handed_off").inc()
+
     def show(self, load: Load) -> None:
         self.waiting.set(load.num_waiting)
         self.pages_free.set(load.pages_free)

@@ -16,6 +16,7 @@ import engine.scheduler.decode
 import engine.scheduler.prefill
 import kv_transfer.receiving
 import kv_transfer.sending
+import prefill_worker.job
 import prefill_worker.loop
 import router.members
 import router.placement
@@ -66,7 +67,7 @@ def simulated(world: World) -> Iterator[None]:
         put(module, "InboxThread", SimThread)
     for module in (
         core.prefix,
-        prefill_worker.loop,
+        prefill_worker.job,
         decode_worker.reservations,
         engine.scheduler.decode,
         engine.scheduler.prefill,

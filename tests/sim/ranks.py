@@ -93,7 +93,7 @@ class PrefillRank(Rank):
         return self.engine.is_idle and not self.sender.num_open
 
     def read(self, tag: Tag, kind: str, piece: int) -> int | None:
-        job = self.engine._by_hand_off.get(tag.request_id)
+        job = self.engine._hand_offs._open.get(tag.request_id)
         assert job is not None, f"{self.name} still reads {kind} {piece} of {tag.request_id}, which it has forgotten"
         allocator = self.engine._pages if kind == "page" else self.engine._slots
         assert piece in allocator.owned_by(job.request_id), f"{self.name} reads {kind} {piece}, which is not {tag.request_id}'s"

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from core.errors import BatonError
 from decode_worker import reservations
 from decode_worker.reservations import Held, Reservations, State
 from kv_transfer import receiver as rx
 from kv_transfer import sender as tx
 from kv_transfer.receiving import KVReceiver
-from prefill_worker.loop import Job, PrefillLoop
+from prefill_worker.job import Job
+from prefill_worker.loop import PrefillLoop
 from router.session import RankSession
 from tests.sim.null_engine import PAGE_TOKENS
 from tests.sim.patches import run_world
@@ -113,13 +115,13 @@ def commit_before_the_pages(patch: pytest.MonkeyPatch) -> None:
 
 def free_local_pages_at_once(patch: pytest.MonkeyPatch) -> None:
     """A cancelled prompt's pages are used again while they are read."""
-    true_close = PrefillLoop._close
+    true_drop = PrefillLoop._drop
 
-    def close(self: PrefillLoop, job: Job) -> None:
-        true_close(self, job)
+    def drop(self: PrefillLoop, job: Job, error: BatonError | None) -> None:
+        true_drop(self, job, error)
         self._pages.free(job.request_id)
 
-    patch.setattr(PrefillLoop, "_close", close)
+    patch.setattr(PrefillLoop, "_drop", drop)
 
 
 def forget_to_cancel(patch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ class Rank:
             self.runner, config, PrefillMetrics(new_registry()), SoloSteps(PAGE_TOKENS), self.clock, on_death=pytest.fail
         )
         self.sender = RecordingSender()
-        self.loop._sender = cast(KVSender, self.sender)
+        self.loop._hand_offs.use(cast(KVSender, self.sender))
         self.outbox = Outbox(prefill_pb2.PrefillUpdate, asyncio.new_event_loop())
 
     def turn(self) -> None:
