@@ -34,6 +34,9 @@ MAX_FAILED_STEPS = 3
 
 IDLE_S = 0.25
 
+CHECK_S = 1.0
+"""How often an idle rank counts its pages: that takes milliseconds when there are many, and is not to be on a request's way."""
+
 
 @dataclass(slots=True)
 class Job:
@@ -75,6 +78,7 @@ class DecodeLoop:
         """In the order in which they became ready."""
         self._thread = InboxThread("decode-loop", self._turn, self._died)
         self._failed_steps, self._steps, self._tokens = 0, 0, 0
+        self._next_check = 0.0
         self.is_draining = False
         self.load = Load()
         """Replaced after every step; read by the sessions."""
@@ -119,8 +123,9 @@ class DecodeLoop:
         budget = self._group_steps.agreed(min(len(self._running), self._max_running))
         if budget is not None:
             self._step(budget)
-        elif not self._running:
+        elif not self._running and self._clock.now() >= self._next_check:
             self._reservations.check_integrity()
+            self._next_check = self._clock.now() + CHECK_S
         self._refresh_load()
         return IDLE_S if budget is None else 0.0
 

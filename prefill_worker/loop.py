@@ -38,6 +38,9 @@ MAX_FAILED_STEPS = 3
 
 IDLE_S = 0.5
 
+CHECK_S = 1.0
+"""How often an idle rank counts its pages: that takes milliseconds when there are many, and is not to be on a request's way."""
+
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 NEWEST_STEP_WEIGHT = 0.2
 """In the mean time of a token."""
@@ -61,6 +64,7 @@ class PrefillLoop:
         self._steps, self._tokens = 0, 0
         self._token_s = 0.0
         """Seconds a token, of the latest steps."""
+        self._next_check = 0.0
         self.is_draining = False
         self.load = Load()
         """Replaced after every step; read by the sessions."""
@@ -117,9 +121,10 @@ class PrefillLoop:
             chunks = self._planner.plan(computing, budget)
             self._group_steps.begin(min(remaining - sum(chunk.length for chunk in chunks), self._chunk_tokens))
             self._step(chunks, budget)
-        elif not self._jobs:
+        elif not self._jobs and self._clock.now() >= self._next_check:
             self._pages.check_integrity()
             self._slots.check_integrity()
+            self._next_check = self._clock.now() + CHECK_S
         self._refresh_load()
         return IDLE_S if budget is None else 0.0
 
