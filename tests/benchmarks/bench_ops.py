@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from engine.ops.cases import Bench, prepared
-from engine.ops.registry import OP_NAMES, get_op
+from engine.ops.names import OP_NAMES
+from engine.ops.registry import get_op
 
 NUM_REPLAYS = 21
 COLD_BYTES = 400 * 2**20

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from engine.ops import cases
-from engine.ops.registry import OP_NAMES, get_op
+from engine.ops.names import OP_NAMES
+from engine.ops.registry import get_op
 from tests.support.interpreted_ops import is_triton, small_cases
 
 CPU_SECONDS = 240

@@ -15,7 +15,8 @@ import traceback
 import torch
 
 from engine.ops import cases
-from engine.ops.registry import OP_NAMES, get_op
+from engine.ops.names import OP_NAMES
+from engine.ops.registry import get_op
 
 CPU = torch.device("cpu")
 SEED = 11

@@ -61,6 +61,7 @@ def test_relative_paths_start_at_the_file(tmp_path: pathlib.Path) -> None:
         ("transfer: {transport: memory}", 'c.yaml:3: transfer.transport is "memory", which works within one process only'),
         ("transfer: {transport: pigeon}", "c.yaml:3: transfer.transport is 'pigeon'; allowed: nixl, memory"),
         ("engine: {device: cuda}", 'c.yaml:3: engine.device is "cuda"; then placement.gpus_per_rank must be 1'),
+        ("engine: {ops: {rms_nrm: triton}}", "c.yaml:3: engine.ops names the op 'rms_nrm', which does not exist; allowed: compress_c128, "),
         ("engine: {kv_format: fp7}", "c.yaml:3: engine.kv_format is 'fp7'; allowed: fp8, bf16, fp32"),
         ("placement: {ray: somewhere}", "c.yaml:3: placement.ray is 'somewhere'; it must be \"embedded\" or host:port"),
         ("placement: {gpus_per_rank: 2}", "c.yaml:3: placement.gpus_per_rank is 2; a rank has one device"),

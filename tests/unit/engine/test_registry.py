@@ -9,7 +9,8 @@ import torch
 
 from core.errors import ConfigError
 from engine.config import EngineConfig
-from engine.ops.registry import OP_NAMES, Impl, Op, bind, get_op, load_backend
+from engine.ops.names import OP_NAMES
+from engine.ops.registry import Impl, Op, bind, get_op, load_backend
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,9 @@ def test_all_ops_are_bound_and_the_table_names_them() -> None:
     assert torch.allclose(ops.rms_norm(x, torch.ones(8), 0.0).square().mean(-1), torch.ones(3), atol=1e-5)
 
 
-@pytest.mark.parametrize(("overrides", "words"), [({"rms_nrm": "reference"}, "unknown op"), ({"rms_norm": "tpu"}, "unknown backend")])
+@pytest.mark.parametrize(
+    ("overrides", "words"), [({"rms_nrm": "reference"}, "'rms_nrm', which does not exist"), ({"rms_norm": "tpu"}, "unknown backend")]
+)
 def test_unknown_choices_are_refused(overrides: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         bind(EngineConfig(ops=overrides), CPU)
