@@ -40,7 +40,7 @@ def run_block(seeds: range) -> tuple[Counter[str], Counter[str], Counter[str]]:
 def test_every_request_ends_once_with_the_right_tokens_and_nothing_leaks(block: int) -> None:
     outcomes, faults, repairs = run_block(range(WORLDS_PER_BLOCK * block, WORLDS_PER_BLOCK * (block + 1)))
     assert outcomes["ok"] > 800 and outcomes["cancelled"] > 80 and outcomes["Overloaded"] > 5, f"the worlds must do some work: {outcomes}"
-    assert {"killed", "stopped", "cut", "connection", "write", "stalls", "drained", "clock", "fails"} <= faults.keys()
+    assert {"killed", "stopped", "cut", "connection", "write", "stalls", "drained", "clock", "fails", "loses"} <= faults.keys()
     assert repairs["retries"] > 50 and repairs["hand-ons"] > 10 and repairs["kept pages"] > 20, f"{repairs}"
 
 

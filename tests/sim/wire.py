@@ -62,8 +62,8 @@ class Wire:
         self.network = network
         self.transports: dict[bytes, SimTransport] = {}
         self.flights: list[Flight] = []
-        self.repeats = self.fails = 0.0
-        """How likely a commit is told again, and a write fails."""
+        self.repeats = self.loses = self.fails = 0.0
+        """How likely a commit is told again, or not at all, and a write fails."""
         self.num_on_wire = 0
 
 
@@ -175,7 +175,7 @@ class SimTransport:
             return
         self._finish(flight, True)
         note = flight.write.notification
-        if note:
+        if note and self.network.rng.random() >= self.wire.loses:
             self._tell(flight, note, 0.02 * self.network.rng.random())
             if self.network.rng.random() < self.wire.repeats:
                 self._tell(flight, note, 3 * WIRE_S * self.network.rng.random())

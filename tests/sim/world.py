@@ -153,6 +153,8 @@ class World(Network):
             self.plan(when, functools.partial(event, self))
         if rng.random() < 0.3:
             self.wire.repeats = 0.3
+        if rng.random() < 0.05:
+            self.wire.loses, self.faults = 0.3, [*self.faults, "loses"]
         if rng.random() < 0.15:
             self.wire.fails, self.faults = 0.15, [*self.faults, "fails"]
 
