@@ -1,7 +1,7 @@
 """KVLayout: everything that a sender's and a receiver's memory must have equal before a byte moves between them.
 
 `engine/cache/layout.py` builds one from a model's shape; `kv_transfer` compares fingerprints and otherwise sees only
-pages and slots of bytes. See architecture section 3: a page is one contiguous run over all layers, so is a slot.
+pages and slots of bytes. A page is one contiguous run over all layers, and so is a slot.
 """
 
 from __future__ import annotations

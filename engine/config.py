@@ -14,7 +14,7 @@ from engine.ops.names import OP_NAMES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The `config.json` of a DeepSeek-V4 checkpoint, field names as published (deepseek-v4 spec, section 1)."""
+    """The `config.json` of a DeepSeek-V4 checkpoint, field names as published (engine/model/deepseek_v4.md, 1)."""
 
     vocab_size: int
     hidden_size: int

@@ -1,4 +1,4 @@
-"""Where each layer's rows lie inside a page and a slot (architecture section 3; drawn in bytes.md).
+"""Where each layer's rows lie inside a page and a slot (drawn in bytes.md).
 
 page   [ c4_kv of every ratio-4 layer | c128_kv of every ratio-128 layer | index keys of every ratio-4 layer ]
 slot   [ window ring of every layer | ratio-4 ring and index ring of every ratio-4 layer | ratio-128 states ]

@@ -1,4 +1,4 @@
-"""Row formats: how one KV entry or one index key is stored as bytes (deepseek-v4 spec, section 3.1; see bytes.md).
+"""Row formats: how one KV entry or one index key is stored as bytes (drawn in bytes.md).
 
 A block of R rows is R data rows, then R scale rows. `encode` turns values into (data, scale) bytes, `decode` turns them back;
 decode(encode(x)) is the value set that attention sees, in prefill and in decode alike, in `dtype`, which holds every value exactly.

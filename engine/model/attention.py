@@ -1,4 +1,4 @@
-"""Attention over the sliding window and compressed entries (deepseek-v4 spec, sections 2.2 to 2.4).
+"""Attention over the sliding window and compressed entries (deepseek_v4.md, 2.2 to 2.4).
 
 x -> queries, one shared key-value vector a token -> write the window row, the entries and index keys that this token closes ->
 attend (window of 128, chosen entries, sink) -> undo the rotation -> grouped output projection.

@@ -1,4 +1,4 @@
-"""Gated pooling of the KV stream: a block of 4 or 128 tokens becomes one entry (deepseek-v4 spec, section 2.3).
+"""Gated pooling of the KV stream: a block of 4 or 128 tokens becomes one entry (deepseek_v4.md, 2.3).
 
 Only complete blocks emit. What is pending lives in the sequence's slot: for ratio 4 a ring of 8 rows, for ratio 128 the online state.
 """

@@ -1,4 +1,4 @@
-"""DeepSeek-V4, top to bottom (deepseek-v4 spec, section 2.0).
+"""DeepSeek-V4, top to bottom (deepseek_v4.md, 2.0).
 
 e = Embed[ids]; h = 4 streams of e
 for each layer:   attention sublayer, then MoE sublayer, each between hc_pre (mix the streams, norm) and hc_post (spread); the post

@@ -1,4 +1,4 @@
-"""The lightning indexer: which compressed entries each query of a ratio-4 layer attends to (deepseek-v4 spec, section 2.4)."""
+"""The lightning indexer: which compressed entries each query of a ratio-4 layer attends to (deepseek_v4.md, 2.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: routed experts chosen by score or by a table of token ids, and the shared expert (deepseek-v4 spec, section 2.5)."""
+"""Mixture of experts: routed experts chosen by score or by a table of token ids, and the shared expert (deepseek_v4.md, 2.5)."""
 
 from __future__ import annotations
 

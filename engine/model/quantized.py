@@ -1,4 +1,4 @@
-"""Weights in the two quantised formats of the published checkpoints, and their exact values (deepseek-v4 spec, section 4.2).
+"""Weights in the two quantised formats of the published checkpoints, and their exact values (deepseek_v4.md, 4.2).
 
 fp8     W[n, k] = e4m3 * 2^(byte - 127), one ue8m0 byte per 128 x 128 block (edge blocks may be partial)
 mxfp4   two e2m1 codes a byte, even channel in the low nibble; one ue8m0 byte per 32 channels of a row

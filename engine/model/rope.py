@@ -1,4 +1,4 @@
-"""Rotary position embedding: interleaved pairs over the last channels (spec sections 1.2, 2.2 and 8).
+"""Rotary position embedding: interleaved pairs over the last channels (deepseek_v4.md, 1.2, 2.2 and 6).
 
 The angle is the float32 product float32(position) * float32(frequency), as the model was trained; its cosine and sine are
 then taken accurately. At positions near 1,000,000 another order of rounding turns the vectors by up to 0.013 rad.

@@ -1,4 +1,4 @@
-"""The tensors of a published DeepSeek-V4 checkpoint: what must be there, and how it is read (deepseek-v4 spec, section 4).
+"""The tensors of a published DeepSeek-V4 checkpoint: what must be there, and how it is read (deepseek_v4.md, 4).
 
 Everything that can be wrong is found from the headers, before any weight is read: a missing tensor, a wrong shape, an unknown dtype,
 a shard that is cut off. `load: dummy` draws weights of the same shapes and formats.

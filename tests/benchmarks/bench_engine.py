@@ -150,7 +150,7 @@ def time_replays(graph: torch.cuda.CUDAGraph) -> list[float]:
 
 
 def prefill_flops(model: ModelConfig, tokens: int) -> float:
-    """2 per multiply-add, of one prompt without the head (deepseek-v4 spec, section 5.2)."""
+    """2 per multiply-add, of one prompt without the head (engine/model/deepseek_v4.md, 5)."""
     d, heads, width = model.hidden_size, model.num_attention_heads, model.head_dim
     linear = d * model.q_lora_rank + model.q_lora_rank * heads * width + d * width
     linear += heads * width * model.o_lora_rank + model.o_groups * model.o_lora_rank * d

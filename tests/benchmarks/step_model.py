@@ -81,7 +81,7 @@ class Work:
         return -(-tokens // 256) * self.page_bytes + self.slot_bytes
 
     def cache_bytes(self, context: int) -> float:
-        """Read by one token's decode (deepseek-v4 spec, section 5.2)."""
+        """Read by one token's decode (engine/model/deepseek_v4.md, 5)."""
         model, rows = self.model, self.row_bytes
         c4 = min(model.index_topk, context // 4) * rows["c4_kv"] + context // 4 * rows["index"]
         total = model.num_hidden_layers * min(context, 128) * rows["window"]

@@ -1,4 +1,4 @@
-"""Ratio-128 compression, online: running maximum, sum and weighted sum per channel (architecture section 3, spec 2.3)."""
+"""Ratio-128 compression, online: running maximum, sum and weighted sum per channel (engine/model/deepseek_v4.md, 2.3 and 3)."""
 
 from __future__ import annotations
 

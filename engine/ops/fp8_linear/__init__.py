@@ -1,4 +1,4 @@
-"""y = x W^T with activations quantised to FP8 per token and 128 channels (spec section 2, "FP8-linear")."""
+"""y = x W^T with activations quantised to FP8 per token and 128 channels (engine/model/deepseek_v4.md, 2)."""
 
 from __future__ import annotations
 
