@@ -28,6 +28,7 @@ from tests.support.cluster import MODEL, ROOT
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(hosts.missing() is not None, reason=hosts.missing() or "")]
 
 NAME, ROUTER, CONTROL, RAY = "hosts", 8000, 8010, 6379
+NODE_TRIES = 3
 CUT_S = 6.0
 """Longer than transfer.liveness_timeout_s, shorter than what makes Ray give up a node."""
 
@@ -60,24 +61,30 @@ class ThreeHosts:
         )
 
     def start(self) -> None:
-        head = f"{self.net.address(0)}:{RAY}"
         self._ray(0, "--head", f"--port={RAY}", "--include-dashboard=false", f"--temp-dir={self._temp}")
-        self.wait(lambda: self.net.call(0, lambda: _connects(self.net.address(0), RAY)), 120, "Ray's head")
         for host in (1, 2):
-            self._ray(host, f"--address={head}")
-        time.sleep(3)  # `baton up` waits for room, but not for ever
+            self._ray(host, f"--address={self.net.address(0)}:{RAY}")
         self.baton("up", str(self.home / "hosts.yaml"))
 
     def _ray(self, host: int, *arguments: str) -> None:
+        """Returns when the node has joined. Ray gives a node 30 s for that, which a busy machine may exceed: then it is tried again."""
         ray = str(pathlib.Path(sys.executable).with_name("ray"))
         common = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block"]
         command = self.net.command(host, [ray, "start", f"--node-ip-address={self.net.address(host)}", *common, *arguments])
-        with (self.home / f"ray{host}.log").open("wb") as log:
-            self._processes.append(subprocess.Popen(command, env=self._env, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
+        path = self.home / f"ray{host}.log"
+        for _ in range(NODE_TRIES):
+            with path.open("wb") as log:
+                process = subprocess.Popen(command, env=self._env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self._processes.append(process)
+            while process.poll() is None:
+                if b"will now block" in path.read_bytes():
+                    return
+                time.sleep(0.1)
+        raise AssertionError(f"host {host} did not join Ray:\n{self.logs()}")
 
     def baton(self, *arguments: str) -> str:
         command = self.net.command(0, [sys.executable, "-m", "deploy", "--home", str(self.home), *arguments])
-        done = subprocess.run(command, cwd=ROOT, env=self._env, capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=ROOT, env=self._env, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
         output = done.stdout + done.stderr
         assert done.returncode == 0, f"baton {' '.join(arguments)}:\n{output}\n{self.logs()}"
         return output
@@ -134,16 +141,6 @@ class ThreeHosts:
                     process.wait()
             self.net.close()
             shutil.rmtree(self._temp, ignore_errors=True)
-
-
-def _connects(address: str, port: int) -> bool:
-    import socket
-
-    try:
-        socket.create_connection((address, port), 1).close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
