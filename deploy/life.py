@@ -226,7 +226,12 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, RayTaskError):
         return f"{error.cause}"
     if isinstance(error, RayActorError):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = next((line for line in lines if "exit" in line.lower() and ":" in line), lines[-1] if lines else "")
-        return f"its process died: {detail}"[:300]
+        return f"its process died: {died_of(str(error))}"
     return str(error)
+
+
+def died_of(text: str) -> str:
+    """The one informative sentence of Ray's report on a dead actor: without its guesses at causes, which come after it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = next((line for line in lines if "exit" in line.lower() and ":" in line), lines[-1] if lines else "")
+    return line.rpartition("Worker exit detail:")[2].partition(" Some common causes")[0].strip()[:200]

@@ -126,7 +126,8 @@ def check_files(spec: ClusterSpec) -> ModelConfig:
     wanted = ["tokenizer.json"] if spec.engine.load == "dummy" else ["tokenizer.json", "*.safetensors"]
     for pattern in wanted:
         if not any(spec.model_path.glob(pattern)):
-            raise ConfigError(f"model.path: {spec.model_path} holds no {pattern}")
+            remedy = "put the published one there" if pattern == "tokenizer.json" else "engine.load: dummy does without"
+            raise ConfigError(f"model.path: {spec.model_path} holds no {pattern}; {remedy}")
     spec.router.read_api_keys()
     return model
 

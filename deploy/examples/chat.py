@@ -1,6 +1,8 @@
-"""Chat through the official OpenAI client, streamed, with the usage at the end.
+"""Chat through the official OpenAI client (`pip install openai`), streamed, with the usage at the end.
 
-python deploy/examples/chat.py [--base-url URL] [--model NAME] "What is the capital of France?"
+    python deploy/examples/chat.py [--base-url URL] [--model NAME] "What is 2 plus 3?"
+
+The demo model knows its own small world only: deploy/demo_model/README.md says what to ask it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Offer a tool through the official OpenAI client, run what the model calls, and give it the result.
+"""Offer a tool through the official OpenAI client (`pip install openai`), run what the model calls, and give it the result.
 
     python deploy/examples/tools.py [--base-url URL] [--model NAME] "What is the weather in Paris?"
 
