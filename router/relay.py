@@ -63,7 +63,9 @@ class Journey:
     num_prompt_tokens: int
     began: float
     attempts: int = 0
-    """Reservations that were worked for: runs, and hand-ons of what a run had computed."""
+    """Reservations that were asked for: for runs, and for hand-ons of what a run had computed."""
+    num_runs: int = 0
+    """Those that a rank was then told to work for; `max_attempts` bounds them."""
     hand_ons: int = 0
     num_preemptions: int = 0
     """Runs that a decode rank gave up for want of pages."""
@@ -155,7 +157,7 @@ class Relay:
                 journey.num_preemptions += 1
                 log.info("relay.preempted", request_id=attempt.request_id, num_tokens=len(produced))
             except BatonError as error:
-                is_last = journey.attempts - journey.num_preemptions >= self._config.max_attempts
+                is_last = journey.num_runs - journey.num_preemptions >= self._config.max_attempts
                 if not error.retryable or is_last or self._clock.now() > deadline:
                     raise
                 self.num_migrations += 1
@@ -176,6 +178,7 @@ class Relay:
         try:
             prefill.listen(request.request_id, len(request.token_ids), _into(events, request.request_id))
             prefill.run(request, reservation)
+            journey.num_runs += 1
             held: list[Output] = []  # decode's tokens may overtake the first one: they come over another stream
             has_first = False
             while True:
@@ -230,7 +233,7 @@ class Relay:
         avoid.append(_key(run.decode))
         if run.is_handed_on:
             avoid.append(_key(run.prefill))
-        is_last = journey.attempts - journey.num_preemptions >= self._config.max_attempts
+        is_last = journey.num_runs - journey.num_preemptions >= self._config.max_attempts
         if run.has_decoded or run.is_handed_on or is_last or not isinstance(error, (MemberLost, TransferFailed)):
             raise error
         run.leave(run.decode)
@@ -243,6 +246,7 @@ class Relay:
             _, run.decode, reservation = await self._reserve(request, events, avoid, deadline, run.prefill)
             run.reserved_as = request.request_id
             run.prefill.hand_on(run.request.request_id, reservation)
+            journey.num_runs += 1
         except BatonError as failure:
             raise error from failure
         run.is_handed_on, run.has_landed, run.is_kept = True, False, False

@@ -214,6 +214,23 @@ def test_attempts_are_bounded() -> None:
     assert journey.attempts == 2
 
 
+def test_ranks_that_are_lost_before_they_worked_for_a_request_do_not_use_up_its_attempts() -> None:
+    class Frozen(FakeRank):
+        """Is lost while it is asked for pages, three times."""
+
+        def reserve(self, request: Request) -> None:
+            if len(self.requests) >= 3:
+                return super().reserve(request)
+            self.requests.append(request)
+            return self.listeners[request.request_id](Failed("decode", MemberLost("nothing heard")))
+
+    decode = Frozen("decode")
+    prefill = FakePrefill([decode])
+    journey = new_journey()
+    assert asyncio.run(tokens_of(new_relay([prefill, decode], max_attempts=2), journey)) == EXPECTED
+    assert (journey.attempts, journey.num_runs, len(prefill.requests)) == (4, 1, 1)
+
+
 def test_without_members_a_request_waits_once_for_as_long_as_configured() -> None:
     journey, began = new_journey(), time.monotonic()
     with pytest.raises(NoMembers, match="prefill"):
