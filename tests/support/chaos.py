@@ -35,12 +35,15 @@ OVERRIDES = (
     "prefill.replicas=2",
     "decode.replicas=2",
     "transfer.checksum=true",
+    "engine.max_model_len=1024",
     "prefill.num_pages=24",
-    "decode.num_pages=24",
-    "decode.expected_output=0.4",
+    "decode.num_pages=5",
+    "decode.expected_output=0.3",
     "router.wait_for_members_s=120",
     "router.request_timeout_s=240",
+    "router.max_attempts=16",
     f"placement.health_timeout_s={HEALTH_TIMEOUT_S}",
+    "placement.placement_timeout_s=60",
     "placement.restart_backoff_max_s=2",
 )
 
@@ -152,6 +155,7 @@ class Chaos:
             f"{took:.0f} s, events: {events}",
             f"requests: {counts['finished']} finished ({counts['tokens']} tokens), {counts['left']} left by their clients, "
             f"{counts['broken']} connections broken by a lost router and asked again; longest {traffic.longest_s:.1f} s",
+            f"in the routers' logs: {self._logged()}",
             *table(before, after),
             f"problems: {len(self._problems)}",
             *self._problems,
@@ -159,6 +163,11 @@ class Chaos:
         for line in summary:
             self._say(line)
         return Report(problems=self._problems, num_finished=counts["finished"], num_events=sum(self._counts.values()))
+
+    def _logged(self) -> str:
+        log = "".join(path.read_text(errors="replace") for path in self._cluster.folder.logs.glob("router-*.log"))
+        words = {"relay.retried": "runs repeated", "relay.handed_on": "handed on", "relay.preempted": "preempted"}
+        return ", ".join(f"{log.count(event)} {word}" for event, word in words.items())
 
     def _judge(self, traffic: Traffic, left: list[str]) -> None:
         """Finished requests have the tokens of the undisturbed run and none is lost (`traffic.problems`); a connection breaks only with

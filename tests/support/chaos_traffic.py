@@ -143,7 +143,9 @@ def _draw(random: Random, kind: str, number: int) -> Scenario:
         turns = ("And what comes then?", "Thank you. Once more, please.") if kind == "conversation" else ()
         return Scenario(Case(name, "/v1/chat/completions", body), turns)
     long_prompt = kind == "long prompt" or (kind == "scored" and random.random() < 0.5)
-    length = random.randint(500, 1500) if long_prompt else random.randint(1, 80)
+    length = random.randint(400, 900) if long_prompt else random.randint(1, 80)
+    if kind == "long output":
+        length += 120  # then some outgrow a page
     body["prompt"] = [random.randrange(*VOCABULARY) for _ in range(length)]
     body |= {"logprobs": random.choice([0, 2]), "ignore_eos": True}
     body["max_tokens"] = random.randint(120, 240) if kind == "long output" else random.randint(1, 40)
