@@ -178,7 +178,7 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
     "last write out": (say_last_write_out_too_soon, "landed in"),
     "order of the commit": (commit_before_the_pages, ""),
     "local pages": (free_local_pages_at_once, "reads page"),
-    "cancel": (forget_to_cancel, "is not idle"),
+    "cancel": (forget_to_cancel, ""),
     "names of pages": (name_pages_by_their_first_token, "found foreign bytes"),
     "only filled pages are kept": (keep_pages_that_never_came, "found foreign bytes"),
     "revoke of what is committed": (free_on_commit, "is not idle"),
