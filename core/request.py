@@ -78,10 +78,6 @@ class Request:
     """Seconds from receipt after which a worker gives the request up with DeadlineExceeded."""
 
     @property
-    def num_prior_output_tokens(self) -> int:
-        return len(self.token_ids) - self.prompt_len
-
-    @property
     def max_total_tokens(self) -> int:
         """Length of the sequence when max_tokens have been generated."""
         return self.prompt_len + self.sampling.max_tokens

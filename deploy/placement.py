@@ -97,4 +97,4 @@ def _why_not(config: PlacementConfig, ranks: int, num_nodes: int, num_labelled: 
             return f"no room for {need}: no node has the label {config.nvlink_domain_label} (placement.nvlink_domain_label)"
         best = max(sizes, key=lambda name: sizes[name])
         return f"no room for {need} in one NVLink domain: the emptiest of {len(sizes)}, {best}, has room for {sizes[best]}"
-    return f"no room for {need}: {num_labelled} nodes have room for {sum(sizes.values())}"
+    return f"no room for {need}: {num_labelled} node{'s' * (num_labelled != 1)} with room for {sum(sizes.values())}"

@@ -53,10 +53,6 @@ class ModelConfig:
     bos_token_id: int
     eos_token_id: int
 
-    @property
-    def nope_head_dim(self) -> int:
-        return self.head_dim - self.qk_rope_head_dim
-
     @staticmethod
     def from_folder(folder: pathlib.Path) -> ModelConfig:
         """Read `folder/config.json`. Raises CheckpointError naming the file and the key."""

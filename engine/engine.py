@@ -69,7 +69,7 @@ class LoadedModel:
         weights = everything if share is None else everything.only(share.is_wanted)
         log.info("engine.loaded", model=layout.model, device=device, fingerprint=layout.fingerprint())
         for line in ops.table().splitlines():
-            log.debug("engine.op", choice=line)
+            log.info("engine.op", choice=line)
         return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops, share), layout, ops, device, share, everything)
 
     def memory_plan(self, num_pages: int, num_slots: int, workspace_bytes: int = 0) -> MemoryPlan:

@@ -67,7 +67,7 @@ def test_labels_select_nodes() -> None:
 def test_fractions_of_a_core_add_up() -> None:
     config, node = PlacementConfig(cpus_per_rank=0.1), Node(node_id="n", address="", cpus=1, gpus=0)
     assert plan_replica(config, 10, [node], {}).nodes == ("n",) * 10
-    with pytest.raises(Unplaceable, match="1 nodes have room for 10"):
+    with pytest.raises(Unplaceable, match="1 node with room for 10"):
         plan_replica(config, 11, [node], {})
 
 
