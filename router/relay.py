@@ -14,33 +14,24 @@ ends an attempt early, both ranks are told to cancel.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.errors import BatonError, DeadlineExceeded, MemberLost, NoMembers, Overloaded, Preempted, TransferFailed, Unavailable
+from core.errors import BatonError, DeadlineExceeded, MemberLost, Preempted, TransferFailed
 from core.log import get_logger
-from core.request import FinishReason, Request, Reservation, TokenLogprobs
+from core.request import FinishReason, Request, TokenLogprobs
 from router.config import RouterConfig
 from router.members import Members
-from router.placement import Candidate, place
-from router.prefix_index import PrefixIndex
-from router.session import Decoded, Event, Failed, Finished, FirstToken, HandedOff, HandOffFailed, PromptScored, RankSession, Reserved
+from router.reserving import Events, Reserver, into, key_of
+from router.session import Decoded, Event, Failed, Finished, FirstToken, HandedOff, HandOffFailed, PromptScored, RankSession
 
 log = get_logger("relay")
 
 RETRY_S = 0.05
 """Pause before the next attempt, doubled up to a second."""
-
-FULL_POLL_S = 0.02
-"""How often the first in line asks the decode ranks for room."""
-
-KEPT_S = 2.0
-"""How long pages are kept on a prefill rank while all decode ranks are full. Theirs may be full of requests that wait for just these
-pages, so this must end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +101,10 @@ class _Run:
         session.cancel(name)
 
 
-Events = asyncio.Queue[tuple[str, Event]]
-"""With what the rank that told it knows the request as."""
-
-
 class Relay:
     def __init__(self, members: Members, config: RouterConfig, clock: Clock) -> None:
-        self._members, self._config, self._clock = members, config, clock
-        self._full = asyncio.Lock()
-        """Held by the request that waits for room on the decode ranks; the others wait behind it, in order."""
-        self._prefixes = PrefixIndex()
+        self._config, self._clock = config, clock
+        self._reserver = Reserver(members, config, clock)
         self.num_migrations = 0
 
     async def generate(self, request: Request, journey: Journey) -> AsyncGenerator[Output, None]:
@@ -171,12 +156,12 @@ class Relay:
         """One prompt on one prefill rank, handed to a decode rank, or to a second one."""
         events: Events = asyncio.Queue()
         began = self._clock.now()
-        prefill, decode, reservation = await self._reserve(request, events, avoid, deadline)
+        prefill, decode, reservation = await self._reserver.reserve(request, events, avoid, deadline)
         journey.add("reserve", self._clock.now() - began)
         journey.ranks += [prefill.member.name, decode.member.name]
         run = _Run(request, prefill, decode, request.request_id)
         try:
-            prefill.listen(request.request_id, len(request.token_ids), _into(events, request.request_id))
+            prefill.listen(request.request_id, len(request.token_ids), into(events, request.request_id))
             prefill.run(request, reservation)
             journey.num_runs += 1
             held: list[Output] = []  # decode's tokens may overtake the first one: they come over another stream
@@ -206,7 +191,7 @@ class Relay:
                 elif isinstance(event, Failed):
                     if run.has_landed and has_first:
                         continue  # its part is done
-                    avoid.append(_key(prefill))
+                    avoid.append(key_of(prefill))
                     raise event.error
                 if run.has_decoded and run.is_kept:
                     run.is_kept = False
@@ -214,7 +199,7 @@ class Relay:
                 if has_first:
                     for output in held:
                         if output.finish_reason is not None:
-                            self._prefixes.note(request.token_ids, _key(run.decode))
+                            self._reserver.note_end(request, run.decode)
                         yield output
                         if output.finish_reason is not None:
                             return
@@ -230,9 +215,9 @@ class Relay:
         already, it is not the rank that failed, or a second rank could not be reached either."""
         if isinstance(error, Preempted):
             raise error
-        avoid.append(_key(run.decode))
+        avoid.append(key_of(run.decode))
         if run.is_handed_on:
-            avoid.append(_key(run.prefill))
+            avoid.append(key_of(run.prefill))
         is_last = journey.num_runs - journey.num_preemptions >= self._config.max_attempts
         if run.has_decoded or run.is_handed_on or is_last or not isinstance(error, (MemberLost, TransferFailed)):
             raise error
@@ -243,7 +228,7 @@ class Relay:
             run.request, request_id=f"{base}.{journey.attempts}", deadline_s=max(deadline - self._clock.now(), 0.001)
         )
         try:
-            _, run.decode, reservation = await self._reserve(request, events, avoid, deadline, run.prefill)
+            _, run.decode, reservation = await self._reserver.reserve(request, events, avoid, deadline, run.prefill)
             run.reserved_as = request.request_id
             run.prefill.hand_on(run.request.request_id, reservation)
             journey.num_runs += 1
@@ -253,77 +238,6 @@ class Relay:
         journey.hand_ons += 1
         journey.ranks.append(run.decode.member.name)
         log.warning("relay.handed_on", request_id=request.request_id, decode=run.decode.member.name, error=f"{error.code}: {error}")
-
-    async def _reserve(
-        self, request: Request, events: Events, avoid: list[tuple[str, int]], deadline: float, keeper: RankSession | None = None
-    ) -> tuple[RankSession, RankSession, Reservation]:
-        """Pages on a decode rank, and a prefill rank to fill them (`keeper`, which has computed it already). When all decode ranks are
-        full, waits in line for room; a keeper's request goes first and waits for KEPT_S at most. Whatever the decode rank says
-        afterwards is put into `events`."""
-        kept_until, found = self._clock.now() + KEPT_S, self._prefixes.find(request.token_ids)
-        shares = {} if found is None else dict([found])
-        full: set[tuple[str, int]] = set()
-        is_first_in_line = False
-        async with contextlib.AsyncExitStack() as line:
-            while True:
-                prefill, decode = await self._place(request, shares, [*avoid, *full], deadline, keeper)
-                key = _key(decode)
-                if key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
-                    if keeper is not None and self._clock.now() > kept_until:
-                        raise Overloaded(f"no decode rank has room for what {keeper.member.name} keeps")
-                    if keeper is None and not is_first_in_line:
-                        await line.enter_async_context(self._full)
-                        is_first_in_line = True
-                    await asyncio.sleep(FULL_POLL_S)
-                    full.clear()
-                    if self._clock.now() > deadline:
-                        raise DeadlineExceeded(f"no decode rank had room within {self._config.request_timeout_s:g} s")
-                    continue
-                answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-                decode.listen(request.request_id, len(request.token_ids), _into(events, request.request_id, answer))
-                try:
-                    decode.reserve(request)
-                    async with asyncio.timeout(self._config.reserve_timeout_s):
-                        event = await answer
-                    if isinstance(event, Reserved):
-                        return prefill, decode, event.reservation
-                    assert isinstance(event, Failed), f"{event}"
-                    raise event.error
-                except Overloaded:
-                    decode.forget(request.request_id)
-                    full.add(key)
-                except BaseException as error:
-                    decode.forget(request.request_id)
-                    decode.cancel(request.request_id)
-                    avoid.append(key)
-                    if isinstance(error, TimeoutError):
-                        raise Unavailable(f"{decode.member.name} did not answer a reservation") from error
-                    raise
-
-    async def _place(
-        self,
-        request: Request,
-        shares: dict[tuple[str, int], float],
-        avoid: list[tuple[str, int]],
-        deadline: float,
-        keeper: RankSession | None,
-    ) -> tuple[RankSession, RankSession]:
-        """Waits a configured time for ranks to be there. Raises NoMembers or Mismatch."""
-        give_up = min(self._clock.now() + self._config.wait_for_members_s, deadline)
-        while True:
-            sessions = {role: self._members.ready(role) for role in ("prefill", "decode")}
-            if keeper is not None:
-                sessions["prefill"] = [keeper]
-            try:
-                prefills, decodes = ([_candidate(session, shares) for session in found] for found in sessions.values())
-                chosen = place(request, prefills, decodes, avoid)
-                break
-            except Unavailable as error:
-                if self._clock.now() >= give_up:
-                    raise NoMembers(str(error)) from error
-                await asyncio.sleep(RETRY_S)
-        prefill, decode = (next(s for s in found if s.member is member) for found, member in zip(sessions.values(), chosen, strict=True))
-        return prefill, decode
 
     async def _next(self, events: Events, deadline: float) -> tuple[str, Event]:
         # not asyncio.wait_for: before Python 3.12 it swallows a cancellation that meets a finished read
@@ -341,24 +255,3 @@ class Relay:
 def _output(event: FirstToken | Decoded) -> Output:
     tokens = event.tokens
     return Output(token_ids=tokens.token_ids, logprobs=tokens.logprobs, finish_reason=tokens.finish_reason)
-
-
-def _key(session: RankSession) -> tuple[str, int]:
-    return session.member.name, session.member.incarnation
-
-
-def _into(events: Events, name: str, answer: asyncio.Future[Event] | None = None) -> Callable[[Event], None]:
-    """A listener that puts events into the queue; the first one into `answer`, if there is one that is waited for."""
-
-    def listener(event: Event) -> None:
-        if answer is not None and not answer.done():
-            answer.set_result(event)
-        else:
-            events.put_nowait((name, event))
-
-    return listener
-
-
-def _candidate(session: RankSession, shares: dict[tuple[str, int], float]) -> Candidate:
-    in_flight = session.in_flight
-    return Candidate(session.member, session.load, len(in_flight), sum(in_flight.values()), shares.get(_key(session), 0.0))

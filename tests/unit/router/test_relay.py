@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-import router.relay
+import router.reserving
 from core.clock import SystemClock
 from core.errors import BatonError, InternalError, MemberLost, NoMembers, Overloaded, Preempted, TransferFailed
 from core.kv_layout import PAGE_TOKENS
@@ -352,7 +352,7 @@ def test_a_request_that_is_to_blame_itself_is_not_handed_on() -> None:
 
 
 def test_pages_are_not_kept_for_long_while_all_decode_ranks_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router.relay, "KEPT_S", 0.05)
+    monkeypatch.setattr(router.reserving, "KEPT_S", 0.05)
     prefill, first, second = two_decodes(lose_after=0)
     second.is_full = True
     first_reserve = first.reserve

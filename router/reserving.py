@@ -1,0 +1,136 @@
+"""Where a request goes: a prefill rank, and pages on a decode rank that has granted them. When all are full, requests wait in line here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from core.clock import Clock
+from core.errors import DeadlineExceeded, NoMembers, Overloaded, Unavailable
+from core.request import Request, Reservation
+from router.config import RouterConfig
+from router.members import Members
+from router.placement import Candidate, place
+from router.prefix_index import PrefixIndex
+from router.session import Event, Failed, RankSession, Reserved
+
+PLACE_POLL_S = 0.05
+"""How often ranks are looked for while a role has none."""
+
+FULL_POLL_S = 0.02
+"""How often the first in line asks the decode ranks for room."""
+
+KEPT_S = 2.0
+"""How long pages are kept on a prefill rank while all decode ranks are full. Theirs may be full of requests that wait for just these
+pages, so this must end."""
+
+Events = asyncio.Queue[tuple[str, Event]]
+"""With what the rank that told it knows the request as."""
+
+
+class Reserver:
+    """Owner of the line of requests that wait for room, and of what is known about which decode rank holds which prefix."""
+
+    def __init__(self, members: Members, config: RouterConfig, clock: Clock) -> None:
+        self._members, self._config, self._clock = members, config, clock
+        self._full = asyncio.Lock()
+        """Held by the request that waits for room on the decode ranks; the others wait behind it, in order."""
+        self._prefixes = PrefixIndex()
+
+    def note_end(self, request: Request, decode: RankSession) -> None:
+        """The request has ended there: its prefix may still be in that rank's memory."""
+        self._prefixes.note(request.token_ids, key_of(decode))
+
+    async def reserve(
+        self, request: Request, events: Events, avoid: list[tuple[str, int]], deadline: float, keeper: RankSession | None = None
+    ) -> tuple[RankSession, RankSession, Reservation]:
+        """Pages on a decode rank, and a prefill rank to fill them (`keeper`, which has computed it already). When all decode ranks are
+        full, waits in line for room; a keeper's request goes first and waits for KEPT_S at most. Whatever the decode rank says
+        afterwards is put into `events`."""
+        kept_until, found = self._clock.now() + KEPT_S, self._prefixes.find(request.token_ids)
+        shares = {} if found is None else dict([found])
+        full: set[tuple[str, int]] = set()
+        is_first_in_line = False
+        async with contextlib.AsyncExitStack() as line:
+            while True:
+                prefill, decode = await self._place(request, shares, [*avoid, *full], deadline, keeper)
+                key = key_of(decode)
+                if key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
+                    if keeper is not None and self._clock.now() > kept_until:
+                        raise Overloaded(f"no decode rank has room for what {keeper.member.name} keeps")
+                    if keeper is None and not is_first_in_line:
+                        await line.enter_async_context(self._full)
+                        is_first_in_line = True
+                    await asyncio.sleep(FULL_POLL_S)
+                    full.clear()
+                    if self._clock.now() > deadline:
+                        raise DeadlineExceeded(f"no decode rank had room within {self._config.request_timeout_s:g} s")
+                    continue
+                answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+                decode.listen(request.request_id, len(request.token_ids), into(events, request.request_id, answer))
+                try:
+                    decode.reserve(request)
+                    async with asyncio.timeout(self._config.reserve_timeout_s):
+                        event = await answer
+                    if isinstance(event, Reserved):
+                        return prefill, decode, event.reservation
+                    assert isinstance(event, Failed), f"{event}"
+                    raise event.error
+                except Overloaded:
+                    decode.forget(request.request_id)
+                    full.add(key)
+                except BaseException as error:
+                    decode.forget(request.request_id)
+                    decode.cancel(request.request_id)
+                    avoid.append(key)
+                    if isinstance(error, TimeoutError):
+                        raise Unavailable(f"{decode.member.name} did not answer a reservation") from error
+                    raise
+
+    async def _place(
+        self,
+        request: Request,
+        shares: dict[tuple[str, int], float],
+        avoid: list[tuple[str, int]],
+        deadline: float,
+        keeper: RankSession | None,
+    ) -> tuple[RankSession, RankSession]:
+        """Waits a configured time for ranks to be there. Raises NoMembers or Mismatch."""
+        give_up = min(self._clock.now() + self._config.wait_for_members_s, deadline)
+        while True:
+            sessions = {role: self._members.ready(role) for role in ("prefill", "decode")}
+            if keeper is not None:
+                sessions["prefill"] = [keeper]
+            try:
+                prefills, decodes = ([_candidate(session, shares) for session in found] for found in sessions.values())
+                chosen = place(request, prefills, decodes, avoid)
+                break
+            except Unavailable as error:
+                if self._clock.now() >= give_up:
+                    raise NoMembers(str(error)) from error
+                await asyncio.sleep(PLACE_POLL_S)
+        prefill, decode = (next(s for s in found if s.member is member) for found, member in zip(sessions.values(), chosen, strict=True))
+        return prefill, decode
+
+
+def key_of(session: RankSession) -> tuple[str, int]:
+    """One life of a rank."""
+    return session.member.name, session.member.incarnation
+
+
+def into(events: Events, name: str, answer: asyncio.Future[Event] | None = None) -> Callable[[Event], None]:
+    """A listener that puts events into the queue; the first one into `answer`, if there is one that is waited for."""
+
+    def listener(event: Event) -> None:
+        if answer is not None and not answer.done():
+            answer.set_result(event)
+        else:
+            events.put_nowait((name, event))
+
+    return listener
+
+
+def _candidate(session: RankSession, shares: dict[tuple[str, int], float]) -> Candidate:
+    in_flight = session.in_flight
+    return Candidate(session.member, session.load, len(in_flight), sum(in_flight.values()), shares.get(key_of(session), 0.0))
