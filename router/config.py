@@ -43,7 +43,8 @@ class RouterConfig:
     drain_timeout_s: float = 30.0
     """How long streams may go on after the router was told to stop."""
     api_keys_file: str = ""
-    """File with one API key a line; requests to /v1 must carry one of them. Empty: no keys."""
+    """File with one API key a line; requests to /v1 must carry one of them. A relative path starts at the cluster file's folder.
+    Empty: no keys."""
     api_keys_env: str = ""
     """Name of an environment variable with API keys separated by commas; adds to the file's."""
 
