@@ -198,7 +198,7 @@ class Relay:
                     prefill.cancel(request.request_id)
                 if has_first:
                     for output in held:
-                        if output.finish_reason is not None:
+                        if output.finish_reason is not None and run.has_decoded:
                             self._reserver.note_end(request, run.decode)
                         yield output
                         if output.finish_reason is not None:

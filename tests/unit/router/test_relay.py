@@ -398,3 +398,23 @@ def test_the_next_turn_of_a_conversation_goes_where_the_last_one_was() -> None:
 
     asyncio.run(converse())
     assert [[request.request_id for request in decode.requests] for decode in decodes] == [["other.1"], [], ["first.1", "second.1"]]
+
+
+def test_a_request_that_ends_with_its_first_token_is_not_expected_to_have_left_pages() -> None:
+    decodes = [FakeRank("decode", replica) for replica in range(2)]
+    prefill = FakePrefill(decodes)
+    relay = new_relay([prefill, *decodes])
+    prompt = tuple(range(2, 2 + PAGE_TOKENS))
+
+    async def ask() -> None:
+        decodes[0].is_silent = True
+        request = Request(request_id="r", token_ids=prompt, prompt_len=PAGE_TOKENS, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        outputs = relay.generate(request, new_journey())
+        first = asyncio.ensure_future(anext(outputs))
+        await asyncio.sleep(0.01)
+        prefill.listeners["r.1"](FirstToken(Tokens(request_id="r.1", token_ids=(1,), finish_reason=FinishReason.STOP), {}))
+        assert (await first).finish_reason is FinishReason.STOP
+        await outputs.aclose()
+
+    asyncio.run(ask())
+    assert relay._reserver._prefixes.find(prompt) is None
