@@ -76,7 +76,7 @@ class Block:
 
 
 class DeepseekV4:
-    """The main model. Weights are packed for the bound backends at construction; those of MTP blocks are not read."""
+    """The main model. Weights are packed for the bound backends at construction; `mtp_weights` are kept as read, for the drafter."""
 
     def __init__(
         self,
@@ -99,6 +99,7 @@ class DeepseekV4:
         self._head_base, self._head_scale = (build.tensor(f"hc_head_{part}").float() for part in ("base", "scale"))
         self._norm = build.tensor("norm.weight")
         self._head = Linear(build, "head.weight", torch.float32)
+        self.mtp_weights = {name: weights[name] for name in weights if name.startswith("mtp.")}
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: ModelCaches) -> torch.Tensor:
