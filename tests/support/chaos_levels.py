@@ -105,7 +105,9 @@ def table(before: Levels, after: Levels) -> list[str]:
 def _level(pid: int, role: str | None) -> Level:
     process = pathlib.Path(f"/proc/{pid}")
     words = [word for word in process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0") if word]
-    name = next((pathlib.Path(word.split()[0]).name for word in words if not _is_python(word)), "python")
+    # A title that a process gave itself is one word of the command line; a path may have spaces.
+    spoken = [word if pathlib.Path(word).exists() else word.split()[0] for word in words if word.split()]
+    name = next((pathlib.Path(word).name for word in spoken if not _is_python(word)), "python")
     status = dict(line.split(":", 1) for line in process.joinpath("status").read_text().splitlines())
     return Level(
         kind=role or name,
