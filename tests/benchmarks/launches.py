@@ -1,0 +1,175 @@
+"""Count what a decode step launches on a GPU, layer by layer, without one: `python -m tests.benchmarks.launches [--ranks 2] [--batch 1]`.
+
+A small model with V4-Flash's structure takes one step on the CPU with the Triton backends bound. Their kernels are noted in place of being
+run (what they would write stays zero), collectives too, and each torch operation that computes or moves data counts as one launch,
+as CUDA graphs have it. Where a library takes a kernel's place the count is the same: FlashMLA's decode is two launches, as ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import inspect
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from core.kv_layout import PAGE_TOKENS
+from engine.batch import Batch, TokenPlaces
+from engine.cache.arena import Arena, ModelCaches
+from engine.cache.layout import build_layout
+from engine.config import EngineConfig, ModelConfig
+from engine.model.deepseek_v4 import DeepseekV4
+from engine.model.weights import dummy_weights
+from engine.ops.names import OP_NAMES
+from engine.ops.registry import BoundOps, get_op, load_backend
+from engine.parallel.experts import ExpertShare, Sharing
+
+SHAPE = pathlib.Path(__file__).parents[2] / "deploy" / "model_shapes" / "v4_flash" / "config.json"
+SMALL: dict[str, Any] = {
+    "hidden_size": 512, "vocab_size": 512, "num_attention_heads": 8, "q_lora_rank": 256, "o_groups": 2, "o_lora_rank": 128,
+    "n_routed_experts": 8, "moe_intermediate_size": 128, "num_nextn_predict_layers": 0,
+    "num_hidden_layers": 6, "num_hash_layers": 3, "compress_ratios": [0, 4, 128, 0, 4, 128],
+}  # fmt: skip
+PAGES = 32
+"""The narrowest decode graph's: longer than the indexer's top-k."""
+FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_local_scalar_dense")
+
+Launches = dict[str, collections.Counter[str]]
+"""Part of the step -> launches by name."""
+
+
+class Recorder(TorchDispatchMode):
+    """Notes torch operations; memory that a kernel should have filled is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Launches = {}
+        self.part = "before the layers"
+
+    def note(self, name: str) -> None:
+        self.found.setdefault(self.part, collections.Counter())[name] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        is_view = any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
+        if name in FREE:
+            if name.startswith(("empty", "new_empty")):
+                result.zero_()
+        elif not is_view:
+            self.note(f"torch.{name}")
+        return result
+
+
+class StandIn:
+    """The group and its process group: rank 0 of `size`, whose collectives are noted."""
+
+    rank = 0
+
+    def __init__(self, size: int, recorder: Recorder) -> None:
+        self.size, self._recorder = size, recorder
+
+    def backend(self, device: torch.device) -> StandIn:
+        return self
+
+    def before_close(self, close: Callable[[], None]) -> None:
+        """Nothing is open."""
+
+    def working(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _allgather_base(self, out: torch.Tensor, rows: torch.Tensor) -> StandIn:
+        self._recorder.note("all-gather")
+        return self
+
+    def _reduce_scatter_base(self, out: torch.Tensor, rows: torch.Tensor) -> StandIn:
+        self._recorder.note("reduce-scatter")
+        return self
+
+    def wait(self) -> None:
+        """It is done."""
+
+
+def triton_ops() -> BoundOps:
+    functions, packs = {}, {}
+    for name in OP_NAMES:
+        backends = get_op(name).backends
+        functions[name], pack = load_backend(get_op(name), next(filter(backends.__contains__, ("triton", "gather")), "reference"))
+        if pack is not None:
+            packs[name] = pack
+    return BoundOps(functions, packs, ())
+
+
+def decode_batch(size: int) -> Batch:
+    """As a decode graph holds it."""
+    positions = torch.full((size,), PAGES * PAGE_TOKENS - 1)
+    table = torch.zeros(size, PAGES, dtype=torch.int32)
+    places = TokenPlaces(positions, torch.arange(size), positions, torch.arange(size), table, is_decode=True)
+    return Batch(torch.zeros(size, dtype=torch.int64), places, (0,) * size, (1,) * size, PAGES * PAGE_TOKENS, None)
+
+
+@contextlib.contextmanager
+def noting_kernels(recorder: Recorder) -> Iterator[None]:
+    def launch(kernel: JITFunction[Any], *args: Any, **kwargs: Any) -> None:
+        recorder.note(kernel.__name__)
+
+    with mock.patch.object(JITFunction, "run", launch):
+        yield
+
+
+def count(ranks: int, batch: int) -> Launches:
+    """Of one decode step of `batch` sequences."""
+    recorder, device = Recorder(), torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(json.loads(SHAPE.read_text()) | SMALL))
+        model = ModelConfig.from_folder(pathlib.Path(folder))
+    engine, ops = EngineConfig(device="cpu", load="dummy", max_model_len=PAGES * PAGE_TOKENS), triton_ops()
+    group: Any = StandIn(ranks, recorder)
+    share = ExpertShare.open(Sharing(group=group, max_tokens=batch, is_latency_bound=True), model, ops, device) if ranks > 1 else None
+    weights = dummy_weights(model, device)
+    network = DeepseekV4(model, engine, weights if share is None else weights.only(share.is_wanted), ops, share)
+    caches = ModelCaches(Arena(build_layout(model, engine, "launches"), PAGES, batch, device), model)
+    for number, layer in enumerate(network._layers):
+        routing = "hash" if number < model.num_hash_layers else "score"
+        layer.forward = _in_part(recorder, f"layer of ratio {model.compress_ratios[number]}, {routing}", layer.forward)  # type: ignore[method-assign]
+    forward = inspect.unwrap(DeepseekV4.forward)  # in inference mode torch would show composite operations whole
+    with torch.no_grad(), noting_kernels(recorder), recorder:
+        for _ in range(2):  # the first one also makes tables that are kept
+            recorder.found, recorder.part = {}, "before the layers"
+            forward(network, decode_batch(batch), caches)
+    return recorder.found
+
+
+def _in_part(recorder: Recorder, part: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        recorder.part = part
+        try:
+            return forward(*args)
+        finally:
+            recorder.part = "behind the layers"
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count the launches of a decode step, layer by layer.")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
+    arguments = parser.parse_args()
+    for part, launches in count(arguments.ranks, arguments.batch).items():
+        torch_ones = sum(number for name, number in launches.items() if name.startswith("torch."))
+        print(f"{part}: {launches.total()}, of them {torch_ones} of torch")
+        for name, number in launches.most_common():
+            print(f"    {number:3} {name}")
+
+
+if __name__ == "__main__":
+    main()

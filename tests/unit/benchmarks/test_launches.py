@@ -1,0 +1,32 @@
+"""What a decode step launches, counted without a GPU, does not grow unnoticed."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.benchmarks.launches import count
+
+MOST = {
+    "layer of ratio 0, hash": 51,
+    "layer of ratio 4, hash": 70,
+    "layer of ratio 128, hash": 52,
+    "layer of ratio 0, score": 50,
+    "layer of ratio 4, score": 69,
+    "layer of ratio 128, score": 51,
+}
+
+
+def test_a_layer_of_a_group_launches_no_more_than_it_did() -> None:
+    found = count(ranks=2, batch=2)
+    layers = {part: launches.total() for part, launches in found.items() if part.startswith("layer")}
+    assert layers.keys() == MOST.keys()
+    assert {part: total for part, total in layers.items() if total > MOST[part]} == {}, found
+    assert all(launches["all-gather"] == launches["reduce-scatter"] == 1 for part, launches in found.items() if part in layers)
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    found = count(ranks=1, batch=1)
+    assert not any("gather" in name or "scatter" in name for launches in found.values() for name in launches)
+    assert all(launches["moe_sum_kernel"] == 1 for part, launches in found.items() if part.startswith("layer")), found
