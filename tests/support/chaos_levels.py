@@ -104,18 +104,24 @@ def table(before: Levels, after: Levels) -> list[str]:
 
 def _level(pid: int, role: str | None) -> Level:
     process = pathlib.Path(f"/proc/{pid}")
-    words = [word for word in process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0") if word]
-    # A title that a process gave itself is one word of the command line; a path may have spaces.
-    spoken = [word if pathlib.Path(word).exists() else word.split()[0] for word in words if word.split()]
-    name = next((pathlib.Path(word).name for word in spoken if not _is_python(word)), "python")
+    words = process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
     status = dict(line.split(":", 1) for line in process.joinpath("status").read_text().splitlines())
     return Level(
-        kind=role or name,
+        kind=role or program_of(words),
         pid=pid,
         rss_bytes=int(status["VmRSS"].split()[0]) << 10,
         num_fds=len(os.listdir(process / "fd")),
         num_threads=int(status["Threads"]),
     )
+
+
+def program_of(words: list[str]) -> str:
+    """The name by which one knows a process from its command line: the program, or the script that an interpreter runs.
+
+    A title that a process gave itself is one word with spaces, of which the first counts; a path may have spaces, too.
+    """
+    spoken = [word if word.startswith("/") else word.split()[0] for word in words if word.split()]
+    return next((pathlib.Path(word).name for word in spoken if not _is_python(word)), "python")
 
 
 def _is_python(word: str) -> bool:

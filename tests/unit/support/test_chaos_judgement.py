@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.support import chaos_traffic
-from tests.support.chaos_levels import FD_SLACK, RSS_SLACK_BYTES, Level, Levels, excess
+from tests.support.chaos_levels import FD_SLACK, RSS_SLACK_BYTES, Level, Levels, excess, program_of
 from tests.support.chaos_traffic import Answer, Case, Traffic
 
 CASE = Case("one", "/v1/completions", {"stream": True})
@@ -120,3 +120,19 @@ def test_what_is_left_behind_is_named(after: Levels, reason: str) -> None:
     assert excess(levels(), levels(num_fds=50 + FD_SLACK)) == []
     (found,) = excess(levels(), after)
     assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("words", "program"),
+    [
+        (["ray::IDLE", "", ""], "ray::IDLE"),
+        (["ray::RankActor.run more words"], "ray::RankActor.run"),
+        (["/a folder/.venv/bin/python", "-u", "/a folder/dashboard/agent.py", "--port=1"], "agent.py"),
+        (["/a folder/core/gcs_server", "--config_list=" + "e" * 5000, "--log_dir=/a folder/logs"], "gcs_server"),
+        (["python3", "-c", "from multiprocessing.spawn import spawn_main"], "from"),
+        (["/usr/bin/python3", "-q"], "python"),
+        ([""], "python"),
+    ],
+)
+def test_a_process_is_known_by_its_program_or_script(words: list[str], program: str) -> None:
+    assert program_of(words) == program
