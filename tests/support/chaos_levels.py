@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from deploy.folder import processes_of
 from tests.support.cluster import Cluster
+from tests.support.shared_memory import left_over
 
 RSS_SLACK_BYTES = 96 << 20
 """What the allocators of torch, UCX and gRPC keep after larger batches than before, and Ray's tables of the processes that died."""
@@ -40,7 +41,7 @@ class Level:
 class Levels:
     processes: tuple[Level, ...]
     shared_memory: frozenset[str]
-    """Names in /dev/shm."""
+    """Names of files in /dev/shm that nobody uses."""
     taken: tuple[str, ...]
     """Ranks with pages, slots or requests, and how many."""
 
@@ -72,7 +73,7 @@ def measure(cluster: Cluster) -> Levels:
             taken.append(f"{name}: {load.pages_total - load.pages_free} pages, {load.slots_total - load.slots_free} slots")
         if load.num_running or load.num_waiting:
             taken.append(f"{name}: {load.num_running} requests running, {load.num_waiting} waiting")
-    return Levels(tuple(levels), frozenset(os.listdir("/dev/shm")), tuple(taken))
+    return Levels(tuple(levels), left_over(), tuple(taken))
 
 
 def excess(before: Levels, after: Levels) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 from core.errors import Unavailable
 from deploy.client import ControlClient
 from deploy.folder import ClusterFolder, ClusterState, processes_of
+from tests.support.shared_memory import left_over
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy/demo_model/checkpoint"
@@ -51,7 +52,7 @@ class Cluster:
             "placement: {cpus_per_rank: 0.2, health_timeout_s: 5, restart_backoff_s: 0.5, placement_timeout_s: 4}\n"
         )
         self.folder = ClusterFolder(home, name)
-        self.before = set(os.listdir("/dev/shm"))
+        self.shared_memory_before = left_over()
 
     def baton(self, *arguments: str, expect: int = 0, timeout_s: float = 120) -> str:
         """Run the command; its standard output and error. Fails unless it exits with `expect`."""
@@ -149,7 +150,7 @@ class Cluster:
             self.baton("down", "--name", self.name)
             assert processes_of(state.marker) == [] and not pathlib.Path(state.ray_dir).exists()
         assert not self.folder.path.exists() or {path.name for path in self.folder.path.iterdir()} <= {"logs", "lock"}
-        assert set(os.listdir("/dev/shm")) == self.before
+        assert not left_over(self.shared_memory_before, patience_s=5)
 
 
 def kill(pid: int) -> None:
