@@ -28,7 +28,7 @@ dev:  ## make .venv with the tools for tests
 test: dev lint  ## what CI runs
 	@mkdir -p .cache
 	$(BIN)/python -m pytest -q -n 2 --durations=12 -m "not e2e" --basetemp=.cache/pytest
-	$(BIN)/python -m pytest -q --durations=12 -m e2e --basetemp=.cache/pytest
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=12 -m e2e --basetemp=.cache/pytest
 
 lint: dev
 	$(BIN)/python -m ruff check .
