@@ -8,13 +8,15 @@ A batch of single tokens attends in place, over the rings and pages; anything el
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from engine.cache.arena import LayerCache
 from engine.cache.layout import C4_ROWS_PER_PAGE, WINDOW_ROWS
 from engine.model.compressor import Compressor
 from engine.model.indexer import Indexer
-from engine.model.linear import Build, Linear
+from engine.model.linear import Build, Linear, Linears
 from engine.model.step import Step
 
 
@@ -24,10 +26,9 @@ class Attention:
         self._ops, self._sides, self._ratio, self._eps = build.ops, build.sides, ratio, model.rms_norm_eps
         self._heads, self._dim, self._groups = model.num_attention_heads, model.head_dim, model.o_groups
         self._scale = model.head_dim**-0.5
-        self._wq_a = Linear(build, f"{prefix}.wq_a.weight")
+        self._wq_a_wkv = Linears(build, ((f"{prefix}.wq_a.weight",), (f"{prefix}.wkv.weight",)))
         self._q_norm = build.tensor(f"{prefix}.q_norm.weight")
         self._wq_b = Linear(build, f"{prefix}.wq_b.weight")
-        self._wkv = Linear(build, f"{prefix}.wkv.weight")
         self._kv_norm = build.tensor(f"{prefix}.kv_norm.weight")
         self._sink = build.tensor(f"{prefix}.attn_sink").float()
         self._wo_b = Linear(build, f"{prefix}.wo_b.weight")
@@ -35,14 +36,18 @@ class Attention:
         self._wo_a = build.ops.pack["grouped_linear"](build.weights[f"{prefix}.wo_a.weight"], self._groups)
         self._compressor = Compressor(build, f"{prefix}.compressor", ratio) if ratio else None
         self._indexer = Indexer(build, f"{prefix}.indexer") if ratio == 4 else None
+        names = ([f"{prefix}.compressor"] if ratio else []) + ([f"{prefix}.indexer.compressor"] if ratio == 4 else [])
+        self._compress = Linears(build, tuple(map(Compressor.projections, names)), torch.float32) if ratio else None
 
     def forward(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """x: [T, d] after attn_norm -> [T, d]. Reads and writes the cache of the batch's sequences."""
         cos, sin = step.tokens[self._ratio]
         before = [] if step.places.is_decode else [self._window_before(step, number, cache) for number in range(len(step.batch.starts_S))]
-        stored = self._sides[0].start(lambda: self._store(x, step, cache))
-        qr = self._ops.rms_norm(self._wq_a(x), self._q_norm, self._eps)
-        selected = self._sides[1].start(lambda: self._select(x, qr, step, cache))
+        compressed = self._sides[0].start(lambda: self._store_entries(x, step, cache))
+        qr, kv = self._wq_a_wkv(x)
+        stored = self._sides[0].start(lambda: self._store_window(kv, step, cache))
+        qr = self._ops.rms_norm(qr, self._q_norm, self._eps)
+        selected = self._sides[1].start(lambda: self._select(qr, compressed, step, cache))
         q = self._ops.q_norm_rope(self._wq_b(qr).unflatten(1, (self._heads, self._dim)), cos, sin, self._eps)
         kv, chosen = stored(), selected()
         if step.places.is_decode:
@@ -57,22 +62,26 @@ class Attention:
         o = self._ops.output_derotate(o, cos, sin).flatten(1).unflatten(1, (self._groups, -1))
         return self._wo_b(self._ops.grouped_linear(o, self._wo_a).flatten(1))
 
-    def _store(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """Window rows, and the entries that are closed, go into the cache. Returns the window rows as stored, [T, D]."""
-        cos, sin = step.tokens[self._ratio]
-        kv: torch.Tensor = self._ops.kv_store(
-            self._wkv(x), self._kv_norm, cos, sin, self._eps, cache.window, step.window_units_T, step.window_rows_T
-        )
-        if self._compressor is not None:
-            pending = cache.ring if self._ratio == 4 else cache.state
-            assert pending is not None and cache.entries is not None
-            self._compressor.store(x, step, pending, cache.entries)
-        return kv
+    def _store_window(self, kv: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+        """Rows of the window go into the cache. Returns them as stored, [T, D]."""
+        where = cache.window, step.window_units_T, step.window_rows_T
+        rows: torch.Tensor = self._ops.kv_store(kv, self._kv_norm, *step.tokens[self._ratio], self._eps, *where)
+        return rows
 
-    def _select(self, x: torch.Tensor, qr: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+    def _store_entries(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor | None:
+        """Entries and index keys that are closed go into the cache. Returns the weights of the indexer's heads, [T, Hi]."""
+        if self._compressor is None or self._compress is None:
+            return None
+        projected, pending = self._compress(x), cache.ring if self._ratio == 4 else cache.state
+        weights = None if self._indexer is None else self._indexer.store(x, projected[1], step, cache)
+        assert pending is not None and cache.entries is not None
+        self._compressor.store(projected[0], step, pending, cache.entries)
+        return weights
+
+    def _select(self, qr: torch.Tensor, compressed: Callable[[], torch.Tensor | None], step: Step, cache: LayerCache) -> torch.Tensor:
         """int32 [T, K]: the entries that each token attends to, -1 unused."""
         if self._indexer is not None:
-            return self._indexer.select(x, qr, step, cache)
+            return self._indexer.select(qr, compressed, step, cache)
         return step.dense if self._ratio else step.dense[:, :0]
 
     def _decode(self, q: torch.Tensor, chosen: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:

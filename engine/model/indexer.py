@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from engine.cache.arena import LayerCache
@@ -24,15 +26,21 @@ class Indexer:
         self._weights_proj = Linear(build, f"{prefix}.weights_proj.weight")
         self._compressor = Compressor(build, f"{prefix}.compressor", 4, is_index=True)
 
-    def select(self, x: torch.Tensor, qr: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """x: [T, d]; qr: [T, q_lora_rank]. Stores the keys that the step closes; then int32 [T, K] entries to attend to, -1 unused."""
+    def store(self, x: torch.Tensor, projected: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+        """x: [T, d]; projected: of the compressor. Stores the keys that the step closes. Returns the weights of the heads, [T, Hi]."""
         assert cache.index_ring is not None and cache.index_keys is not None
-        self._compressor.store(x, step, cache.index_ring, cache.index_keys)
+        self._compressor.store(projected, step, cache.index_ring, cache.index_keys)
+        weights: torch.Tensor = self._weights_proj(x)
+        return weights
+
+    def select(self, qr: torch.Tensor, stored: Callable[[], torch.Tensor | None], step: Step, cache: LayerCache) -> torch.Tensor:
+        """qr: [T, q_lora_rank]; `stored` joins `store`. Returns int32 [T, K] entries to attend to, -1 unused."""
+        assert cache.index_keys is not None
         num_entries = step.batch.longest // 4
         if num_entries <= self._topk:
             return all_visible(step.visible[4], num_entries)
-        q = self._wq_b(qr).unflatten(1, (self._heads, -1))
-        q, weights = self._ops.index_query(q, self._weights_proj(x), *step.tokens[4], self._scale, cache.index_keys.form)
+        q, weights = self._wq_b(qr).unflatten(1, (self._heads, -1)), stored()
+        q, weights = self._ops.index_query(q, weights, *step.tokens[4], self._scale, cache.index_keys.form)
         chosen, most = [], max(1, SCORES_AT_ONCE // num_entries)
         for start in range(0, len(q), most):
             rows = slice(start, start + most)

@@ -1,4 +1,4 @@
-"""A projection whose weight was packed for the backend chosen at start."""
+"""Projections whose weights were packed for the backend chosen at start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import ModelConfig
-from engine.model.quantized import QuantizedWeight, Weight, to_float64
+from engine.model.quantized import QuantizedWeight, Weight, stack_rows, to_float64
 from engine.model.side_stream import SideStream
 from engine.ops.registry import BoundOps
 from engine.parallel.experts import ExpertShare
@@ -47,10 +47,10 @@ class Linear:
         self._take(build, build.weights[name], out_dtype)
 
     @classmethod
-    def stacked(cls, build: Build, names: tuple[str, ...], out_dtype: torch.dtype | None = None) -> Linear:
-        """Plain weights of the same input as one, their outputs side by side."""
+    def of(cls, build: Build, weight: Weight, out_dtype: torch.dtype | None = None) -> Linear:
+        """Of a weight that is at hand."""
         linear = cls.__new__(cls)
-        linear._take(build, torch.cat([build.tensor(name) for name in names]), out_dtype)
+        linear._take(build, weight, out_dtype)
         return linear
 
     def _take(self, build: Build, weight: Weight, out_dtype: torch.dtype | None) -> None:
@@ -66,3 +66,21 @@ class Linear:
         """x: [..., K] -> [..., N]."""
         y: torch.Tensor = self._op(x, self._weight) if self._fp8 else self._op(x, self._weight, self._out_dtype)
         return y
+
+
+class Linears:
+    """Projections of the same input: one product whose columns are theirs, where the weights can stand in one matrix as they are."""
+
+    def __init__(self, build: Build, groups: tuple[tuple[str, ...], ...], out_dtype: torch.dtype | None = None) -> None:
+        """`groups`: the weights of each projection, whose outputs stand side by side."""
+        weights = [[build.weights[name] for name in group] for group in groups]
+        self._widths = [sum(weight.shape[0] for weight in group) for group in weights]
+        stacked = stack_rows([weight for group in weights for weight in group])
+        self._whole = None if stacked is None else Linear.of(build, stacked, out_dtype)
+        self._parts = [[Linear.of(build, weight, out_dtype) for weight in group] for group in weights] if stacked is None else []
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x: [T, K] -> [T, N] of each group, rows possibly further apart than they are long."""
+        if self._whole is not None:
+            return self._whole(x).split(self._widths, dim=1)
+        return tuple(parts[0](x) if len(parts) == 1 else torch.cat([part(x) for part in parts], dim=1) for parts in self._parts)

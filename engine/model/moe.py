@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.model.linear import Build, Linear
+from engine.model.linear import Build, Linear, Linears
 
 
 class MoE:
@@ -22,7 +22,9 @@ class MoE:
         self._experts = build.ops.pack["moe_experts"](w1, w2, w3, build.quantize)
         if self._share is not None:
             self._share.experts = self._experts
-        self._w1, self._w2, self._w3 = (Linear(build, f"{prefix}.shared_experts.{name}.weight") for name in ("w1", "w2", "w3"))
+        shared = f"{prefix}.shared_experts"
+        self._w1_w3 = Linears(build, ((f"{shared}.w1.weight",), (f"{shared}.w3.weight",)))
+        self._w2 = Linear(build, f"{shared}.w2.weight")
 
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up, whose experts are not counted). Returns
@@ -40,4 +42,4 @@ class MoE:
         return total
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
-        return self._w2(self._ops.swiglu(self._w1(x), self._w3(x), self._limit, x.dtype))
+        return self._w2(self._ops.swiglu(*self._w1_w3(x), self._limit, x.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,21 @@ Weight = torch.Tensor | QuantizedWeight
 
 def to_float64(weight: Weight) -> torch.Tensor:
     return weight.dequantize(torch.float64) if isinstance(weight, QuantizedWeight) else weight.double()
+
+
+def stack_rows(weights: Sequence[Weight]) -> Weight | None:
+    """[N1 + N2 + ..., K] with the rows of all, the values unchanged; None if their formats or blocks do not allow it."""
+    if len({weight.shape[1] for weight in weights}) > 1:
+        return None
+    plain = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if not quantized:
+        return torch.cat(plain) if len({weight.dtype for weight in plain}) == 1 else None
+    kinds = {weight.kind for weight in quantized}
+    if plain or len(kinds) > 1 or (kinds == {"fp8"} and any(weight.shape[0] % FP8_BLOCK for weight in quantized[:-1])):
+        return None
+    data = torch.cat([weight.data.view(torch.uint8) for weight in quantized]).view(quantized[0].data.dtype)
+    return QuantizedWeight(kinds.pop(), data, torch.cat([weight.scale for weight in quantized]))
 
 
 @functools.cache

@@ -13,7 +13,8 @@ T = TypeVar("T")
 class SideStream:
     """Forks off while a CUDA graph is captured; anywhere else work is done at once, in the order of the program.
 
-    What the work reads must exist when it is started, and what it returns may be used after the join.
+    What the work reads must exist when it is started, and what it returns may be used after the join, by the stream that joins (the main
+    one, or another side, which the main one joins later). Pieces of work on one side come after each other.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,10 +28,10 @@ class SideStream:
         main, side = torch.cuda.current_stream(), self._stream
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            result = work()
+            result, done = work(), side.record_event()
 
         def join() -> T:
-            main.wait_stream(side)
+            torch.cuda.current_stream().wait_event(done)
             return result
 
         return join

@@ -24,7 +24,7 @@ NEUTRAL = tl.constexpr(torch.finfo(torch.float32).min)
 @triton.jit(do_not_specialize=["num_tokens", "table_stride"])
 def compress_c128_kernel(
     projected_ptr, ape_ptr, state_ptr, kept_ptr, positions_ptr, sequences_ptr, starts_ptr, slots_ptr, table_ptr, weight_ptr, cos_ptr,
-    sin_ptr, data_ptr, scale_ptr, num_tokens, eps, state_stride, table_stride, data_stride, scale_stride, per_page,
+    sin_ptr, data_ptr, scale_ptr, num_tokens, eps, row_stride, state_stride, table_stride, data_stride, scale_stride, per_page,
     DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, BF16: tl.constexpr,
     BATCH: tl.constexpr,
 ):  # fmt: skip
@@ -47,13 +47,13 @@ def compress_c128_kernel(
         # BATCH tokens at a time, the next ones on their way; within a thread a batch's rows are registers. A row past the run is neutral.
         ahead = tl.arange(0, BATCH)
         there = (ahead < count)[:, None]
-        at = (token + ahead)[:, None] * (2 * DIM) + channel[None, :]
+        at = (token + ahead)[:, None] * row_stride + channel[None, :]
         value = tl.load(projected_ptr + at, mask=there, other=0.0)
         score = tl.load(projected_ptr + at + DIM, mask=there, other=NEUTRAL)
         score += tl.load(ape_ptr + (place + ahead)[:, None] * DIM + channel[None, :], mask=there, other=0.0)
         for first in range(0, count, BATCH):
             there = (first + BATCH + ahead < count)[:, None]
-            at = (token + first + BATCH + ahead)[:, None] * (2 * DIM) + channel[None, :]
+            at = (token + first + BATCH + ahead)[:, None] * row_stride + channel[None, :]
             next_value = tl.load(projected_ptr + at, mask=there, other=0.0)
             next_score = tl.load(projected_ptr + at + DIM, mask=there, other=NEUTRAL)
             next_ape = tl.load(ape_ptr + (place + first + BATCH + ahead)[:, None] * DIM + channel[None, :], mask=there, other=0.0)
@@ -113,16 +113,16 @@ def run(
     dtype: torch.dtype,
     pool: RowPool,
 ) -> None:
-    """As the reference, in fp32; D a power of two."""
+    """As the reference, in fp32; D a power of two; `projected` may be columns of a wider matrix."""
     tokens, dim = len(projected), state.shape[-1]
-    assert projected.is_contiguous() and ape.is_contiguous() and state[0].is_contiguous() and projected.shape[1] == 2 * dim
+    assert projected.stride(1) == 1 and ape.is_contiguous() and state[0].is_contiguous() and projected.shape[1] == 2 * dim
     if not tokens:
         return
     kept = state if places.is_decode else torch.empty(len(places.page_table_SP), 3, dim, device=state.device)
     compress_c128_kernel[(tokens,)](
         projected, ape, state, kept, places.positions_T, places.sequences_T, places.starts_T, places.slots_T, places.page_table_SP,
         norm_weight, cos, sin, pool.data, pool.scale, tokens, eps,
-        state.stride(0), places.page_table_SP.stride(0), pool.data.stride(0), pool.scale.stride(0), pool.data.shape[1],
+        projected.stride(0), state.stride(0), places.page_table_SP.stride(0), pool.data.stride(0), pool.scale.stride(0), pool.data.shape[1],
         DIM=dim, ROPE=2 * cos.shape[1], FORM=form_name(pool.form),
         DATA_BYTES=pool.form.data_bytes, SCALE_BYTES=pool.form.scale_bytes, BF16=dtype == torch.bfloat16,
         BATCH=1 if places.is_decode else BATCH, num_warps=max(1, dim // 128),

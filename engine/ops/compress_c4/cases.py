@@ -31,14 +31,15 @@ def form_of(kind: str) -> tuple[RowFormat, bool, int]:
     return (kv_rows("fp32", 64, 16), False, 16) if kind == "small" else (kv_rows(kind, 512, 64), False, 64)
 
 
-def _draw(chunks: Chunks, kind: str, dtype: torch.dtype, fillers: int = 0) -> Draw:
+def _draw(chunks: Chunks, kind: str, dtype: torch.dtype, fillers: int = 0, before: int = 0) -> Draw:
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         form, is_index, rope = form_of(kind)
         dim = form.width
         places, num_pages, num_slots = places_of(device, seed, chunks, fillers)
         tokens = len(places.positions_T)
         ring = randn(device, seed + 1, num_slots, 8, 4, dim)
-        projected, ape = randn(device, seed + 2, tokens, 4 * dim), randn(device, seed + 3, 4, 2 * dim)
+        projected = randn(device, seed + 2, tokens, before + 4 * dim)[:, before:]
+        ape = randn(device, seed + 3, 4, 2 * dim)
         weight = (randn(device, seed + 4, dim, scale=0.1) + 1).to(torch.bfloat16)
         cos, sin = rotation(places.positions_T // 4 * 4, frequencies(rope).to(device))
         pool = empty_pool(device, form, max(num_pages, 1), 64)
@@ -66,10 +67,18 @@ FP32 = torch.float32
 
 
 def _case(
-    name: str, chunks: Chunks, kind: str, bound: float, dtype: torch.dtype = torch.bfloat16, small: bool = False, fillers: int = 0
+    name: str,
+    chunks: Chunks,
+    kind: str,
+    bound: float,
+    dtype: torch.dtype = torch.bfloat16,
+    small: bool = False,
+    fillers: int = 0,
+    before: int = 0,
 ) -> Case:
+    """`before`: columns of something else, before those of the compressor."""
     check = check_of(form_of(kind)[0], bound)
-    return Case(name, _draw(chunks, kind, dtype, fillers), bound, REASON, small, written=(2, 10), check=check)
+    return Case(name, _draw(chunks, kind, dtype, fillers, before), bound, REASON, small, written=(2, 10), check=check)
 
 
 DECODE = [(position, 1) for position in (0, 1, 2, 3, 4, 7, 8, 11, 252, 255, 256, 259, 1023, 70_003)]
@@ -80,6 +89,8 @@ CASES = (
     _case("nothing closes", [(0, 2), (4, 3)], "fp8", 0.0, FP32, small=True),
     _case("demo decode", SMALL_DECODE, "small", 1e-5, FP32, small=True, fillers=1),
     _case("demo chunks", SMALL_CHUNKS, "small", 1e-5, FP32, small=True),
+    _case("columns of fp32", SMALL_CHUNKS, "small", 1e-5, FP32, small=True, before=48),
+    _case("columns", MANY, "index fp8", 1e-2, before=2048),
     _case("fp8 of fp32", SMALL_CHUNKS, "fp8", 2e-3, FP32, small=True),
     _case("index fp8 of fp32", SMALL_CHUNKS, "index fp8", 1e-3, FP32, small=True),
     _case("index fp4 of fp32", SMALL_DECODE, "index fp4", 1e-3, FP32, small=True),

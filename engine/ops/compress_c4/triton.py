@@ -18,7 +18,7 @@ from engine.ops.triton_rows import form_name, store_entry, turns
 @triton.jit(do_not_specialize=["num_tokens", "table_stride"])
 def compress_c4_kernel(
     projected_ptr, ape_ptr, ring_ptr, positions_ptr, sequences_ptr, starts_ptr, slots_ptr, table_ptr, weight_ptr, cos_ptr, sin_ptr,
-    data_ptr, scale_ptr, num_tokens, eps, ring_stride, table_stride, data_stride, scale_stride, per_page,
+    data_ptr, scale_ptr, num_tokens, eps, row_stride, ring_stride, table_stride, data_stride, scale_stride, per_page,
     DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, BF16: tl.constexpr,
     CLOSE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,7 @@ def compress_c4_kernel(
         back = tl.arange(0, 8)  # rows of the block before, series A; then of this one, series B
         series = back // 4
         from_batch = (position - 7 + back >= tl.load(starts_ptr + token))[:, None]
-        at = (token - 7 + back)[:, None] * (4 * DIM) + series[:, None] * DIM + channel[None, :]
+        at = (token - 7 + back)[:, None] * row_stride + series[:, None] * DIM + channel[None, :]
         kept = ((position - 7 + back) & 7)[:, None] * (4 * DIM) + series[:, None] * DIM + channel[None, :]
         ape = tl.load(ape_ptr + (back % 4)[:, None] * (2 * DIM) + series[:, None] * DIM + channel[None, :])
         value = tl.load(projected_ptr + at, mask=from_batch, other=0.0)
@@ -54,7 +54,7 @@ def compress_c4_kernel(
             kind = tl.arange(0, 4)  # kv A, kv B, score A, score B
             at = kind[:, None] * DIM + channel[None, :]
             ape_at = (position % 4) * (2 * DIM) + (kind - 2)[:, None] * DIM + channel[None, :]
-            row = tl.load(projected_ptr + token * (4 * DIM) + at) + tl.load(ape_ptr + ape_at, mask=(kind >= 2)[:, None], other=0.0)
+            row = tl.load(projected_ptr + token * row_stride + at) + tl.load(ape_ptr + ape_at, mask=(kind >= 2)[:, None], other=0.0)
             tl.store(ring_ptr + (position & 7) * (4 * DIM) + at, row)
 
 
@@ -71,17 +71,18 @@ def run(
     is_index: bool,
     pool: RowPool,
 ) -> None:
-    """As the reference; D a power of two, 128 for quantised index keys."""
+    """As the reference; D a power of two, 128 for quantised index keys; `projected` may be columns of a wider matrix."""
     tokens, dim = len(projected), ring.shape[-1]
     form = form_name(pool.form)
     assert is_index or form not in ("fp8_index", "fp4_index"), f"{form} for entries"
-    assert projected.is_contiguous() and ape.is_contiguous() and ring[0].is_contiguous() and projected.shape[1] == 4 * dim
+    assert projected.stride(1) == 1 and ape.is_contiguous() and ring[0].is_contiguous() and projected.shape[1] == 4 * dim
     for close, keep in ((True, True),) if places.is_decode else ((True, False), (False, True)):
         if tokens:
             compress_c4_kernel[(tokens,)](
                 projected, ape, ring, places.positions_T, places.sequences_T, places.starts_T, places.slots_T, places.page_table_SP,
                 norm_weight, cos, sin, pool.data, pool.scale, tokens, eps,
-                ring.stride(0), places.page_table_SP.stride(0), pool.data.stride(0), pool.scale.stride(0), pool.data.shape[1],
+                projected.stride(0), ring.stride(0), places.page_table_SP.stride(0),
+                pool.data.stride(0), pool.scale.stride(0), pool.data.shape[1],
                 DIM=dim, ROPE=2 * cos.shape[1], FORM=form, DATA_BYTES=pool.form.data_bytes, SCALE_BYTES=pool.form.scale_bytes,
                 BF16=dtype == torch.bfloat16, CLOSE=close, KEEP=keep, num_warps=max(1, dim // 128),
             )  # fmt: skip
@@ -90,7 +91,7 @@ def run(
 SIGNATURE = dict.fromkeys(("projected_ptr", "ape_ptr", "cos_ptr", "sin_ptr"), "*fp32")
 SIGNATURE |= dict.fromkeys(("positions_ptr", "sequences_ptr", "starts_ptr", "slots_ptr"), "*i64") | {"table_ptr": "*i32"}
 SIGNATURE |= {"weight_ptr": "*bf16", "data_ptr": "*u8", "scale_ptr": "*u8", "num_tokens": "i32", "eps": "fp32", "table_stride": "i32"}
-SIGNATURE |= {"data_stride": "i32:16", "scale_stride": "i32:16", "per_page": "i32"}
+SIGNATURE |= {"row_stride": "i32:16", "data_stride": "i32:16", "scale_stride": "i32:16", "per_page": "i32"}
 """What the kernel shares with that of ratio 128."""
 
 AOT = [

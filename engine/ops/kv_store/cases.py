@@ -29,15 +29,15 @@ def pool(device: torch.device, units: int, rows: int, form: RowFormat, gap: int 
     return RowPool(form, data, memory[:, split:end].unflatten(1, (rows, form.scale_bytes)))
 
 
-def _draw(tokens: int, form: RowFormat, dtype: torch.dtype = torch.bfloat16, units: int = 4, spread: float = 1.0) -> Draw:
-    """Each token a place of its own; every fifth is not stored."""
+def _draw(tokens: int, form: RowFormat, dtype: torch.dtype = torch.bfloat16, units: int = 4, spread: float = 1.0, before: int = 0) -> Draw:
+    """Each token a place of its own; every fifth is not stored. kv stands behind `before` columns of something else."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         rope = 64 if form.width == 512 else 16
         places = torch.randperm(units * ROWS, generator=generator(device, seed), device=device)[:tokens]
         assert len(places) == tokens
         chosen = torch.where(torch.arange(tokens, device=device) % 5 == 4, -1, places // ROWS)
-        kv = randn(device, seed + 1, tokens, form.width, dtype=dtype, scale=spread)
+        kv = randn(device, seed + 1, tokens, before + form.width, dtype=dtype, scale=spread)[:, before:]
         weight = (randn(device, seed + 2, form.width, scale=0.1) + 1).to(torch.bfloat16)
         return kv, weight, *angles(device, seed + 3, tokens, rope), EPS, pool(device, units, ROWS, form), chosen, places % ROWS
 
@@ -71,6 +71,8 @@ CASES = (
     _case("layout of fp8", _draw(6, FP8, torch.float32), FP8, TRUNCATED, small=True),
     _case("layout of bf16", _draw(3, BF16, torch.float32), BF16, TRUNCATED, small=True),
     _case("fp8 of fp32", _draw(6, FP8, torch.float32)),
+    _case("columns in fp32", _draw(7, SMALL, torch.float32, before=32), SMALL, 1e-6, small=True),
+    _case("columns", _draw(70, FP8, before=1024)),
     _case("one token", _draw(1, FP8)),
     _case("fp8 batch", _draw(129, FP8)),
     _case("tiny values", _draw(33, FP8, spread=1e-6)),

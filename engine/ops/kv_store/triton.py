@@ -20,7 +20,7 @@ def ceil_exponent(scale):
 @triton.jit
 def kv_store_kernel(
     kv_ptr, weight_ptr, cos_ptr, sin_ptr, data_ptr, scale_ptr, units_ptr, rows_ptr, out_ptr, tokens, eps,
-    unit_stride, row_stride, scale_unit_stride, scale_row_stride,
+    kv_stride, unit_stride, row_stride, scale_unit_stride, scale_row_stride,
     TOKENS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = DIM // 64  # the last group of an FP8 row is the rope channels
@@ -32,7 +32,7 @@ def kv_store_kernel(
     group = tl.arange(0, GROUPS)[None, :, None]
     channel = group * 64 + tl.arange(0, 64)[None, None, :]
     at = token[:, None, None] * DIM + channel
-    x = tl.load(kv_ptr + at, mask=alive[:, None, None], other=0.0).to(tl.float32)
+    x = tl.load(kv_ptr + token[:, None, None] * kv_stride + channel, mask=alive[:, None, None], other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(tl.sum(x * x, 2), 1) / DIM + eps)
     x = x * scale[:, None, None] * tl.load(weight_ptr + channel).to(tl.float32)
     pair = group * 32 + tl.arange(0, 32)[None, None, :] - (DIM - ROPE) // 2
@@ -72,17 +72,19 @@ def run(
     units: torch.Tensor,
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """As the reference; D a power of two and a multiple of 64, the rope width a power of two, tensors contiguous."""
+    """As the reference; D a power of two and a multiple of 64, the rope width a power of two. kv may be columns of a wider matrix, other
+    tensors are contiguous."""
     tokens, dim = kv.shape
     rope = 2 * cos.shape[1]
-    assert all(tensor.is_contiguous() for tensor in (kv, weight, cos, sin, units, rows)) and pool.data.stride(2) == 1
+    assert all(tensor.is_contiguous() for tensor in (weight, cos, sin, units, rows)) and kv.stride(1) == pool.data.stride(2) == 1
     assert isinstance(pool.form, Fp8KvRows | PlainRows), pool.form
     assert dim & (dim - 1) == 0 and dim % 64 == 0 and rope & (rope - 1) == 0, f"{dim=} {rope=}"
     out = torch.empty(tokens, dim, dtype=pool.form.dtype, device=kv.device)
     if tokens:
         block = 1 if tokens <= 1024 else 4
         kv_store_kernel[(triton.cdiv(tokens, block),)](
-            kv, weight, cos, sin, pool.data, pool.scale, units, rows, out, tokens, eps, *pool.data.stride()[:2], *pool.scale.stride()[:2],
+            kv, weight, cos, sin, pool.data, pool.scale, units, rows, out, tokens, eps,
+            kv.stride(0), *pool.data.stride()[:2], *pool.scale.stride()[:2],
             TOKENS=block, DIM=dim, ROPE=rope, FP8=isinstance(pool.form, Fp8KvRows), num_warps=block,
         )  # fmt: skip
     return out
@@ -90,7 +92,9 @@ def run(
 
 _TYPES = dict.fromkeys(("data_ptr", "scale_ptr"), "*u8") | dict.fromkeys(("units_ptr", "rows_ptr"), "*i64")
 _TYPES |= dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32") | {"tokens": "i32", "eps": "fp32", "weight_ptr": "*bf16"}
-_TYPES |= dict.fromkeys(("unit_stride", "row_stride"), "i32:16") | dict.fromkeys(("scale_unit_stride", "scale_row_stride"), "i32")
+_TYPES |= dict.fromkeys(("kv_stride", "unit_stride", "row_stride"), "i32:16") | dict.fromkeys(
+    ("scale_unit_stride", "scale_row_stride"), "i32"
+)
 AOT = [
     (
         kv_store_kernel,
