@@ -189,7 +189,7 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         async def events() -> AsyncIterator[bytes]:
             async with aclosing(completion.choices()) as items:
                 async for item in items:
-                    yield sse(orjson.dumps(completion.envelope([item])))
+                    yield sse(orjson.dumps(completion.event(item)))
             if parsed.include_usage:
                 yield sse(orjson.dumps({**completion.envelope([]), "usage": completion.usage()}))
             yield sse(b"[DONE]")

@@ -57,6 +57,8 @@ class CompletionRequest:
     echo: bool
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    """Each event says how many tokens its sequence has so far, and there is one for each step, with or without text."""
     logprobs: int | None
     echo_only: bool
     """max_tokens 0 with echo: the prompt is scored and nothing is generated."""
@@ -92,6 +94,7 @@ def parse(body: Mapping[str, Any], service: Service) -> CompletionRequest:
         echo=echo,
         stream=boolean(body, "stream", False),
         include_usage=boolean(options, "include_usage", False),
+        continuous_usage=boolean(body, "stream", False) and boolean(options, "continuous_usage_stats", False),
         logprobs=logprobs,
         echo_only=max_tokens == 0,
     )
@@ -152,6 +155,10 @@ class _Choice:
         return item
 
 
+def usage_of(num_prompt: int, num_output: int) -> dict[str, int]:
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+
+
 class Completion:
     """Runs a parsed request; `choices` yields each choice whenever it has something new."""
 
@@ -169,8 +176,13 @@ class Completion:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self._service.model, "choices": choices}
 
     def usage(self) -> dict[str, Any]:
-        prompt, output = self.num_prompt_tokens, self.num_output_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+        return usage_of(self.num_prompt_tokens, self.num_output_tokens)
+
+    def event(self, item: dict[str, Any]) -> dict[str, Any]:
+        """A streamed event from an item of `choices`."""
+        usage = item.pop("usage", None)
+        envelope = self.envelope([item])
+        return envelope if usage is None else envelope | {"usage": usage}
 
     async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
         """Items of `choices`, interleaved over all sequences. Raises the first error of any; closing it cancels the rest."""
@@ -232,8 +244,9 @@ class Completion:
                 self._add(choice, output, text, matcher)
                 if matcher.matched is not None:
                     choice.finish_reason, journey.finish_reason = "stop", FinishReason.STOP
-                if choice.text or choice.tokens or choice.finish_reason:
-                    yield choice.take()
+                if choice.text or choice.tokens or choice.finish_reason or request.continuous_usage:
+                    item = choice.take()
+                    yield item | {"usage": usage_of(len(prompt), choice.num_tokens)} if request.continuous_usage else item
                 if choice.finish_reason:
                     return
         yield choice.take()

@@ -66,6 +66,17 @@ class TestOpenAI:
         assert chunks[-1].usage.completion_tokens > 0
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
 
+    def test_continuous_usage_counts_every_token_of_a_stream(self, serving: Serving) -> None:
+        body = {"model": "demo", "prompt": "The code of", "max_tokens": 20, "stream": True, "ignore_eos": True, "seed": 1}
+        options = {"stream_options": {"continuous_usage_stats": True}}
+        with serving.client.stream("POST", "/v1/completions", json=body | options) as response:
+            events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+        counts = [event["usage"]["completion_tokens"] for event in events]
+        assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 20
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+        plain = serving.client.post("/v1/completions", json=body | {"stream": False}).json()
+        assert "".join(event["choices"][0]["text"] for event in events) == plain["choices"][0]["text"]
+
     def test_tool_call(self, client: openai.OpenAI) -> None:
         tools = [{"type": "function", "function": WEATHER}]
         question = [{"role": "user", "content": "What is the weather in Paris?"}]
