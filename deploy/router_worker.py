@@ -25,7 +25,7 @@ class RouterWorker:
         self._router = Router(
             config=spec.router,
             served_name=spec.served_name,
-            model_path=spec.model_path,
+            tokenizer_folder=spec.model.tokenizer_folder,
             max_model_len=spec.engine.max_model_len,
             watch=lambda members: watch_controller(spec.router.control_address, self._control_token, members),
         )

@@ -123,11 +123,12 @@ def check_files(spec: ClusterSpec) -> ModelConfig:
             f"engine.max_model_len is {spec.engine.max_model_len}; the model in {spec.model_path} has max_position_embeddings = "
             f"{model.max_position_embeddings}"
         )
-    wanted = ["tokenizer.json"] if spec.engine.load == "dummy" else ["tokenizer.json", "*.safetensors"]
-    for pattern in wanted:
-        if not any(spec.model_path.glob(pattern)):
-            remedy = "put the published one there" if pattern == "tokenizer.json" else "engine.load: dummy does without"
-            raise ConfigError(f"model.path: {spec.model_path} holds no {pattern}; {remedy}")
+    if not (spec.model.tokenizer_folder / "tokenizer.json").exists():
+        key = "model.tokenizer" if spec.model.tokenizer else "model.path"
+        remedy = "put the published one there, or name a folder that has one with model.tokenizer"
+        raise ConfigError(f"{key}: {spec.model.tokenizer_folder} holds no tokenizer.json; {remedy}")
+    if spec.engine.load == "checkpoint" and not any(spec.model_path.glob("*.safetensors")):
+        raise ConfigError(f"model.path: {spec.model_path} holds no *.safetensors; engine.load: dummy does without")
     spec.router.read_api_keys()
     return model
 

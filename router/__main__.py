@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +41,7 @@ async def main() -> None:
     router = Router(
         config=sections.router.relative_to(base),
         served_name=model.public_name,
-        model_path=pathlib.Path(model.path),
+        tokenizer_folder=model.tokenizer_folder,
         max_model_len=min(rank.max_model_len for rank in ranks),
         watch=lambda members: follow_addresses(addresses, members),
     )

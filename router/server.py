@@ -33,7 +33,7 @@ class Router:
         *,
         config: RouterConfig,
         served_name: str,
-        model_path: pathlib.Path,
+        tokenizer_folder: pathlib.Path,
         max_model_len: int,
         watch: Callable[[Members], Coroutine[Any, Any, None]] | None = None,
         members: Sequence[Member] = (),
@@ -42,7 +42,7 @@ class Router:
         bad tokenizer or key file."""
         self._config, self._served_name, self._max_model_len = config, served_name, max_model_len
         self._follow, self._first_members = watch, members
-        self._codec = TextCodec(model_path)
+        self._codec = TextCodec(tokenizer_folder)
         self._api_keys = config.read_api_keys()
         self.registry = new_registry()
         """Its metrics, complete from `start` on; may be read from any thread."""

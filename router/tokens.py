@@ -20,10 +20,7 @@ class TextCodec:
             self.tokenizer = Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises plain Exception for missing and malformed files alike
             raise CheckpointError(f"{self.path}: cannot be loaded as a tokenizer: {error}") from error
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+        self.vocab_size = int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
         """The text as it is, nothing added; spellings of special tokens become those tokens."""
@@ -48,7 +45,9 @@ class Detokenizer:
         self._pending: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """The text that the token completes."""
+        """The text that the token completes. A token that the tokenizer does not know has none."""
+        if token_id >= self._codec.vocab_size:
+            return ""
         self._pending.append(token_id)
         text: str | None = self._stream.step(self._codec.tokenizer, token_id)
         if not text:

@@ -88,7 +88,7 @@ class Serving:
         self.router = Router(
             config=self._router,
             served_name="demo",
-            model_path=self.model,
+            tokenizer_folder=self.model,
             max_model_len=self._engine.max_model_len,
             members=list(self.members.values()),
         )

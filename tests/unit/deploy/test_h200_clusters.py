@@ -65,7 +65,9 @@ def test_what_memory_is_left_holds_every_running_sequence(path: pathlib.Path) ->
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_it_says_that_the_shape_alone_lacks_a_tokenizer(path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-        check_files(load_spec(path))
-    assert "tokenizer.json" in path.read_text()
+def test_it_can_be_started_as_it_lies_here(path: pathlib.Path) -> None:
+    assert check_files(load_spec(path)).num_hidden_layers == 43
+    with pytest.raises(ConfigError, match=r"model\.path: .*v4_flash holds no tokenizer\.json; .*model\.tokenizer"):
+        check_files(load_spec(path, ["model.tokenizer=''"]))
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: /none holds no tokenizer\.json"):
+        check_files(load_spec(path, ["model.tokenizer=/none"]))

@@ -40,7 +40,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     def run(work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, loop).result(20)
 
-    router = Router(config=config, served_name="demo", model_path=MODEL, max_model_len=512, members=[])
+    router = Router(config=config, served_name="demo", tokenizer_folder=MODEL, max_model_len=512, members=[])
     run(router.start())
     headers = {"authorization": "Bearer beta"}
     with httpx.Client(base_url=f"http://127.0.0.1:{router.port}", headers=headers, trust_env=False, timeout=20) as client:

@@ -32,6 +32,13 @@ def test_a_character_cut_off_at_the_end_shows_as_broken(codec: TextCodec) -> Non
     assert "\ufffd" in stream.finish()
 
 
+def test_a_token_that_the_tokenizer_does_not_know_has_no_text(codec: TextCodec) -> None:
+    stream, ids = Detokenizer(codec), codec.encode("fox and 狐")
+    unknown = [codec.vocab_size, 129_279]
+    parts = [stream.add(token) for known in ids for token in (known, *unknown)]
+    assert "".join(parts) + stream.finish() == "fox and 狐"
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_what_comes_out_ends_before_a_stop_string_however_it_was_cut(seed: int) -> None:
     rng = random.Random(seed)
