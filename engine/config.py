@@ -151,6 +151,9 @@ class EngineConfig:
     """"cpu", "cuda", or "auto": the GPU if there is one."""
     load: str = "checkpoint"
     """"checkpoint" reads the model folder; "dummy" draws weights of the right shapes and formats from a fixed seed."""
+    dummy_skew: float = 0.0
+    """With load: dummy, how unequal the experts are in layers that choose them by token id (num_hash_layers of config.json): the n-th most
+    popular has weight n^-dummy_skew in the draw. 0: all are alike."""
     dtype: str = "bfloat16"
     """Activations. "bfloat16": the official numerics (activation and KV quantisation included). "float32": no quantisation of
     activations, for comparison with other implementations."""
@@ -187,8 +190,9 @@ class EngineConfig:
         for key in ("max_model_len", "threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be at least 1")
-        if self.rebalance_interval_s < 0:
-            raise ConfigError(f"engine.rebalance_interval_s is {self.rebalance_interval_s}; it must be at least 0")
+        for key in ("rebalance_interval_s", "dummy_skew"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be at least 0")
         for key in ("group_start_timeout_s", "group_step_timeout_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be above 0")

@@ -65,7 +65,7 @@ class LoadedModel:
         ops = bind(engine, device)
         torch.set_num_threads(engine.threads)
         share = None if sharing is None else ExpertShare.open(sharing, model, ops, device)
-        everything = dummy_weights(model, device) if is_dummy else open_weights(folder, model, device)
+        everything = dummy_weights(model, device, skew=engine.dummy_skew) if is_dummy else open_weights(folder, model, device)
         weights = everything if share is None else everything.only(share.is_wanted)
         log.info("engine.loaded", model=layout.model, device=device, fingerprint=layout.fingerprint())
         for line in ops.table().splitlines():

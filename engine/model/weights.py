@@ -222,21 +222,21 @@ def _read(name: str, found: Mapping[str, Entry], model: ModelConfig) -> Weight:
 
 
 def dummy_weights(
-    model: ModelConfig, device: torch.device = CPU, seed: int = 0, wanted: Callable[[str], bool] = lambda name: True
+    model: ModelConfig, device: torch.device = CPU, seed: int = 0, wanted: Callable[[str], bool] = lambda name: True, skew: float = 0.0
 ) -> WeightSource:
     """Random weights in the formats of the published checkpoints, drawn on the device: MXFP4 routed experts, FP8 linears, the rest bf16
-    or fp32. Each tensor depends on its name, the seed and the kind of device alone."""
+    or fp32. Each tensor depends on its name, the seed and the kind of device alone. `skew`: as EngineConfig.dummy_skew."""
     specs = expected_tensors(model)
-    return WeightSource(filter(wanted, specs), lambda name: _dummy(name, specs[name].shape, model, device, seed), device)
+    return WeightSource(filter(wanted, specs), lambda name: _dummy(name, specs[name].shape, model, device, seed, skew), device)
 
 
-def _dummy(name: str, shape: tuple[int, ...], model: ModelConfig, device: torch.device, seed: int) -> Weight:
+def _dummy(name: str, shape: tuple[int, ...], model: ModelConfig, device: torch.device, seed: int, skew: float) -> Weight:
     """Scaled so that activations stay of order one, and nothing degenerate: sinks, ape, biases and norms vary too."""
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) >> 1
     generator = torch.Generator(device).manual_seed(key)
     form = published_format(name)
-    if form == "int64":  # distinct experts in each row
-        return torch.rand((shape[0], model.n_routed_experts), generator=generator, device=device).argsort(1)[:, : shape[1]].contiguous()
+    if form == "int64":
+        return _dummy_choice(shape, model.n_routed_experts, skew, generator)
     if form == "mxfp4":
         return _dummy_mxfp4(shape, generator)
     values = torch.randn(shape, generator=generator, device=device)
@@ -249,6 +249,14 @@ def _dummy(name: str, shape: tuple[int, ...], model: ModelConfig, device: torch.
     if form == "fp32" and (len(shape) == 1 or name.endswith(".ape")):
         return 0.2 * values
     return (values * shape[-1] ** -0.5).to({"bf16": torch.bfloat16, "fp32": torch.float32}[form])
+
+
+def _dummy_choice(shape: tuple[int, ...], num_experts: int, skew: float, generator: torch.Generator) -> torch.Tensor:
+    """Distinct experts in each row, drawn one after the other by their weights: the largest of log weight + Gumbel noise."""
+    device = generator.device
+    popularity = torch.randperm(num_experts, generator=generator, device=device) + 1
+    noise = -torch.empty((shape[0], num_experts), device=device).exponential_(generator=generator).log()
+    return (noise - skew * popularity.log()).topk(shape[1], dim=1).indices.contiguous()
 
 
 def _dummy_mxfp4(shape: tuple[int, ...], generator: torch.Generator) -> QuantizedWeight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import random
@@ -199,6 +200,15 @@ def test_dummy_weights_depend_on_seed_and_name_alone() -> None:
 def test_rows_of_a_hash_table_name_distinct_experts() -> None:
     table = dummy_weights(MODEL)["layers.0.ffn.gate.tid2eid"]
     assert isinstance(table, torch.Tensor)
+    assert all(len(set(row)) == len(row) for row in table.tolist())
+
+
+@pytest.mark.parametrize(("skew", "least", "most"), [(0.0, 1.0, 1.3), (1.0, 4.0, 8.0)])
+def test_a_skew_makes_some_experts_of_a_hash_table_popular(skew: float, least: float, most: float) -> None:
+    table = dummy_weights(dataclasses.replace(MODEL, n_routed_experts=32, vocab_size=4000), skew=skew)["layers.0.ffn.gate.tid2eid"]
+    assert isinstance(table, torch.Tensor)
+    counts = torch.bincount(table.flatten(), minlength=32).double()
+    assert least <= float(counts.max() / counts.mean()) <= most
     assert all(len(set(row)) == len(row) for row in table.tolist())
 
 
