@@ -69,6 +69,7 @@ class Group:
         self.seat, self.store, self.limits = seat, store, limits
         self._backends: dict[str, Any] = {}
         self._closers: list[Callable[[], None]] = []
+        self._gathered = 0
 
     @staticmethod
     def join(seat: Seat, limits: Limits, rendezvous: Rendezvous | None = None) -> Group:
@@ -144,10 +145,17 @@ class Group:
         return out
 
     def gather_bytes(self, name: str, mine: bytes) -> list[bytes]:
-        """Everybody's, in the order of ranks; for the opening of things, over the store. `name` is used once."""
-        self.store.set(f"{name}/{self.rank}", mine)  # type: ignore[arg-type]  # bytes are taken, too
+        """Everybody's, in the order of ranks; for the opening of things, over the store."""
+        self._gathered += 1
+        key = f"{name}/{self._gathered}"
+        self.store.set(f"{key}/{self.rank}", mine)  # type: ignore[arg-type]  # bytes are taken, too
         with self.working(f"the gathering of {name}"):
-            return [bytes(self.store.get(f"{name}/{rank}")) for rank in range(self.size)]
+            return [bytes(self.store.get(f"{key}/{rank}")) for rank in range(self.size)]
+
+    def barrier(self) -> None:
+        """All ranks are here, within `limits.step_s`. Raises GroupLost."""
+        with self.working("the wait for all ranks"):
+            self.backend(torch.device("cpu")).barrier().wait()
 
     def working(self, what: str) -> contextlib.AbstractContextManager[None]:
         """What is done inside needs all peers; a failure of the connections raises GroupLost."""

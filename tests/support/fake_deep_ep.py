@@ -1,4 +1,5 @@
-"""A stand-in for DeepEP's `Buffer` on the CPU, for ranks that are threads: the shapes and rules of its documentation, none of its speed.
+"""A stand-in for DeepEP's `Buffer` (1.2.1) on the CPU, for ranks that are threads: the shapes of its documentation and the checks of its
+C++ code (csrc/deep_ep.cpp, named where they are made), none of its speed.
 
 fake = FakeDeepEP(size)
 monkeypatch.setitem(sys.modules, "deep_ep", fake.module())
@@ -60,6 +61,7 @@ class _Buffer:
     ) -> None:
         assert group is None and explicitly_destroy
         assert num_rdma_bytes if low_latency_mode else num_nvl_bytes
+        self.bytes = num_rdma_bytes
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         assert comm.allgather(self.rank) == list(range(self.size))
         assert comm.allgather(bytearray([self.rank])) == [bytearray([rank]) for rank in range(self.size)]
@@ -75,19 +77,24 @@ class _Buffer:
 
     @staticmethod
     def get_low_latency_rdma_size_hint(max_tokens: int, hidden: int, size: int, num_experts: int) -> int:
-        return max_tokens * hidden * num_experts
+        return 4 * num_experts * max_tokens * _row_bytes(hidden)
 
     def destroy(self) -> None:
+        self.shared.meet(self.rank, None)
         self._next = None
 
     def get_dispatch_layout(self, topk_idx: torch.Tensor, num_experts: int) -> tuple[Any, ...]:
+        assert topk_idx.dim() == 2 and topk_idx.is_contiguous() and topk_idx.dtype == torch.int64
         local = num_experts // self.size
         is_in_rank = torch.zeros(len(topk_idx), self.size, dtype=torch.bool).scatter_(1, topk_idx // local, True)
         per_expert = torch.bincount(topk_idx.flatten(), minlength=num_experts).int()
         return is_in_rank.sum(0).int(), None, per_expert, is_in_rank, None
 
     def dispatch(self, x: torch.Tensor, **layout: Any) -> tuple[Any, ...]:
-        assert x.dtype == torch.bfloat16 and layout["topk_idx"].dtype == torch.int64
+        assert x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16  # intranode_dispatch
+        assert layout["topk_idx"].is_contiguous() and layout["topk_idx"].dtype == torch.int64
+        assert layout["topk_weights"].is_contiguous() and layout["topk_weights"].dtype == torch.float32
+        assert layout["is_token_in_rank"].shape == (len(x), self.size) and layout["is_token_in_rank"].is_contiguous()
         local = len(layout["num_tokens_per_expert"]) // self.size
         sent = self.shared.meet(self.rank, (x, layout["topk_idx"], layout["topk_weights"], layout["is_token_in_rank"]))
         xs, ids, weights, sources = [], [], [], []
@@ -102,7 +109,7 @@ class _Buffer:
         return torch.cat(xs), torch.cat(ids), torch.cat(weights), counts, (sources, len(x)), None
 
     def combine(self, x: torch.Tensor, handle: Any) -> tuple[Any, ...]:
-        assert x.dtype == torch.bfloat16
+        assert x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16  # intranode_combine
         sources, num_tokens = handle
         back = self.shared.meet(self.rank, [(rank, chosen, part) for (rank, chosen), part in zip(sources, _split(x, sources), strict=True)])
         total = torch.zeros(num_tokens, x.shape[1])
@@ -115,14 +122,18 @@ class _Buffer:
     def low_latency_dispatch(
         self, x: torch.Tensor, topk_idx: torch.Tensor, max_tokens: int, num_experts: int, use_fp8: bool, round_scale: bool
     ) -> tuple[Any, ...]:
-        assert use_fp8 and round_scale and len(x) <= max_tokens and x.dtype == torch.bfloat16
+        assert use_fp8 and round_scale
+        assert x.is_contiguous() and x.dtype == torch.bfloat16 and len(x) <= max_tokens  # low_latency_dispatch
+        assert topk_idx.is_contiguous() and topk_idx.dtype == torch.int64 and len(topk_idx) == len(x)
+        assert num_experts % self.size == 0 and self.size * max_tokens % 4 == 0
+        assert self.get_low_latency_rdma_size_hint(max_tokens, x.shape[1], self.size, num_experts) <= self.bytes
         groups = x.float().unflatten(1, (-1, 128))
         exponents = torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True).clamp(min=1e-4) / FP8_MAX))
         scale = torch.exp2(exponents)
         sent = self.shared.meet(self.rank, ((groups / scale).to(torch.float8_e4m3fn).flatten(1), scale[..., 0], topk_idx))
         local, room = num_experts // self.size, max_tokens * self.size
         codes = torch.full((local, room, x.shape[1]), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)  # NaN where nothing arrives
-        scales = torch.full((local, room, x.shape[1] // 128), torch.nan)
+        scales = torch.full((local, x.shape[1] // 128, room), torch.nan).transpose(1, 2)
         counts, sources = torch.zeros(local, dtype=torch.int32), []
         for rank, (rows, row_scales, topk) in enumerate(sent):
             for token, place in (topk // local == self.rank).nonzero().tolist():
@@ -131,7 +142,8 @@ class _Buffer:
                 scales[expert, counts[expert]] = row_scales[token]
                 sources.append((rank, token, place, expert, int(counts[expert])))
                 counts[expert] += 1
-        self._next = torch.full((local, room, x.shape[1]), torch.nan, dtype=torch.bfloat16)
+        rows = torch.full((local, room, _row_bytes(x.shape[1]) // 2), torch.nan, dtype=torch.bfloat16)
+        self._next = rows[:, :, : x.shape[1]]  # rows of the send buffer end with room for other formats
         return (codes, scales), counts, (sources, len(x)), None, None
 
     def get_next_low_latency_combine_buffer(self, handle: Any) -> torch.Tensor:
@@ -141,15 +153,23 @@ class _Buffer:
     def low_latency_combine(
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, handle: Any, zero_copy: bool
     ) -> tuple[Any, ...]:
-        assert zero_copy and x is self._next
+        sent = self._next
+        assert zero_copy and sent is not None
+        assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape == sent.shape  # low_latency_combine
+        assert topk_idx.is_contiguous() and topk_weights.is_contiguous() and topk_weights.dtype == torch.float32
         sources, num_tokens = handle
-        back = self.shared.meet(self.rank, [(rank, token, place, x[expert, row]) for rank, token, place, expert, row in sources])
+        back = self.shared.meet(self.rank, [(rank, token, place, sent[expert, row]) for rank, token, place, expert, row in sources])
         total = torch.zeros(num_tokens, x.shape[2])
         for parts in back:
             for rank, token, place, row in parts:
                 if rank == self.rank:
                     total[token] += topk_weights[token, place] * row.float()
         return total.bfloat16(), None, None
+
+
+def _row_bytes(hidden: int) -> int:
+    """Of a row that is sent back: bf16 values, and the extremes of each 128 (config.hpp)."""
+    return 2 * hidden + 4 * (hidden // 128)
 
 
 def _split(x: torch.Tensor, sources: Any) -> list[torch.Tensor]:

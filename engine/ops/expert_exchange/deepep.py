@@ -16,16 +16,29 @@ from typing import Any
 import deep_ep
 import torch
 
+from core.errors import ConfigError, GroupLost
+from core.log import get_logger
 from engine.model.quantized import FP8_BLOCK
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.parallel.group import Group
+
+log = get_logger("exchange")
+
+HIDDEN_SIZES = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
+"""For which low-latency kernels are compiled."""
+NORMAL_GROUPS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
+"""For which normal kernels are compiled."""
+NVLINK_PEERS = 8
+"""Larger groups are made of so many ranks each."""
+TOKENS_MULTIPLE = 4
+"""Room for tokens is a multiple, so that rows of scales start where bulk copies can."""
 
 
 class _Ranks:
     """The group, as the object with which DeepEP exchanges its handles."""
 
     def __init__(self, group: Group) -> None:
-        self._group, self._calls = group, 0
+        self._group = group
 
     def Get_rank(self) -> int:
         return self._group.rank
@@ -35,32 +48,48 @@ class _Ranks:
 
     def allgather(self, mine: int | bytes | bytearray | None) -> list[int | bytearray | None]:
         """In the order of ranks. A first byte says what it is: nothing, a number or bytes."""
-        self._calls += 1
         if mine is None:
             message = b"n"
         elif isinstance(mine, int):
             message = b"i%d" % mine
         else:
             message = b"b" + bytes(mine)
-        found = self._group.gather_bytes(f"deepep/{self._calls}", message)
+        found = self._group.gather_bytes("deepep", message)
         return [None if one[:1] == b"n" else int(one[1:]) if one[:1] == b"i" else bytearray(one[1:]) for one in found]
 
 
-class NormalExchange:
+class _Buffer:
+    """Owner of a DeepEP buffer."""
+
     rows = 0
 
+    def __init__(self, group: Group, *sizes: int, **options: Any) -> None:
+        self._group = group
+        with group.working("the opening of DeepEP"):
+            self._buffer = deep_ep.Buffer(None, *sizes, explicitly_destroy=True, comm=_Ranks(group), **options)
+
+    def close(self) -> None:
+        """DeepEP's own end waits for all ranks, for ever: it is only begun when all are here. Else the process's end frees what is held."""
+        try:
+            self._group.barrier()
+        except GroupLost as error:
+            log.info("deepep.left", member=self._group.seat.member, error=error)
+            return
+        self._buffer.destroy()
+
+
+class NormalExchange(_Buffer):
     def __init__(self, group: Group, shape: ExchangeShape) -> None:
+        if group.size not in NORMAL_GROUPS:
+            raise _misfit(f"groups of {', '.join(map(str, NORMAL_GROUPS))} ranks in normal mode", f"{group.seat.name} has {group.size}")
         self._num_slots = shape.num_slots
         row_bytes = shape.hidden_size * torch.bfloat16.itemsize
         configs = (deep_ep.Buffer.get_dispatch_config(group.size), deep_ep.Buffer.get_combine_config(group.size))
-        with group.working("the opening of DeepEP"):
-            self._buffer = deep_ep.Buffer(
-                None,
-                max(config.get_nvl_buffer_size_hint(row_bytes, group.size) for config in configs),
-                max(config.get_rdma_buffer_size_hint(row_bytes, group.size) for config in configs),
-                explicitly_destroy=True,
-                comm=_Ranks(group),
-            )
+        super().__init__(
+            group,
+            max(config.get_nvl_buffer_size_hint(row_bytes, group.size) for config in configs),
+            max(config.get_rdma_buffer_size_hint(row_bytes, group.size) for config in configs),
+        )
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
         per_rank, per_rdma_rank, per_slot, is_in_rank, _ = self._buffer.get_dispatch_layout(slots, self._num_slots)
@@ -79,40 +108,29 @@ class NormalExchange:
         total: torch.Tensor = self._buffer.combine(rows.bfloat16(), arrived.way_back)[0]
         return total.float()
 
-    def close(self) -> None:
-        self._buffer.destroy()
 
-
-class LowLatencyExchange:
+class LowLatencyExchange(_Buffer):
     """What arrives lies in a buffer [experts, room, d], mostly empty; `dispatch` takes the rows together, into as many as there can be
     at most, and `combine` puts the results back to where theirs came from."""
 
-    rows = 0
-
     def __init__(self, group: Group, shape: ExchangeShape) -> None:
-        self._shape, self._size = shape, group.size
-        self._experts = shape.num_slots // group.size
-        self._room = shape.max_tokens * group.size
-        needed = 2 * (shape.max_tokens + 1)
+        if shape.hidden_size not in HIDDEN_SIZES:
+            raise _misfit(f"hidden sizes {', '.join(map(str, HIDDEN_SIZES))} in low-latency mode", f"the model has {shape.hidden_size}")
+        if group.size >= NVLINK_PEERS and group.size % NVLINK_PEERS:
+            raise _misfit(f"groups below {NVLINK_PEERS} ranks, or of a multiple of it", f"{group.seat.name} has {group.size}")
+        self._num_slots, self._experts = shape.num_slots, shape.num_slots // group.size
+        self._max_tokens = -(-shape.max_tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+        self._room = self._max_tokens * group.size
+        needed = 2 * (self._max_tokens + 1)
         os.environ["NVSHMEM_QP_DEPTH"] = str(max(1024, 1 << (needed - 1).bit_length()))  # DeepEP asks for that many, through this
-        hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(shape.max_tokens, shape.hidden_size, group.size, shape.num_slots)
-        with group.working("the opening of DeepEP"):
-            self._buffer = deep_ep.Buffer(
-                None,
-                0,
-                hint,
-                low_latency_mode=True,
-                num_qps_per_rank=self._experts,
-                allow_mnnvl=True,
-                explicitly_destroy=True,
-                comm=_Ranks(group),
-            )
+        hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(self._max_tokens, shape.hidden_size, group.size, shape.num_slots)
+        super().__init__(group, 0, hint, low_latency_mode=True, num_qps_per_rank=self._experts, allow_mnnvl=True)
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
         """weights stay at home: `Arrived.weights` are ones, and `combine` applies them."""
-        assert len(x) <= self._shape.max_tokens, f"{len(x)} tokens; the buffers are for {self._shape.max_tokens}"
+        assert len(x) <= self._max_tokens, f"{len(x)} tokens; the buffers are for {self._max_tokens}"
         (codes, scales), counts, handle, _, _ = self._buffer.low_latency_dispatch(
-            x, slots, self._shape.max_tokens, self._shape.num_slots, use_fp8=True, round_scale=True
+            x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )
         most = self._room * min(slots.shape[1], self._experts)
         ends = counts.long().cumsum(0)
@@ -121,7 +139,8 @@ class LowLatencyExchange:
         source = torch.minimum(number, ends[-1] - 1).clamp(min=0)
         expert = torch.searchsorted(ends, source, right=True).clamp(max=self._experts - 1)
         place = source - (ends - counts)[expert]
-        values = codes[expert, place].to(x.dtype).unflatten(1, (-1, FP8_BLOCK)) * scales[expert, place].to(x.dtype)[..., None]
+        found = codes.view(torch.uint8)[expert, place].view(codes.dtype)
+        values = found.to(x.dtype).unflatten(1, (-1, FP8_BLOCK)) * scales[expert, place].to(x.dtype)[..., None]
         ids_here = torch.where(number < ends[-1], expert, -1)[:, None]
         ones = torch.ones(most, 1, dtype=torch.float32, device=x.device)
         return Arrived(values.flatten(1), ids_here, ones, (handle, slots, weights, source, expert, place))
@@ -130,11 +149,16 @@ class LowLatencyExchange:
         handle, slots, weights, source, expert, place = arrived.way_back
         buffer: Any = self._buffer.get_next_low_latency_combine_buffer(handle)
         buffer[expert, place] = rows.bfloat16()[source]
-        total: torch.Tensor = self._buffer.low_latency_combine(buffer, slots, weights, handle, zero_copy=True)[0]
+        # With zero_copy the rows are read from that buffer. Its rows lie apart, and the first argument must be contiguous all the same: it
+        # says shape and dtype, and nothing is read from it.
+        experts, room, width = buffer.shape
+        shape = buffer.as_strided((experts, room, width), (room * width, width, 1))
+        total: torch.Tensor = self._buffer.low_latency_combine(shape, slots, weights, handle, zero_copy=True)[0]
         return total.float()
 
-    def close(self) -> None:
-        self._buffer.destroy()
+
+def _misfit(known: str, found: str) -> ConfigError:
+    return ConfigError(f"engine.ops.expert_exchange: deepep knows {known}; {found}: choose gather")
 
 
 def run(group: Group, shape: ExchangeShape) -> ExpertExchange:

@@ -30,7 +30,8 @@ def test_a_group_gives_the_sums_of_one_rank(
     monkeypatch.delitem(sys.modules, "engine.ops.expert_exchange.deepep", raising=False)
     monkeypatch.setenv("NVSHMEM_QP_DEPTH", "0")  # the adapter sets it; this takes it back
     deepep = importlib.import_module("engine.ops.expert_exchange.deepep")
-    shape = ExchangeShape(hidden_size=HIDDEN, num_slots=len(placement.experts), max_tokens=16, is_latency_bound=is_latency_bound)
+    monkeypatch.setattr(deepep, "HIDDEN_SIZES", (HIDDEN,))
+    shape = ExchangeShape(hidden_size=HIDDEN, num_slots=len(placement.experts), max_tokens=17, is_latency_bound=is_latency_bound)
 
     def rank(group: Group) -> list[torch.Tensor]:
         exchange = deepep.run(group, shape)
