@@ -7,8 +7,9 @@ Closed loop (`--concurrency`): so many clients, each sends its next request when
 requests start at random times (Poisson) at so many a second whatever the server does, which shows queueing.
 
 Prompts are random token ids, so that no cache helps and the input length is exact; outputs run to `--output-len`
-(`ignore_eos`). Writes OUT.json (every request's times), OUT.md (the table) and OUT.png (the plot), and prints the table. The
-share of time by stage comes from the router's own histograms, read before and after each run.
+(`ignore_eos`), and are counted by the usage that every event carries. Writes OUT.json (every request's times), OUT.md (the table) and
+OUT.png (the plot), and prints the table. The share of time by stage comes from the router's own histograms, read before and after each
+run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 import httpx
+import orjson
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
@@ -50,6 +52,12 @@ class Outcome:
     @property
     def itls(self) -> list[float]:
         return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s that its user sees after the first; nan of one token."""
+        times = self.token_times
+        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else float("nan")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ async def one_request(client: httpx.AsyncClient, load: Workload, seed: int, orig
         "ignore_eos": True,
         "temperature": 1.0,
         "seed": seed,
-        "logprobs": 0,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
     outcome = Outcome(started=time.perf_counter() - origin, input_len=len(prompt))
     try:
@@ -104,16 +112,18 @@ async def one_request(client: httpx.AsyncClient, load: Workload, seed: int, orig
 
 
 async def tokens_of(response: httpx.Response) -> AsyncIterator[int]:
-    """Number of tokens in each event of a completions stream (the log-probability list has one entry a token)."""
+    """Number of tokens in each event of a completions stream."""
+    seen = 0
     async for line in response.aiter_lines():
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
-        event = json.loads(line[6:])
+        event = orjson.loads(line[6:])
         if "error" in event:
             raise KeyError(str(event["error"])[:200])
-        for choice in event["choices"]:
-            if choice.get("logprobs"):
-                yield len(choice["logprobs"]["tokens"])
+        total = (event.get("usage") or {}).get("completion_tokens", seen)
+        if total > seen:
+            yield total - seen
+            seen = total
 
 
 async def run_load(load: Workload, count: int, seed: int, *, concurrency: int = 0, rate: float = 0.0) -> tuple[list[Outcome], float]:
@@ -166,7 +176,9 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else float("nan")
 
 
-def summarise(name: str, outcomes: list[Outcome], seconds: float, slo_ttft_s: float, slo_itl_s: float) -> dict[str, float | str]:
+def summarise(
+    name: str, outcomes: list[Outcome], seconds: float, slo_ttft_s: float, slo_itl_s: float, num_gpus: int = 0
+) -> dict[str, float | str]:
     """One row of the table. A request is good when its TTFT and its mean ITL both meet the goals."""
     done = [outcome for outcome in outcomes if not outcome.error]
     ttfts = [outcome.ttft for outcome in done]
@@ -176,6 +188,11 @@ def summarise(name: str, outcomes: list[Outcome], seconds: float, slo_ttft_s: fl
     row["req/s"] = len(done) / seconds
     row["in tok/s"] = sum(outcome.input_len for outcome in done) / seconds
     row["out tok/s"] = sum(len(outcome.token_times) for outcome in done) / seconds
+    rates = [outcome.rate for outcome in done if outcome.rate == outcome.rate]
+    row["tok/s/user"] = percentile(rates, 50)
+    if num_gpus:
+        row["out tok/s/GPU"] = float(row["out tok/s"]) / num_gpus
+        row["all tok/s/GPU"] = (float(row["in tok/s"]) + float(row["out tok/s"])) / num_gpus
     for label, values in (("TTFT", ttfts), ("ITL", itls)):
         for percent in (50, 90, 99):
             row[f"{label} p{percent} ms"] = 1000 * percentile(values, percent)
@@ -237,6 +254,7 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, nargs="*", default=[], help="closed loop: numbers of clients")
     parser.add_argument("--rate", type=float, nargs="*", default=[], help="open loop: requests a second")
     parser.add_argument("--num-requests", type=int, default=64, help="a run")
+    parser.add_argument("--gpus", type=int, default=0, help="of the cluster: adds tokens/s a GPU to the table")
     parser.add_argument("--input-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--range-ratio", type=float, default=0.8)
@@ -269,7 +287,8 @@ def main() -> int:
         before = read_stages(load)
         outcomes, seconds = asyncio.run(run_load(load, arguments.num_requests, arguments.seed + 1000 * number, **plan))
         name = f"{plan['concurrency']} clients" if "concurrency" in plan else f"{plan['rate']:g} req/s"
-        rows.append(summarise(name, outcomes, seconds, arguments.slo_ttft_ms / 1000, arguments.slo_itl_ms / 1000))
+        goals = (arguments.slo_ttft_ms / 1000, arguments.slo_itl_ms / 1000)
+        rows.append(summarise(name, outcomes, seconds, *goals, arguments.gpus))
         stage_rows.append({stage: total - before.get(stage, 0.0) for stage, total in read_stages(load).items()})
         runs.append(outcomes)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

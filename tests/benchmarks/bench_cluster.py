@@ -1,0 +1,219 @@
+"""Start a cluster from its file, load it at rising concurrency, take it down: tables, plot and every request's times in one folder.
+
+python -m tests.benchmarks.bench_cluster --out FOLDER [--file deploy/clusters/h200_flash_1p1d.yaml] [--routing even]
+    [--shapes 8192x1024,4096x1024] [--concurrency 1,4,16,64,128,256,512] [--requests 2] [--budget-s 540] [--keep] [--tiny] [KEY=VALUE ...]
+
+A shape is prompt tokens x output tokens, exact, `ignore_eos`. At each concurrency so many clients send `--requests` each, one after the
+other. No point is begun that would end after `--budget-s`, judged by the one before it; every point is written when it is done, and a
+second call with the same folder goes on after them. `--keep` leaves the cluster up, and a call that finds it up uses it.
+
+With `load: dummy`, `--routing` says how experts are chosen:
+
+    scored   as the published config.json has it. Dummy hidden states are alike, so few experts are used: faster than a real model
+    even     by token id in all layers, each expert as likely
+    skewed   by token id in all layers, the n-th most popular expert with weight n^-SKEW
+
+`--tiny` is the same run on CPUs of this machine, with a model of the same structure and a few layers: that the way there works.
+
+Writes in FOLDER: ROUTING.md and ROUTING.png (output tokens/s a GPU against tokens/s a user), ROUTING.json (rows, and the times of every
+request), ROUTING.start.txt (what `baton up` said, memory plans, chosen ops, graphs) and logs.tar.gz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import pathlib
+import subprocess
+import sys
+import tarfile
+import time
+from typing import Any
+
+from deploy.folder import ClusterFolder
+from deploy.spec import ClusterSpec, load_spec
+from router.tokens import TextCodec
+from tests.benchmarks import cluster_metrics
+from tests.benchmarks.bench_serving import Outcome, Workload, run_load, summarise, table
+from tests.benchmarks.cluster_report import devices, plot, report
+from tests.benchmarks.tiny_cluster import tiny_overrides
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SKEW = 0.6
+"""As bench_balance."""
+TOLD = ("engine.memory", "engine.op ", "graphs.captured", "decode.ready", "prefill.ready", "experts.")
+"""Lines of the ranks' logs that belong into the record of a start."""
+
+
+class Bench:
+    """One cluster with one routing, and the record of its points."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out.resolve()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.overrides = self._overrides()
+        self.spec: ClusterSpec = load_spec(options.file, self.overrides)
+        self.folder = ClusterFolder(options.home, self.spec.name)
+        self.gpus = sum(self.spec.replicas(role) * self.spec.ranks_per_replica(role) for role in ("prefill", "decode"))
+        self.record: dict[str, Any] = {"points": []}
+        if self._path("json").exists():
+            self.record = json.loads(self._path("json").read_text())
+
+    def _path(self, ending: str) -> pathlib.Path:
+        return self.out / f"{self.options.routing}.{ending}"
+
+    def _overrides(self) -> list[str]:
+        found = tiny_overrides(self.out) if self.options.tiny else []
+        if self.options.routing != "scored":
+            folder = load_spec(self.options.file, [*found, *self.options.overrides]).model_path
+            config = json.loads((folder / "config.json").read_text())
+            hashed = self.out / f"{folder.name}_hashed"
+            hashed.mkdir(exist_ok=True)
+            (hashed / "config.json").write_text(json.dumps(config | {"num_hash_layers": config["num_hidden_layers"]}))
+            found.append(f"model.path={hashed}")
+        if self.options.routing == "skewed":
+            found.append(f"engine.dummy_skew={SKEW}")
+        return [*found, *self.options.overrides]
+
+    # -- the cluster -----------------------------------------------------------------------------------------------------------
+
+    def baton(self, *arguments: str) -> str:
+        command = [sys.executable, "-m", "deploy", "--home", str(self.options.home), *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        output = f"$ baton {' '.join(arguments)}\n{result.stdout}{result.stderr}"
+        print(output, flush=True)
+        if result.returncode:
+            self.keep_logs(output)
+            raise SystemExit(f"baton {arguments[0]} failed")
+        return output
+
+    def up(self) -> None:
+        began = time.monotonic()
+        output = self.baton("up", str(self.options.file), *self.overrides)
+        self.record.setdefault("start s", round(time.monotonic() - began, 1))
+        self.keep_logs(output)
+
+    def keep_logs(self, output: str) -> None:
+        told = [output, self.baton("status", "-n", self.spec.name)] if self.folder.read() is not None else [output]
+        for path in sorted(self.folder.logs.glob("*.log")):
+            lines = [line for line in path.read_text(errors="replace").splitlines() if any(word in line for word in TOLD)]
+            told += [f"\n{path.name}", *lines]
+        self._path("start.txt").write_text("\n".join(told) + "\n")
+        with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
+            archive.add(self.folder.logs, "logs")
+
+    def down(self) -> None:
+        self.baton("down", "-n", self.spec.name)
+        self.keep_logs("down")
+
+    # -- the load --------------------------------------------------------------------------------------------------------------
+
+    def workload(self, prompt: int, output: int) -> Workload:
+        known = TextCodec(self.spec.model.tokenizer_folder).vocab_size
+        host = {"0.0.0.0": "127.0.0.1"}.get(self.spec.router.host, self.spec.router.host)
+        return Workload(
+            url=f"http://{host}:{self.spec.router.port}",
+            model=self.spec.served_name,
+            vocab=(min(300, known // 2), min(known, 128_000)),  # above are special tokens
+            input_len=prompt,
+            output_len=output,
+            range_ratio=1.0,
+            api_key="",
+            timeout_s=self.spec.router.request_timeout_s + 60,
+        )
+
+    def run(self) -> None:
+        points = [(shape, clients) for shape in self.options.shapes for clients in self.options.concurrency]
+        done = {(tuple(point["shape"]), point["clients"]) for point in self.record["points"]}
+        began, last = time.monotonic(), 0.0
+        asyncio.run(run_load(self.workload(256, 16), 4, 0, concurrency=2))  # not counted
+        for (prompt, output), clients in points:
+            if ((prompt, output), clients) in done:
+                continue
+            if self.record["points"] and time.monotonic() - began + 1.5 * last > self.options.budget_s:
+                print(f"out of time before {prompt} x {output} with {clients} clients; call again with the same folder", flush=True)
+                break
+            started = time.monotonic()
+            self.record["points"].append(self.point(prompt, output, clients))
+            last = time.monotonic() - started
+            self.save()
+
+    def point(self, prompt: int, output: int, clients: int) -> dict[str, Any]:
+        load, seed = self.workload(prompt, output), 10_000 * len(self.record["points"]) + 1
+        before = cluster_metrics.read(self.folder.path)
+        outcomes, seconds = asyncio.run(run_load(load, self.options.requests * clients, seed, concurrency=clients))
+        after = cluster_metrics.read(self.folder.path)
+        name = f"{prompt} x {output}, {clients}"
+        row = summarise(name, outcomes, seconds, 1e9, 1e9, self.gpus)
+        del row["goodput req/s"]
+        print(table([row]), flush=True)
+        for error in sorted({outcome.error for outcome in outcomes if outcome.error}):
+            print(f"failed: {error}", flush=True)
+        sizes = {role: self.spec.ranks_per_replica(role) for role in ("prefill", "decode")}
+        return {
+            "shape": [prompt, output], "clients": clients, "seconds": seconds, "row": row,
+            "stages": cluster_metrics.stages_between(before, after),
+            "routing": cluster_metrics.routing_between(before, after, sizes),
+            "waiting": cluster_metrics.waits_between(before, after, seconds),
+            "requests": [_compact(outcome) for outcome in outcomes],
+        }  # fmt: skip
+
+    # -- the record ------------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        self.record |= {
+            "command": " ".join(sys.argv[1:]), "commit": commit, "hardware": devices(), "date": time.strftime("%Y-%m-%d"),
+            "file": self.options.file.name, "overrides": self.overrides, "devices": self.gpus,
+        }  # fmt: skip
+        self._path("json").write_text(json.dumps(self.record, separators=(",", ":")))
+        self._path("md").write_text(report(self.record, self.options.routing))
+        plot(self._path("png"), self.record, self.options.routing)
+
+
+def _compact(outcome: Outcome) -> dict[str, Any]:
+    """Times in milliseconds: when it began, of the first token, then from token to token."""
+    found: dict[str, Any] = {"at": round(1e3 * outcome.started, 1), "in": outcome.input_len, "error": outcome.error}
+    if outcome.token_times:
+        found |= {"ttft": round(1e3 * outcome.ttft, 1), "itl": [round(1e3 * itl, 1) for itl in outcome.itls]}
+    return found
+
+
+def parse() -> argparse.Namespace:
+    def ints(text: str) -> list[int]:
+        return [int(part) for part in text.split(",") if part]
+
+    def pairs(text: str) -> list[tuple[int, int]]:
+        return [(int(prompt), int(output)) for prompt, output in (part.split("x") for part in text.split(",") if part)]
+
+    parser = argparse.ArgumentParser(description="Start a cluster, load it at rising concurrency, take it down.")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER")
+    parser.add_argument("--file", type=pathlib.Path, default=ROOT / "deploy/clusters/h200_flash_1p1d.yaml")
+    parser.add_argument("--home", type=pathlib.Path, default=ROOT / ".baton", help="where the cluster keeps its folder")
+    parser.add_argument("--routing", choices=["even", "skewed", "scored"], default="even")
+    parser.add_argument("--shapes", type=pairs, default=[(8192, 1024), (4096, 1024)], metavar="INxOUT,...")
+    parser.add_argument("--concurrency", type=ints, default=[1, 4, 16, 64, 128, 256, 512])
+    parser.add_argument("--requests", type=int, default=2, help="of each client")
+    parser.add_argument("--budget-s", type=float, default=540.0, help="for the load")
+    parser.add_argument("--keep", action="store_true", help="leave the cluster up")
+    parser.add_argument("--tiny", action="store_true", help="the same on CPUs, with a tiny model")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the cluster file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    bench = Bench(parse())
+    bench.up()
+    try:
+        bench.run()
+    finally:
+        if not bench.options.keep:
+            bench.down()
+    print(f"written to {bench.out}")
+
+
+if __name__ == "__main__":
+    main()
