@@ -148,6 +148,9 @@ class DecodeWorker:
     def load(self) -> Load:
         return self._loop.load
 
+    def note(self) -> str:
+        return ""
+
     async def drain(self, deadline_s: float) -> bool:
         """Take no new work; True when none is left, False at the deadline."""
         self._loop.is_draining = True

@@ -123,11 +123,11 @@ class ControlService(control_pb2_grpc.ControlServicer):
     def _rows(self, replica: Replica) -> list[Any]:
         """A line for each rank; a replica that has none yet gets one of its own."""
         state = str(replica.phase)
-        common: dict[str, Any] = {"restarts": replica.num_restarts, "note": replica.note}
+        common: dict[str, Any] = {"restarts": replica.num_restarts}
         life = self._controller.lives.get((replica.role, replica.index))
         if life is None or not life.reports or replica.phase not in (Phase.READY, Phase.DRAINING):
             member = Member(role=replica.role, replica=replica.index, rank=0, address="", incarnation=0, state=state)
-            return [control_pb2.RankStatus(member=encode_member(member), **common)]
+            return [control_pb2.RankStatus(member=encode_member(member), note=replica.note, **common)]
         return [
             control_pb2.RankStatus(
                 member=encode_member(member),
@@ -135,6 +135,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
                 pid=report.pid,
                 uptime_s=report.uptime_s,
                 load=encode_load(report.load),
+                note=replica.note or report.note,
                 **common,
             )
             for member, report in zip(life.members(state), life.reports, strict=True)

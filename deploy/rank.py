@@ -29,6 +29,10 @@ class Worker(Protocol):
 
     def load(self) -> Load: ...
 
+    def note(self) -> str:
+        """What an operator should know of it, in a line; "" if nothing."""
+        ...
+
     async def drain(self, deadline_s: float) -> bool: ...
 
     async def stop(self) -> None: ...
@@ -69,6 +73,7 @@ class Report:
     is_draining: bool
     is_drained: bool
     load: Load
+    note: str
     revision: str
     node_id: str
     pid: int
@@ -109,6 +114,7 @@ class RankActor:
             is_draining=self._draining is not None,
             is_drained=self._draining is not None and self._draining.done(),
             load=self._worker.load() if self._worker is not None and self._member is not None else Load(),
+            note=self._worker.note() if self._worker is not None and self._member is not None else "",
             revision=self._assignment.revision,
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),

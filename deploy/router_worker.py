@@ -43,6 +43,9 @@ class RouterWorker:
     def load(self) -> Load:
         return Load(num_running=self._router.num_requests)
 
+    def note(self) -> str:
+        return ""
+
     async def drain(self, deadline_s: float) -> bool:
         """Close the port to new connections; streams may end within router.drain_timeout_s."""
         await self.stop()

@@ -11,6 +11,9 @@ class SenderMetrics:
         self.bytes_in_flight = Gauge("baton_transfer_in_flight_bytes", "Posted and not yet out", registry=registry)
         self.written = Counter("baton_transfer_written_bytes", "Posted, failed hand-offs included", registry=registry)
         self.failures = Counter("baton_transfer_failed_hand_offs", "Hand-offs that failed, by error", ["error"], registry=registry)
+        self.links = Gauge(
+            "baton_transfer_link", "1 for each decode rank written to, with what that travels over", ["peer", "path"], registry=registry
+        )
         self.peers_lost = Counter("baton_transfer_peers_lost", "Links to decode ranks that were given up", registry=registry)
         self.resets = Counter("baton_transfer_resets", "Resets of the transport because writes did not end", registry=registry)
 

@@ -26,6 +26,7 @@ from core.rpc import PING_INTERVAL_S
 from core.session import Outbox, first_message, serve_session
 from kv_transfer.checksum import checksum
 from kv_transfer.config import TransferConfig
+from kv_transfer.lanes import this_machine
 from kv_transfer.metrics import ReceiverMetrics
 from kv_transfer.receiver import (
     Action,
@@ -291,6 +292,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             agent=self._agent,
             pages=_wire(self._pages),
             slots=_wire(self._slots),
+            machine=this_machine().identity,
         )
 
     def _check_hello(self, message: transfer_pb2.SenderMessage | None) -> common_pb2.Hello:

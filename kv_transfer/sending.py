@@ -18,6 +18,8 @@ from core.log import get_logger
 from core.request import Member, Reservation
 from kv_transfer.checksum import checksum
 from kv_transfer.config import TransferConfig
+from kv_transfer.lanes import this_machine
+from kv_transfer.link_report import LinkReport
 from kv_transfer.metrics import SenderMetrics
 from kv_transfer.sender import Action, Closed, CommitOrder, Drop, HandedOff, LastWriteOut, Limits, Post, Renew, Reset, Sender
 from kv_transfer.session import PeerSession, Speaker
@@ -69,6 +71,7 @@ class KVSender:
         self._num_links = 0
         self._writes: dict[int, str] = {}
         """Write id -> request."""
+        self._report = LinkReport(metrics, this_machine(), pages.memory)
         self._thread = InboxThread("kv-sender", self._turn, self._died)
         self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._agent = b""
@@ -95,6 +98,11 @@ class KVSender:
     @property
     def num_open(self) -> int:
         return self._state.num_open
+
+    @property
+    def links(self) -> str:
+        """What the links to decode ranks travel over, in a line."""
+        return self._report.summary
 
     def open(self, request_id: str, reservation: Reservation) -> None:
         """Begin a hand-off. Its pages may be pushed at once; Closed says when they may be freed."""
@@ -198,6 +206,7 @@ class KVSender:
         log.warning("transfer.peer_lost", peer=drop.peer, reason=drop.reason)
         self._metrics.peers_lost.inc()
         self._transport.disconnect(drop.peer)
+        self._report.gone(drop.peer)
         session = self._sessions.pop(drop.peer)
         self._loop.call_soon_threadsafe(session.stop)
 
@@ -266,7 +275,8 @@ class KVSender:
             try:
                 if not self._state.is_usable(link):
                     raise MemberLost(f"{link} was given up")
-                self._transport.connect(link, hello.agent, _region(hello.pages), _region(hello.slots))
+                lanes = self._transport.connect(link, hello.agent, _region(hello.pages), _region(hello.slots))
+                self._report.made(link, hello.hello.name, lanes, hello.machine, hello.pages.memory)
             except BatonError as error:
                 connected.set_exception(error)
             else:

@@ -51,8 +51,8 @@ class Transport(Protocol):
         to it. Returns the agent bytes that a peer needs to `connect`."""
         ...
 
-    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> None:
-        """Prepare writes into a peer's regions."""
+    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> tuple[str, ...]:
+        """Prepare writes into a peer's regions. Returns the lanes of the connection (`lanes.py`), none if the transport cannot say."""
         ...
 
     def disconnect(self, peer: str) -> None:

@@ -112,6 +112,7 @@ class PrefillWorker:
             )
             await sender.start()
             parts.push_async_callback(sender.close)
+            self._sender = sender
             self._loop.start(sender)
             parts.push_async_callback(asyncio.to_thread, self._loop.stop)
             parts.push_async_callback(asyncio.to_thread, membership.leave)
@@ -145,6 +146,10 @@ class PrefillWorker:
 
     def load(self) -> Load:
         return self._loop.load
+
+    def note(self) -> str:
+        """What its pages travel over."""
+        return self._sender.links
 
     async def drain(self, deadline_s: float) -> bool:
         """Take no new work; True when none is left, False at the deadline."""

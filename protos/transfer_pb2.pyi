@@ -34,18 +34,20 @@ class SenderHello(_message.Message):
     def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., kv_layout: _Optional[str] = ..., transport: _Optional[str] = ..., agent: _Optional[bytes] = ...) -> None: ...
 
 class ReceiverHello(_message.Message):
-    __slots__ = ("hello", "kv_layout", "agent", "pages", "slots")
+    __slots__ = ("hello", "kv_layout", "agent", "pages", "slots", "machine")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
     kv_layout: str
     agent: bytes
     pages: Region
     slots: Region
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., kv_layout: _Optional[str] = ..., agent: _Optional[bytes] = ..., pages: _Optional[_Union[Region, _Mapping]] = ..., slots: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
+    machine: str
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., kv_layout: _Optional[str] = ..., agent: _Optional[bytes] = ..., pages: _Optional[_Union[Region, _Mapping]] = ..., slots: _Optional[_Union[Region, _Mapping]] = ..., machine: _Optional[str] = ...) -> None: ...
 
 class SenderMessage(_message.Message):
     __slots__ = ("hello", "renew", "last_write_out", "ping")

@@ -57,10 +57,11 @@ class MemoryTransport:
         self.agents[self._agent] = self
         return self._agent.encode()
 
-    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> None:
+    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> tuple[str, ...]:
         if agent.decode() not in self.agents:
             raise TransferFailed(f"cannot connect to {peer}: no agent {agent.decode()}")
         self._peers[peer] = (agent.decode(), pages, slots)
+        return ()
 
     def disconnect(self, peer: str) -> None:
         self._peers.pop(peer, None)

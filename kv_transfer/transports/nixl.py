@@ -19,6 +19,7 @@ from core.errors import ConfigError, TransferFailed
 from core.log import get_logger
 from kv_transfer.config import TransferConfig
 from kv_transfer.transport import Polled, Region, Write
+from kv_transfer.transports.ucx_lanes import endpoints, lanes_of
 
 log = get_logger("nixl")
 
@@ -64,7 +65,8 @@ class NixlTransport:
         metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
-    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> None:
+    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> tuple[str, ...]:
+        before = endpoints()
         try:
             name = self._agent.add_remote_agent(agent)
             name = name.decode() if isinstance(name, bytes) else name
@@ -72,6 +74,7 @@ class NixlTransport:
         except Exception as error:  # the bindings raise their own exception types, all derived from Exception
             raise TransferFailed(f"cannot connect to {peer}: {error}") from error
         self._peers[peer] = _Peer(name, pieces, pages.num_pieces)
+        return lanes_of(endpoints() - before)
 
     def disconnect(self, peer: str) -> None:
         known = self._peers.pop(peer, None)

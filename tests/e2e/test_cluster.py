@@ -128,8 +128,13 @@ def test_a_stranger_gets_nothing_from_the_controller(settled: Cluster) -> None:
     assert settled.status().desired_replicas["prefill"] == 1
 
 
-def test_status_shows_every_member(settled: Cluster) -> None:
+def test_status_shows_every_member_and_what_pages_travel_over(settled: Cluster) -> None:
+    assert collect(settled, "Hello", 2)
+    give_up_at = time.monotonic() + 10
+    while not any(row.note for row in settled.rows().values()) and time.monotonic() < give_up_at:
+        time.sleep(0.1)
     output = settled.baton("status")
+    assert "1 over shared_memory" in output, output
     assert all(
         name in output for name in ("router/0.0", settled.only("prefill")[0], settled.only("decode")[0], "64/64", "128/128", "settled")
     )

@@ -84,11 +84,12 @@ class SimTransport:
         self.wire.transports[agent] = self
         return agent
 
-    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> None:
+    def connect(self, peer: str, agent: bytes, pages: Region, slots: Region) -> tuple[str, ...]:
         target = self.wire.transports.get(agent)
         if target is None or not target.host.is_alive:
             raise TransferFailed(f"cannot connect to {peer}")
         self._peers[peer] = (target, target.generation)
+        return ()
 
     def disconnect(self, peer: str) -> None:
         assert not any(flight.peer == peer for flight in self.flights), f"writes to {peer} are unfinished"
