@@ -38,8 +38,7 @@ class MoE:
             arrived = self._share.dispatch(x, ids, weights, positions)
             rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit)
             routed = self._share.exchange.combine(rows, arrived)
-        total: torch.Tensor = (routed + shared()).to(x.dtype)
-        return total
+        return torch.add(routed, shared(), out=torch.empty_like(x))  # the sum is fp32, rounded once
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
         return self._w2(self._ops.swiglu(*self._w1_w3(x), self._limit, x.dtype))

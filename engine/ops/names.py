@@ -3,6 +3,8 @@
 OP_NAMES = (
     "compress_c128",
     "compress_c4",
+    "exchange_pack",
+    "exchange_unpack",
     "expert_exchange",
     "fp8_linear",
     "grouped_linear",

@@ -49,29 +49,46 @@ class ExpertPlacement:
 
 
 class SlotChoice:
-    """Expert ids -> slots, as tables on a device: rank r's tokens use copy r mod copies first, then take turns."""
+    """Expert ids -> slots, as tables on a device: rank r's tokens use copy r mod copies first, then take turns. And how many they were."""
 
     def __init__(self, placement: ExpertPlacement, rank: int, device: torch.device | str = "cpu") -> None:
         self._rank = rank
         # As many copies of one expert as there can be with so many slots, so that another placement fits into the same memory.
         self._widest = min(placement.num_ranks, len(placement.experts) - placement.num_experts + 1)
-        self._table = torch.zeros(placement.num_experts, self._widest, dtype=torch.int64, device=device)
-        self._turns = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
+        self.table = torch.zeros(placement.num_experts, self._widest, dtype=torch.int64, device=device)
+        """Slots of each expert, by turn."""
+        self.turns = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
+        """How many of them differ."""
+        self.load = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
+        """Tokens that each expert has had, since the start."""
         self.update(placement)
 
     def update(self, placement: ExpertPlacement) -> None:
         """Another placement of as many experts in as many slots, from the next call on; in place, for CUDA graphs."""
         copies = placement.copies()
         rows = [[slots[(self._rank + turn) % len(slots)] for turn in range(self._widest)] for slots in copies]
-        self._table.copy_(torch.tensor(rows))
-        self._turns.copy_(torch.tensor([len(slots) for slots in copies]))
+        self.table.copy_(torch.tensor(rows))
+        self.turns.copy_(torch.tensor([len(slots) for slots in copies]))
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: int64 [T, k] -> int64 [T, k]."""
-        if self._widest == 1:
-            return self._table[:, 0][ids]
-        turn = torch.arange(len(ids), device=ids.device)[:, None] % self._turns[ids]
-        return self._table[ids, turn]
+        return choose_slots(ids, self.table, self.turns)
+
+    def counted(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The same; tokens with a position (int64 [T], -1 for none) count as load."""
+        count_tokens(self.load, ids, positions)
+        return self(ids)
+
+
+def choose_slots(ids: torch.Tensor, table: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """ids: int64 [T, k], experts -> int64 [T, k], the slot of token t: table[id, t mod turns[id]]."""
+    turn = torch.arange(len(ids), device=ids.device)[:, None] % turns[ids]
+    return table[ids, turn]
+
+
+def count_tokens(load: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> None:
+    """Add to load[id] the tokens with a position >= 0 that have it. ids: int64 [T, k]; positions: int64 [T]."""
+    load.index_add_(0, ids.flatten(), (positions >= 0).long().repeat_interleave(ids.shape[1], output_size=ids.numel()))
 
 
 def even_placement(num_experts: int, num_ranks: int, num_redundant: int = 0) -> ExpertPlacement:

@@ -40,19 +40,17 @@ class LayerShare:
         self.placement, self.exchange = placement, exchange
         self.held = placement.local(rank)
         """Experts of this rank, by place."""
-        self.load = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
-        """Tokens of this rank's sequences that each expert has had, since the start."""
         self.experts: Any = None
         """The weights of `held`, as `moe_experts` has packed them: a dataclass whose tensors have experts as their first dimension."""
-        self._choose = SlotChoice(placement, rank, device)
+        self.choice = SlotChoice(placement, rank, device)
+        """For the tokens of this rank's sequences."""
         self._rank = rank
         self.num_moves = 0
         """Placements since the first."""
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> Arrived:
         """Count what each expert gets of tokens with a position, and send all."""
-        self.load.index_add_(0, ids.flatten(), (positions >= 0).long().repeat_interleave(ids.shape[1], output_size=ids.numel()))
-        return self.exchange.dispatch(x, ids, self._choose(ids), weights)
+        return self.exchange.dispatch(x, ids, weights, positions, self.choice)
 
     def missing(self, placement: ExpertPlacement) -> dict[int, int]:
         """Place -> expert that it holds under another placement and does not hold now."""
@@ -65,7 +63,7 @@ class LayerShare:
         for place, expert in coming.items():
             put_expert(self.experts, place, expert)
         self.placement, self.held = placement, placement.local(self._rank)
-        self._choose.update(placement)
+        self.choice.update(placement)
         self.num_moves += 1
 
 
@@ -91,7 +89,7 @@ class ExpertShare:
             max_tokens=sharing.max_tokens,
             is_latency_bound=sharing.is_latency_bound,
         )
-        exchange: ExpertExchange = ops.expert_exchange(group, shape)
+        exchange: ExpertExchange = ops.expert_exchange(group, shape, ops)
         group.before_close(exchange.close)
         prefixes = [f"layers.{layer}.ffn" for layer in range(model.num_hidden_layers)]
         prefixes += [f"mtp.{index}.ffn" for index in range(model.num_nextn_predict_layers)]
@@ -108,7 +106,7 @@ class ExpertShare:
 
     def load(self) -> torch.Tensor:
         """int64 [layers, experts] on the CPU: tokens of this rank's sequences by expert, since the start."""
-        return torch.stack([layer.load for layer in self.layers.values()]).cpu()
+        return torch.stack([layer.choice.load for layer in self.layers.values()]).cpu()
 
     def imbalance(self) -> list[float]:
         """Of each layer: the busiest rank's tokens over the mean, as this rank's sequences have used the experts. 1 is perfect."""

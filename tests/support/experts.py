@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from engine.config import EngineConfig
 from engine.model.quantized import quantize_mxfp4
 from engine.ops.moe_experts import PackedExperts, pack
+from engine.ops.registry import BoundOps, bind
 from engine.parallel.expert_placement import balanced_placement
 
 HIDDEN, INNER, EXPERTS, TOP_K, LIMIT = 128, 64, 8, 3, 10.0
@@ -27,6 +29,15 @@ def tokens_of(rank: int, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
     x = torch.randn(count, HIDDEN, generator=generator).to(dtype)
     ids = torch.rand(count, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].contiguous()
     return x, ids, torch.rand(count, TOP_K, generator=generator)
+
+
+def positions_of(x: torch.Tensor) -> torch.Tensor:
+    """Of rows that are tokens, all of them."""
+    return torch.arange(len(x))
+
+
+def reference_ops() -> BoundOps:
+    return bind(EngineConfig(device="cpu"), torch.device("cpu"))
 
 
 SKEWED = balanced_placement([100, 1, 1, 50, 1, 1, 1, 1], 4, 3)

@@ -2,8 +2,8 @@
 
 The op opens an exchange; every MoE layer of the rank then uses it, all ranks in the same order:
 
-    exchange = ops.expert_exchange(group, shape)
-    arrived = exchange.dispatch(x, ids, slots, weights)                      # my tokens out, everybody's tokens for my experts in
+    exchange = ops.expert_exchange(group, shape, ops)
+    arrived = exchange.dispatch(x, ids, weights, positions, choice)          # my tokens out, everybody's tokens for my experts in
     rows = ops.moe_experts(arrived.x, arrived.ids, arrived.weights, experts, limit)
     routed = exchange.combine(rows, arrived)                                 # float32 [T, d], as one rank with all experts has it
 
@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import torch
 
 from engine.ops import requires
-from engine.ops.registry import Impl, Op
+from engine.ops.registry import BoundOps, Impl, Op
+from engine.parallel.expert_placement import SlotChoice
 from engine.parallel.group import Group
 
 
@@ -54,8 +55,9 @@ class ExpertExchange(Protocol):
     rows: int
     """Set before a step: how many rows the ranks bring at most, where they have agreed on it; 0 where they have not."""
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
-        """x: [T, d]; ids: int64 [T, k], the experts; slots: int64 [T, k], the copy of each to be used; weights: fp32 [T, k]."""
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+        """x: [T, d]; ids: int64 [T, k], the experts; weights: fp32 [T, k]; positions: int64 [T], -1 for rows that only fill up; choice:
+        which copy of an expert to use, and where tokens are counted."""
         ...
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
@@ -87,8 +89,8 @@ class RowExchange:
         assert shape.num_slots % group.size == 0, f"{shape.num_slots} slots on {group.size} ranks"
         self._group, self._slots_per_rank = group, shape.num_slots // group.size
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
-        num_tokens, top_k = ids.shape
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+        (num_tokens, top_k), slots = ids.shape, choice.counted(ids, positions)
         by_slot = torch.sort(slots.flatten(), stable=True).indices
         token = by_slot // top_k
         slot = slots.flatten()[by_slot]
@@ -118,8 +120,8 @@ class RowExchange:
         """The connections are the group's."""
 
 
-def expert_exchange(group: Group, shape: ExchangeShape) -> ExpertExchange:
-    """Open an exchange: collective, all ranks with the same shape. Raises GroupLost."""
+def expert_exchange(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
+    """Open an exchange: collective, all ranks with the same shape. `ops`: what it may use. Raises GroupLost."""
     return RowExchange(group, shape)
 
 

@@ -20,6 +20,8 @@ from core.errors import ConfigError, GroupLost
 from core.log import get_logger
 from engine.model.quantized import FP8_BLOCK
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.registry import BoundOps
+from engine.parallel.expert_placement import SlotChoice
 from engine.parallel.group import Group
 
 log = get_logger("exchange")
@@ -91,7 +93,8 @@ class NormalExchange(_Buffer):
             max(config.get_rdma_buffer_size_hint(row_bytes, group.size) for config in configs),
         )
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+        slots = choice.counted(ids, positions)
         per_rank, per_rdma_rank, per_slot, is_in_rank, _ = self._buffer.get_dispatch_layout(slots, self._num_slots)
         rows, places, row_weights, _, handle, _ = self._buffer.dispatch(
             x,
@@ -126,9 +129,10 @@ class LowLatencyExchange(_Buffer):
         hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(self._max_tokens, shape.hidden_size, group.size, shape.num_slots)
         super().__init__(group, 0, hint, low_latency_mode=True, num_qps_per_rank=self._experts, allow_mnnvl=True)
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
         """weights stay at home: `Arrived.weights` are ones, and `combine` applies them."""
         assert len(x) <= self._max_tokens, f"{len(x)} tokens; the buffers are for {self._max_tokens}"
+        slots = choice.counted(ids, positions)
         (codes, scales), counts, handle, _, _ = self._buffer.low_latency_dispatch(
             x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )
@@ -161,6 +165,6 @@ def _misfit(known: str, found: str) -> ConfigError:
     return ConfigError(f"engine.ops.expert_exchange: deepep knows {known}; {found}: choose gather")
 
 
-def run(group: Group, shape: ExchangeShape) -> ExpertExchange:
+def run(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
     """As the reference."""
     return LowLatencyExchange(group, shape) if shape.is_latency_bound else NormalExchange(group, shape)

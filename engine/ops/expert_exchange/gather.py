@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import torch
 
+from engine.ops.exchange_unpack import places_here
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.registry import BoundOps
+from engine.parallel.expert_placement import SlotChoice
 from engine.parallel.group import Group
 
 
 class GatherExchange:
     rows = 0
 
-    def __init__(self, group: Group, shape: ExchangeShape) -> None:
-        self._group, self._slots_per_rank = group, shape.num_slots // group.size
+    def __init__(self, group: Group, shape: ExchangeShape, ops: BoundOps) -> None:
+        self._group, self._ops, self._slots_per_rank = group, ops, shape.num_slots // group.size
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
-        top_k = ids.shape[1]
-        message = torch.cat((x.view(torch.uint8), slots.int().view(torch.uint8), weights.view(torch.uint8)), dim=1)
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+        message = self._ops.exchange_pack(x, ids, weights, positions, choice.table, choice.turns, choice.load)
         every = message.new_empty(self._group.size * len(x), message.shape[1])
         with self._group.working("the gathering of tokens"):
             self._group.backend(x.device)._allgather_base(every, message).wait()
-        width = x.shape[1] * x.element_size()
-        labels = every[:, width:].contiguous()
-        places = _places_here(labels[:, : 4 * top_k].contiguous().view(torch.int32), self._group.rank, self._slots_per_rank)
-        arrived_weights = labels[:, 4 * top_k :].contiguous().view(torch.float32)
-        return Arrived(every[:, :width].contiguous().view(x.dtype), places, arrived_weights, None)
+        every_x, places, every_weight = self._ops.exchange_unpack(every, ids.shape[1], self._group.rank, self._slots_per_rank, x.dtype)
+        return Arrived(every_x, places, every_weight, None)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         out = rows.new_empty(len(rows) // self._group.size, rows.shape[1])
@@ -50,7 +49,8 @@ class PaddedGatherExchange:
         self._group, self._slots_per_rank = group, shape.num_slots // group.size
         self.rows = 0
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Arrived:
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+        slots = choice.counted(ids, positions)
         rows = self.rows or self._most(len(x))
         assert len(x) <= rows, f"{len(x)} rows in a step of {rows}"
         labels = torch.stack((slots.to(torch.int32), weights.view(torch.int32)))
@@ -64,7 +64,7 @@ class PaddedGatherExchange:
             backend._allgather_base(every_label, labels.contiguous()).wait()
             backend._allgather_base(every_x, x.contiguous()).wait()
         every_slot, every_weight = every_label.unflatten(0, (-1, 2)).transpose(0, 1).flatten(1, 2)
-        places = _places_here(every_slot, self._group.rank, self._slots_per_rank)
+        places = places_here(every_slot, self._group.rank, self._slots_per_rank)
         return Arrived(every_x, places, every_weight.view(torch.float32), len(slots))
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
@@ -83,12 +83,6 @@ class PaddedGatherExchange:
         """The connections are the group's."""
 
 
-def _places_here(slots: torch.Tensor, rank: int, slots_per_rank: int) -> torch.Tensor:
-    """Slots of the whole group, -1 for none -> places on this rank, int64, -1 for all others."""
-    places = slots.long() - rank * slots_per_rank
-    return torch.where((slots >= 0) & (places >= 0) & (places < slots_per_rank), places, -1)
-
-
-def run(group: Group, shape: ExchangeShape) -> ExpertExchange:
+def run(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
     """As the reference."""
-    return GatherExchange(group, shape) if shape.is_latency_bound else PaddedGatherExchange(group, shape)
+    return GatherExchange(group, shape, ops) if shape.is_latency_bound else PaddedGatherExchange(group, shape)

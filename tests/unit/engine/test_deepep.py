@@ -12,7 +12,7 @@ from engine.ops.expert_exchange import ExchangeShape
 from engine.ops.moe_experts import moe_experts
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
 from engine.parallel.group import Group
-from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, tokens_of
+from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, positions_of, reference_ops, tokens_of
 from tests.support.fake_deep_ep import FakeDeepEP
 from tests.support.ranks import run_group
 
@@ -34,11 +34,11 @@ def test_a_group_gives_the_sums_of_one_rank(
     shape = ExchangeShape(hidden_size=HIDDEN, num_slots=len(placement.experts), max_tokens=17, is_latency_bound=is_latency_bound)
 
     def rank(group: Group) -> list[torch.Tensor]:
-        exchange = deepep.run(group, shape)
+        exchange = deepep.run(group, shape, reference_ops())
         sums = []
         for turn in range(2):  # buffers are used again
             x, ids, weights = tokens_of(group.rank + 10 * turn, counts[group.rank], torch.bfloat16)
-            arrived = exchange.dispatch(x, ids, SlotChoice(placement, group.rank)(ids), weights)
+            arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
             rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT)
             sums.append(exchange.combine(rows, arrived))
         exchange.close()

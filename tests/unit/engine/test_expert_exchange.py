@@ -20,7 +20,7 @@ from engine.parallel.experts import Sharing
 from engine.parallel.group import Group, Limits
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
-from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, tokens_of
+from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, positions_of, reference_ops, tokens_of
 from tests.support.ranks import LIMITS, run_group, seats
 
 
@@ -43,9 +43,9 @@ def test_a_group_gives_the_bits_of_one_rank(placement: ExpertPlacement, counts: 
     shape = ExchangeShape(hidden_size=HIDDEN, num_slots=len(placement.experts), max_tokens=64, is_latency_bound=True)
 
     def rank(group: Group) -> torch.Tensor:
-        exchange = expert_exchange(group, shape)
+        exchange = expert_exchange(group, shape, reference_ops())
         x, ids, weights = tokens_of(group.rank, counts[group.rank], dtype)
-        arrived = exchange.dispatch(x, ids, SlotChoice(placement, group.rank)(ids), weights)
+        arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
         assert arrived.x.dtype == dtype and arrived.ids.dtype == torch.int64 and arrived.weights.dtype == torch.float32
         rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT)
         return exchange.combine(rows, arrived)

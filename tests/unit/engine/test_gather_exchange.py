@@ -10,7 +10,7 @@ from engine.ops.expert_exchange.gather import run
 from engine.ops.moe_experts import moe_experts
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
 from engine.parallel.group import Group
-from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, tokens_of
+from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, positions_of, reference_ops, tokens_of
 from tests.support.ranks import run_group
 
 
@@ -30,10 +30,13 @@ def test_a_group_gives_the_sums_of_one_rank(is_latency_bound: bool, placement: E
     shape = ExchangeShape(hidden_size=HIDDEN, num_slots=len(placement.experts), max_tokens=32, is_latency_bound=is_latency_bound)
 
     def rank(group: Group) -> torch.Tensor:
-        exchange = run(group, shape)
+        exchange = run(group, shape, reference_ops())
         exchange.rows = rows
         x, ids, weights = tokens_of(group.rank, counts[group.rank], torch.bfloat16)
-        arrived = exchange.dispatch(x, ids, SlotChoice(placement, group.rank)(ids), weights)
+        positions, choice = positions_of(x), SlotChoice(placement, group.rank)
+        positions[::3] = -1
+        arrived = exchange.dispatch(x, ids, weights, positions, choice)
+        assert torch.equal(choice.load, torch.bincount(ids[positions >= 0].flatten(), minlength=EXPERTS)), "fillers are not counted"
         return exchange.combine(moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT), arrived)
 
     everything = packed(tuple(range(EXPERTS)))

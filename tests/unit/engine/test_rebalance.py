@@ -95,7 +95,7 @@ def test_a_group_under_skewed_load_moves_experts_while_it_steps(small_checkpoint
         rebalancer = new_rebalancer(loaded, Membership(group, steps), pytest.fail)
         assert isinstance(rebalancer, Rebalancer)
         for layer in range(4):
-            loaded.share.layers[f"layers.{layer}.ffn"].load += torch.tensor(skew)
+            loaded.share.layers[f"layers.{layer}.ffn"].choice.load += torch.tensor(skew)
         rebalancer.start()
         end = time.monotonic() + 30
         moved_after: list[int] = []
