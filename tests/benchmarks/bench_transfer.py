@@ -8,6 +8,8 @@ Three things are timed in one run, on the same memory, for each prompt length:
     copy          the limit: a plain copy of as many bytes (between devices on GPUs, within memory on a CPU)
 
 Without GPUs (`--devices cpu,cpu`) UCX copies between processes through shared memory. Clocks are CLOCK_MONOTONIC, equal in both processes.
+After each of the three kinds of write the receiver's bytes are compared with the sender's. The report says which lanes UCX chose. With
+`--isolated` the receiver's process sees its own GPU only, as ranks do that Ray starts.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import dataclasses
 import json
 import multiprocessing
 import multiprocessing.connection
+import os
 import pathlib
 import statistics
 import subprocess
@@ -50,6 +53,9 @@ MODEL = pathlib.Path(__file__).resolve().parents[2] / "deploy" / "model_shapes" 
 LAYERS = 43
 WARM_UPS = 3
 
+ANSWER_S = 120.0
+"""The receiver draws its memory at random and loads CUDA before it first answers."""
+
 
 def layout_of_flash() -> KVLayout:
     return build_layout(ModelConfig.from_folder(MODEL), EngineConfig(), "v4_flash@dummy")
@@ -69,16 +75,35 @@ def config_of(device: str) -> TransferConfig:
 
 
 def allocate(layout: KVLayout, num_pages: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory that other processes can map: not torch's expandable segments, which CUDA IPC does not export."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        assert "expandable_segments:True" not in os.environ.get(name, ""), f"unset {name}"
     pages = torch.randint(0, 255, (num_pages, layout.page_bytes), dtype=torch.uint8, device=device)
-    return pages, torch.randint(0, 255, (2, layout.slot_bytes), dtype=torch.uint8, device=device)
+    slots = torch.randint(0, 255, (2, layout.slot_bytes), dtype=torch.uint8, device=device)
+    synchronize(device)  # UCX's copies run on streams of their own
+    return pages, slots
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def sums(pages: torch.Tensor, count: int, num_bytes: int) -> list[int]:
+    """Of the first `num_bytes` of each of the first `count` pages, as 64-bit words, modulo 2^64."""
+    found: list[int] = pages[:count, : num_bytes // 8 * 8].contiguous().view(torch.int64).sum(dim=1).tolist()
+    return found
 
 
 def member(role: str, address: str) -> Member:
     return Member(role=role, replica=0, rank=0, address=address, incarnation=11 if role == "prefill" else 22, fingerprint="")
 
 
-def receive(device: str, num_pages: int, pipe: multiprocessing.connection.Connection) -> None:
+def receive(device: str, is_isolated: bool, num_pages: int, pipe: multiprocessing.connection.Connection) -> None:
     """The decode side: answers with what a sender must know, then with the times at which commits arrived, until told to end."""
+    if is_isolated:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
+        device = "cuda:0"
     layout = layout_of_flash()
     pages, slots = allocate(layout, num_pages, device)
     here = regions(pages, slots)
@@ -115,6 +140,12 @@ def receive(device: str, num_pages: int, pipe: multiprocessing.connection.Connec
                 while arguments[0] not in arrived:
                     await asyncio.sleep(0.0002)
                 pipe.send(arrived[arguments[0]])
+            elif order == "clear":
+                pages.zero_()
+                synchronize(device)
+                pipe.send("cleared")
+            elif order == "sums":
+                pipe.send(sums(pages, *arguments))
             else:
                 break
         await server.stop(0)
@@ -154,6 +185,10 @@ class HandOffs:
         self.sender.commit(request, CommitOrder(local_slot_id=1, num_tokens=num * PAGE_TOKENS, first_token=7))
         return began
 
+    @property
+    def links(self) -> str:
+        return self.sender.links
+
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(self.sender.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -162,12 +197,12 @@ class HandOffs:
 
 def time_writes(
     device: str, own: tuple[Region, Region], theirs: tuple[Region, Region], agent: bytes, pieces: int, repeats: int
-) -> list[float]:
-    """Seconds of one write of `pieces` pieces, from the call to its end, ascending."""
+) -> tuple[list[float], tuple[str, ...]]:
+    """Seconds of one write of the first `pieces` pieces in random order, from the call to its end, ascending; and the lanes it took."""
     transport, _ = open_transport(config_of(device), f"raw-sender-{own[0].piece_bytes}-{pieces}", *own)
-    transport.connect("peer", agent, *theirs)
+    lanes = transport.connect("peer", agent, *theirs)
     times = []
-    order = torch.randperm(own[0].num_pieces)[:pieces].tolist()
+    order = torch.randperm(pieces).tolist()
     for _ in range(repeats + WARM_UPS):
         began = time.monotonic()
         write_id = transport.write("peer", Write(tuple((i, i) for i in order)))
@@ -175,7 +210,7 @@ def time_writes(
             pass
         times.append(time.monotonic() - began)
     transport.close()
-    return sorted(times[WARM_UPS:])
+    return sorted(times[WARM_UPS:]), lanes
 
 
 def time_copies(num_bytes: int, devices: list[str], repeats: int) -> list[float]:
@@ -184,8 +219,7 @@ def time_copies(num_bytes: int, devices: list[str], repeats: int) -> list[float]
 
     def wait() -> None:
         for device in devices:
-            if device.startswith("cuda"):
-                torch.cuda.synchronize(device)
+            synchronize(device)
 
     times = []
     for _ in range(repeats + WARM_UPS):
@@ -206,38 +240,79 @@ def row(tokens: int, what: str, num_bytes: int, times: list[float]) -> dict[str,
     }  # fmt: skip
 
 
-def measure(devices: list[str], prompts: list[int], repeats: int, show: Callable[[dict[str, Any]], None]) -> None:
+class Receiver:
+    """The process of the decode side, seen from here."""
+
+    def __init__(self, device: str, is_isolated: bool, num_pages: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=receive, args=(device, is_isolated, num_pages, theirs))
+        self._process.start()
+        port, self.agent, self.regions = self._answer()
+        self.member = member("decode", f"127.0.0.1:{port}")
+
+    def ask(self, *order: Any) -> Any:
+        self._pipe.send(order)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        give_up_at = time.monotonic() + ANSWER_S
+        while not self._pipe.poll(0.1):
+            assert self._process.is_alive(), "the receiver's process died"
+            assert time.monotonic() < give_up_at, f"the receiver has said nothing for {ANSWER_S} s"
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._pipe.send(("end",))
+            self._process.join(30)
+        self._process.kill()
+        self._process.join()
+
+
+def measure(devices: list[str], is_isolated: bool, prompts: list[int], repeats: int, show: Callable[[dict[str, Any]], None]) -> None:
     layout = layout_of_flash()
     num_pages = max(prompts) // PAGE_TOKENS
-    pipe, theirs_end = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=receive, args=(devices[1], num_pages, theirs_end))
-    process.start()
-    pages, slots = allocate(layout, num_pages, devices[0])
-    here = regions(pages, slots)
-    port, agent, theirs = pipe.recv()
-    hand_offs = HandOffs(devices[0], layout, here)
-    decode = dataclasses.replace(member("decode", f"127.0.0.1:{port}"), fingerprint=layout.fingerprint())
-    epoch = 0
-    for tokens in prompts:
-        num = tokens // PAGE_TOKENS
-        times = []
-        for _ in range(repeats + WARM_UPS):
-            epoch += 1
-            pipe.send(("expect", epoch, num))
-            pipe.recv()
-            began = hand_offs.run(epoch, num, decode)
-            pipe.send(("arrived", epoch))
-            times.append(pipe.recv() - began)
-            assert hand_offs.closed.wait(30), "the hand-off was not closed"
-        show(row(tokens, "hand-off", num * layout.page_bytes + layout.slot_bytes, sorted(times[WARM_UPS:])))
-        own_layers, their_layers = (by_layer(here[0]), here[1]), (by_layer(theirs[0]), theirs[1])
-        show(row(tokens, "page-major write", num * layout.page_bytes, time_writes(devices[0], here, theirs, agent, num, repeats)))
-        layered = time_writes(devices[0], own_layers, their_layers, agent, num * LAYERS, repeats)
-        show(row(tokens, "layer-major write", num * LAYERS * own_layers[0].piece_bytes, layered))
-        show(row(tokens, "copy", num * layout.page_bytes, time_copies(num * layout.page_bytes, devices, repeats)))
-    hand_offs.close()
-    pipe.send(("end",))
-    process.join(30)
+    receiver = Receiver(devices[1], is_isolated, num_pages)
+    try:
+        pages, slots = allocate(layout, num_pages, devices[0])
+        here = regions(pages, slots)
+        hand_offs = HandOffs(devices[0], layout, here)
+        decode = dataclasses.replace(receiver.member, fingerprint=layout.fingerprint())
+        own_layers, their_layers = (by_layer(here[0]), here[1]), (by_layer(receiver.regions[0]), receiver.regions[1])
+        epoch = 0
+        for tokens in prompts:
+            num = tokens // PAGE_TOKENS
+
+            def compare(what: str, num: int = num, num_bytes: int = layout.page_bytes) -> None:
+                assert receiver.ask("sums", num, num_bytes) == sums(pages, num, num_bytes), f"{what}: other bytes than were sent"
+                receiver.ask("clear")
+
+            receiver.ask("clear")
+            times = []
+            for _ in range(repeats + WARM_UPS):
+                epoch += 1
+                receiver.ask("expect", epoch, num)
+                began = hand_offs.run(epoch, num, decode)
+                times.append(receiver.ask("arrived", epoch) - began)
+                assert hand_offs.closed.wait(30), "the hand-off was not closed"
+            compare("hand-off")
+            show(
+                row(tokens, "hand-off", num * layout.page_bytes + layout.slot_bytes, sorted(times[WARM_UPS:])) | {"links": hand_offs.links}
+            )
+            written, lanes = time_writes(devices[0], here, receiver.regions, receiver.agent, num, repeats)
+            compare("page-major write")
+            show(row(tokens, "page-major write", num * layout.page_bytes, written) | {"lanes": lanes})
+            written, lanes = time_writes(devices[0], own_layers, their_layers, receiver.agent, num * LAYERS, repeats)
+            written_bytes = (
+                num * LAYERS * own_layers[0].piece_bytes
+            )  # a page's last bytes that make no layer travel with the next page's first
+            compare("layer-major write", written_bytes // layout.page_bytes)
+            show(row(tokens, "layer-major write", written_bytes, written) | {"lanes": lanes})
+            show(row(tokens, "copy", num * layout.page_bytes, time_copies(num * layout.page_bytes, devices, repeats)))
+        hand_offs.close()
+    finally:
+        receiver.close()
 
 
 def main() -> None:
@@ -246,6 +321,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="8192,131072", help="tokens")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=pathlib.Path, default=None)
+    parser.add_argument("--isolated", action="store_true", help="the receiver's process sees its own GPU only")
     arguments = parser.parse_args()
     devices = arguments.devices.split(",")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -258,7 +334,7 @@ def main() -> None:
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
-    measure(devices, [int(text) for text in arguments.prompts.split(",")], arguments.repeats, show)
+    measure(devices, arguments.isolated, [int(text) for text in arguments.prompts.split(",")], arguments.repeats, show)
 
 
 if __name__ == "__main__":
