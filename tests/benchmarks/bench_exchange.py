@@ -1,0 +1,258 @@
+"""Time the exchange of experts against bare calls of the library below it, in one run: what our part adds.
+
+python -m tests.benchmarks.bench_exchange [--ranks 2] [--device cuda] [--tokens 1,32,128] [--prompt-tokens 4096] [--hidden 4096]
+    [--experts 256] [--top-k 6] [--out FILE.json]
+
+One row is a dispatch and a combine with nothing in between, of so many tokens a rank, on the slowest rank. Decode (`--tokens`) is timed as
+replays of a CUDA graph that holds several, prefill (`--prompt-tokens`) as calls. Experts are drawn at random. Beside each backend stands
+what it calls, with tensors of the same sizes that were made before: two collectives, or DeepEP's dispatch and combine. What the results
+are is for tests/parity/test_exchange_gpus.py to say. On CPUs (`--device cpu`) the collectives are gloo's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig
+from engine.ops.expert_exchange import ExchangeShape, ExpertExchange
+from engine.ops.registry import bind, get_op, load_backend
+from engine.parallel.expert_placement import SlotChoice, even_placement
+from engine.parallel.group import Group, Limits, Rendezvous, Seat
+from tests.benchmarks.bench_engine import commit
+from tests.benchmarks.bench_serving import table
+
+CALLS = 16
+"""In one graph."""
+REPEATS = 15
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What every rank sends."""
+
+    tokens: int
+    hidden: int
+    experts: int
+    top_k: int
+    is_decode: bool
+
+    def shape(self, group: Group, max_tokens: int) -> ExchangeShape:
+        slots = -(-self.experts // group.size) * group.size
+        return ExchangeShape(hidden_size=self.hidden, num_slots=slots, max_tokens=max_tokens, is_latency_bound=self.is_decode)
+
+    def draw(self, rank: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x bf16 [T, d], expert ids int64 [T, k], weights fp32 [T, k]."""
+        generator = torch.Generator().manual_seed(rank)
+        x = torch.randn(self.tokens, self.hidden, generator=generator).bfloat16()
+        ids = torch.rand(self.tokens, self.experts, generator=generator).argsort(1)[:, : self.top_k].contiguous()
+        return x.to(device), ids.to(device), torch.rand(self.tokens, self.top_k, generator=generator).to(device)
+
+
+def ours(exchange: ExpertExchange, load: Load, group: Group, device: torch.device) -> Callable[[], object]:
+    x, ids, weights = load.draw(group.rank, device)
+    positions = torch.arange(load.tokens, device=device)
+    choice = SlotChoice(even_placement(load.experts, group.size), group.rank, device)
+    exchange.rows = load.tokens
+    first = exchange.dispatch(x, ids, weights, positions, choice)
+    rows = first.x.float()
+    exchange.combine(rows, first)
+    return lambda: exchange.combine(rows, exchange.dispatch(x, ids, weights, positions, choice))
+
+
+def bare_collectives(load: Load, group: Group, device: torch.device) -> Callable[[], object]:
+    """What `gather` sends: tokens and labels to all ranks, in two calls for prompts, and float32 sums back."""
+    backend, size = group.backend(device), group.size
+    parts = [2 * load.hidden + 8 * load.top_k] if load.is_decode else [2 * load.hidden, 8 * load.top_k]
+    sent = [torch.zeros(load.tokens, width, dtype=torch.uint8, device=device) for width in parts]
+    got = [torch.empty(size * load.tokens, width, dtype=torch.uint8, device=device) for width in parts]
+    rows = torch.zeros(size * load.tokens, load.hidden, device=device)
+    sums = torch.empty(load.tokens, load.hidden, device=device)
+
+    def call() -> None:
+        for mine, everybodys in zip(sent, got, strict=True):
+            backend._allgather_base(everybodys, mine).wait()
+        backend._reduce_scatter_base(sums, rows).wait()
+
+    return call
+
+
+def bare_deepep(exchange: Any, load: Load, group: Group, device: torch.device) -> Callable[[], object]:
+    """With the buffer of `exchange`: a process has one NVSHMEM."""
+    buffer = exchange._buffer
+    x, ids, weights = load.draw(group.rank, device)
+    if not load.is_decode:
+        per_rank, _, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(ids, exchange._num_slots)
+        layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": is_in_rank, "num_tokens_per_expert": per_expert}
+        rows = buffer.dispatch(x, **layout, topk_idx=ids, topk_weights=weights)[0]
+
+        def normal() -> None:
+            buffer.get_dispatch_layout(ids, exchange._num_slots)
+            buffer.combine(rows, buffer.dispatch(x, **layout, topk_idx=ids, topk_weights=weights)[4])
+
+        buffer.combine(rows, buffer.dispatch(x, **layout, topk_idx=ids, topk_weights=weights)[4])
+        return normal
+    shape = (exchange._experts, exchange._room, load.hidden)
+    rows = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+    def low_latency() -> None:
+        handle = buffer.low_latency_dispatch(x, ids, exchange._max_tokens, exchange._num_slots, use_fp8=True, round_scale=True)[2]
+        buffer.low_latency_combine(rows, ids, weights, handle)
+
+    return low_latency
+
+
+class Exchanges:
+    """One of each backend and mode, opened when first asked for, with room for the largest load: DeepEP's are not opened twice."""
+
+    def __init__(self, loads: list[Load], group: Group, device: torch.device) -> None:
+        self._loads, self._group, self._op = loads, group, get_op("expert_exchange")
+        self._ops = bind(EngineConfig(device=device.type), device)
+        self._opened: dict[tuple[str, bool], ExpertExchange] = {}
+        self.no_deepep = self._op.backends["deepep"].requires(device)
+
+    def of(self, backend: str, load: Load) -> ExpertExchange:
+        key = (backend, load.is_decode)
+        if key not in self._opened:
+            most = max(one.tokens for one in self._loads if one.is_decode == load.is_decode)
+            self._opened[key] = load_backend(self._op, backend)[0](self._group, load.shape(self._group, most), self._ops)
+        return self._opened[key]
+
+    def close(self) -> None:
+        for exchange in self._opened.values():
+            exchange.close()
+
+
+def bodies(
+    load: Load, exchanges: Exchanges, group: Group, device: torch.device
+) -> Iterator[tuple[str, str, Callable[[], Callable[[], object]]]]:
+    """(name, the name of what it is compared with, what makes a call to time). Every rank in the same order."""
+    yield "collectives", "", lambda: bare_collectives(load, group, device)
+    yield "gather", "collectives", lambda: ours(exchanges.of("gather", load), load, group, device)
+    if device.type == "cpu" or not load.is_decode:  # the reference asks the host for sizes, which a graph cannot
+        yield "reference", "collectives", lambda: ours(exchanges.of("reference", load), load, group, device)
+    if exchanges.no_deepep is None:
+        yield "DeepEP", "", lambda: bare_deepep(exchanges.of("deepep", load), load, group, device)
+        yield "deepep", "DeepEP", lambda: ours(exchanges.of("deepep", load), load, group, device)
+
+
+def measure(loads: list[Load], group: Group, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rows, equal on all ranks."""
+    exchanges = Exchanges(loads, group, device)
+    if exchanges.no_deepep is not None and group.rank == 0:
+        print(f"deepep is left out: {exchanges.no_deepep}", flush=True)
+    for load in loads:
+        found: dict[str, float] = {}
+        for name, base, make in bodies(load, exchanges, group, device):
+            times = timed(make(), group, device, in_graph=load.is_decode and device.type == "cuda")
+            slowest = _max_over(group, statistics.median(times))
+            found[name] = slowest
+            yield {
+                "mode": "decode" if load.is_decode else "prefill", "tokens a rank": load.tokens, "ranks": group.size, "what": name,
+                "us": round(slowest, 1), "beside": base or "-", "added": f"{slowest / found[base] - 1:+.1%}" if base else "-",
+            }  # fmt: skip
+    exchanges.close()
+
+
+def timed(call: Callable[[], object], group: Group, device: torch.device, in_graph: bool) -> list[float]:
+    """Microseconds of one call; each of REPEATS begins on all ranks at once."""
+    if device.type == "cpu":
+        return [_timed_on_cpu(call, group) for _ in range(REPEATS)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    repeated: Callable[[], object] = call
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(CALLS):
+                call()
+        repeated = graph.replay
+    times = []
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        group.barrier()
+        repeated()  # brings the ranks together on the device
+        start.record()
+        repeated()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / (CALLS if in_graph else 1))
+    return times
+
+
+def _timed_on_cpu(call: Callable[[], object], group: Group) -> float:
+    group.barrier()
+    call()
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e6
+
+
+def _max_over(group: Group, value: float) -> float:
+    most = torch.tensor(value, dtype=torch.float64)
+    with group.working("the collection of times"):
+        group.backend(most.device).allreduce([most], torch.distributed.ReduceOp.MAX).wait()
+    return float(most)
+
+
+def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
+    """One rank."""
+    device = torch.device(arguments.device, rank) if arguments.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    seat = Seat(rank=rank, size=arguments.ranks, name="bench/0", host="127.0.0.1", rendezvous=rendezvous)
+    group = Group.join(seat, Limits(start_s=120, step_s=60))
+    sizes = {"hidden": arguments.hidden, "experts": arguments.experts, "top_k": arguments.top_k}
+    loads = [Load(tokens=tokens, is_decode=True, **sizes) for tokens in arguments.tokens]
+    loads += [Load(tokens=tokens, is_decode=False, **sizes) for tokens in arguments.prompt_tokens]
+    rows = []
+    for row in measure(loads, group, device):
+        rows.append(row)
+        if rank == 0:
+            print(row, flush=True)
+            if arguments.out is not None:
+                name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+                said = {"command": " ".join(sys.argv), "commit": commit(), "device": name, "options": sizes}
+                arguments.out.write_text(json.dumps(said | {"rows": rows}, indent=1) + "\n")
+    if rank == 0:
+        print(table(rows), flush=True)
+    group.barrier()
+
+
+def parse() -> argparse.Namespace:
+    def ints(text: str) -> list[int]:
+        return [int(part) for part in text.split(",") if part]
+
+    parser = argparse.ArgumentParser(description="Time the exchange of experts against bare calls.")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tokens", type=ints, default=[1, 32, 128], help="of each rank in a decode step")
+    parser.add_argument("--prompt-tokens", type=ints, default=[4096], help="of each rank in a prefill step")
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--top-k", type=int, default=6)
+    parser.add_argument("--out", type=pathlib.Path, default=None)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    rendezvous = Rendezvous("127.0.0.1")
+    torch.multiprocessing.spawn(work, (arguments, rendezvous.address), nprocs=arguments.ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Every backend of the exchange on two GPUs, one process each: the sums of one rank with all experts, as calls and as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.model.quantized import QuantizedWeight, quantize_mxfp4
+from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.moe_experts import moe_experts, pack
+from engine.ops.registry import bind, get_op, load_backend
+from engine.parallel.expert_placement import SlotChoice, even_placement
+from engine.parallel.group import Group, Limits, Rendezvous, Seat
+
+pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu]
+
+HIDDEN, INNER, EXPERTS, TOP_K, LIMIT = 4096, 256, 16, 6, 10.0
+RANKS, MAX_TOKENS, TURNS = 2, 64, 3
+DRIFT = 0.05
+"""Of the norm of all sums: what rounding to FP8 after another order of weight and sum may do (moe_experts/cases.py, deepep.py)."""
+
+CASES = [
+    *((backend, True, counts) for backend in ("gather", "deepep") for counts in ((16, 16), (1, 1), (64, 64))),
+    ("deepep", True, (0, 5)),
+    *((backend, False, counts) for backend in ("reference", "gather", "deepep") for counts in ((16, 16), (0, 33), (1, 64))),
+]
+"""(backend, is_decode, tokens of each rank)."""
+
+
+def weights_of(experts: tuple[int, ...], device: torch.device) -> list[list[QuantizedWeight]]:
+    def draw(expert: int, which: int, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(100 * expert + which)) / shape[-1] ** 0.5
+
+    shapes = ((INNER, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN))
+    return [[quantize_mxfp4(draw(expert, which, *shape)).to(device) for expert in experts] for which, shape in enumerate(shapes)]
+
+
+def tokens_of(rank: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(count, HIDDEN, generator=generator).bfloat16()
+    ids = torch.rand(count, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].contiguous()
+    return x, ids, torch.rand(count, TOP_K, generator=generator)
+
+
+def work(rank: int, rendezvous: str, backend: str, is_decode: bool, counts: tuple[int, ...]) -> None:
+    """A rank's process."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    group = Group.join(Seat(rank=rank, size=RANKS, name="t/0", host="127.0.0.1", rendezvous=rendezvous), Limits(start_s=120, step_s=60))
+    shape = ExchangeShape(hidden_size=HIDDEN, num_slots=EXPERTS, max_tokens=MAX_TOKENS, is_latency_bound=is_decode)
+    exchange = load_backend(get_op("expert_exchange"), backend)[0](group, shape, bind(EngineConfig(device="cuda"), device))
+    exchange.rows = max(counts)
+    choice = SlotChoice(even_placement(EXPERTS, RANKS), rank, device)
+    run_experts, pack_experts = load_backend(get_op("moe_experts"), "triton")
+    assert pack_experts is not None
+    here = pack_experts(*weights_of(even_placement(EXPERTS, RANKS).local(rank), device), True)
+    everything = pack(*weights_of(tuple(range(EXPERTS)), torch.device("cpu")), True)  # type: ignore[arg-type]
+    for turn in range(TURNS):  # buffers are used again
+        drawn = tokens_of(rank + 10 * turn, counts[rank])
+        x, ids, weights = (part.to(device) for part in drawn)
+
+        def step(x: torch.Tensor = x, ids: torch.Tensor = ids, weights: torch.Tensor = weights) -> torch.Tensor:
+            arrived = exchange.dispatch(x, ids, weights, torch.arange(len(x), device=device), choice)
+            rows = run_experts(arrived.x, arrived.ids, arrived.weights, here, LIMIT)
+            return exchange.combine(rows, arrived)  # type: ignore[no-any-return]
+
+        alone = moe_experts(*drawn, everything, LIMIT)
+        for name, routed in (("called", step()), ("replayed", replayed(step) if is_decode else step())):
+            assert routed.shape == alone.shape and routed.dtype == torch.float32
+            error = (routed.cpu() - alone).norm() / alone.norm().clamp(min=1e-30)
+            assert error <= DRIFT, f"{backend} {name}, rank {rank}, turn {turn}: {error:.3g}"
+    exchange.close()
+    group.close()
+
+
+def replayed(step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """From a CUDA graph, at its second replay. All ranks capture, as they do at their start."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        out = step()
+    graph.replay()
+    graph.replay()
+    torch.cuda.synchronize()
+    return out
+
+
+@pytest.mark.parametrize(("backend", "is_decode", "counts"), CASES, ids=str)
+def test_a_backend_gives_the_sums_of_one_rank(backend: str, is_decode: bool, counts: tuple[int, ...]) -> None:
+    if backend != "reference" and (reason := get_op("expert_exchange").backends[backend].requires(torch.device("cuda", 0))):
+        pytest.skip(reason)
+    rendezvous = Rendezvous("127.0.0.1")
+    torch.multiprocessing.spawn(work, (rendezvous.address, backend, is_decode, counts), nprocs=RANKS)
