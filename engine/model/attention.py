@@ -86,7 +86,9 @@ class Attention:
 
     def _decode(self, q: torch.Tensor, chosen: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """[S, H, D] -> o [S, H, D], over rings and pages where they lie. chosen: int32 [S, K]."""
-        rows = step.places.rows_of(chosen, C4_ROWS_PER_PAGE) if self._ratio == 4 else step.dense_rows if self._ratio else chosen
+        rows = chosen
+        if self._ratio:
+            rows = self._ops.page_rows(chosen, step.places, C4_ROWS_PER_PAGE) if self._ratio == 4 else step.dense_rows
         memo = step.memo.setdefault(self._ratio, {})
         o: torch.Tensor = self._ops.sparse_attn_decode(
             q, cache.window, step.window_rows, cache.entries, rows, step.counts[self._ratio], self._sink, self._scale, memo

@@ -20,6 +20,7 @@ OP_NAMES = (
     "moe_experts",
     "moe_gate",
     "output_derotate",
+    "page_rows",
     "q_norm_rope",
     "rms_norm",
     "sample",

@@ -10,10 +10,10 @@ from tests.benchmarks.launches import count
 
 MOST = {
     "layer of ratio 0, hash": 30,
-    "layer of ratio 4, hash": 48,
+    "layer of ratio 4, hash": 38,
     "layer of ratio 128, hash": 31,
     "layer of ratio 0, score": 29,
-    "layer of ratio 4, score": 47,
+    "layer of ratio 4, score": 37,
     "layer of ratio 128, score": 30,
 }
 
