@@ -154,7 +154,7 @@ def measure(loads: list[Load], group: Group, device: torch.device) -> Iterator[d
         found: dict[str, float] = {}
         for name, base, make in bodies(load, exchanges, group, device):
             times = timed(make(), group, device, in_graph=load.is_decode and device.type == "cuda")
-            slowest = _max_over(group, statistics.median(times))
+            slowest = slowest_of(group, statistics.median(times))
             found[name] = slowest
             yield {
                 "mode": "decode" if load.is_decode else "prefill", "tokens a rank": load.tokens, "ranks": group.size, "what": name,
@@ -200,7 +200,7 @@ def _timed_on_cpu(call: Callable[[], object], group: Group) -> float:
     return (time.perf_counter() - began) * 1e6
 
 
-def _max_over(group: Group, value: float) -> float:
+def slowest_of(group: Group, value: float) -> float:
     most = torch.tensor(value, dtype=torch.float64)
     with group.working("the collection of times"):
         group.backend(most.device).allreduce([most], torch.distributed.ReduceOp.MAX).wait()
