@@ -1,6 +1,7 @@
 """Index scores straight from the pages, with keys as the long side of the matrix product: a head's sum stays within a thread quad.
 
-Decode: a program takes one query and a run of pages, which the copy engine brings. Prefill: a program keeps 128 keys and takes the
+Decode: a program takes one query and a run of pages, which the copy engine brings; runs are dealt out by what the queries see, on the
+device, so that neither a wide bucket nor one long sequence leaves programs without work. Prefill: a program keeps 128 keys and takes the
 queries of its tile one after the other, sequence by sequence, skipping those that see none of its keys.
 """
 
@@ -18,8 +19,9 @@ from engine.cache.rows import Fp4IndexRows, Fp8IndexRows
 ROWS = 64
 """Keys in a page."""
 RATIO = 4
-PROGRAMS = 528
-"""Programs of a decode launch, at most: as many as an H200 runs at once, so that there is one wave of equal ones."""
+PROGRAMS = 6 if triton.knobs.runtime.interpret else 528
+"""Programs of a decode launch with work, at most: as many as an H200 runs at once, so that there is one wave. Interpreted few, so that
+small cases have runs of several pages."""
 STAGES = 5
 """Pages on their way to a decode program."""
 QUERIES, KEYS = 64, 128
@@ -50,23 +52,41 @@ def _score(keys, query, weights, FORM: tl.constexpr):
     return tl.sum(tl.maximum(dots, 0.0) * weights[None, :], 1)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_entries", "num_pages"])
+@triton.jit
+def _run_of_pages(positions_ptr, num_entries, num_tokens, num_runs, PADDED_TOKENS: tl.constexpr):
+    """(query, first page, end) of this program; a query of num_tokens or more: there is nothing to do. The pages of all queries make
+    at most num_runs runs, and one more a query; those of one query are equally long, but for the last."""
+    every = tl.arange(0, PADDED_TOKENS)
+    position = tl.load(positions_ptr + every, mask=every < num_tokens, other=-1)
+    pages = ((tl.minimum((position + 1) // 4, num_entries) + 63) // 64).to(tl.int32)
+    longest = tl.maximum((tl.sum(pages, 0) + num_runs - 1) // num_runs, 1)
+    runs = (pages + longest - 1) // longest
+    ends = tl.cumsum(runs, 0)
+    token = tl.sum((ends <= tl.program_id(0)).to(tl.int32), 0)
+    own_pages = tl.sum(tl.where(every == token, pages, 0), 0)
+    own_runs = tl.maximum(tl.sum(tl.where(every == token, runs, 0), 0), 1)
+    length = (own_pages + own_runs - 1) // own_runs
+    first = (tl.program_id(0) - tl.sum(tl.where(every < token, runs, 0), 0)) * length
+    return token, first, tl.minimum(first + length, own_pages)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_entries", "num_tokens", "num_runs"])
 def decode_logits_kernel(
     data, q_ptr, weights_ptr, scale_ptr, positions_ptr, sequences_ptr, table_ptr, scores_ptr,
-    scale_stride, table_stride, scores_stride, num_entries, num_pages,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+    scale_stride, table_stride, scores_stride, num_entries, num_tokens, num_runs,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr, PADDED_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """data: descriptor of the pages' rows, a block of which is a page."""
-    token = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * num_pages
-    visible = tl.minimum((tl.load(positions_ptr + token) + 1) // 4, num_entries).to(tl.int32)
-    if first * 64 < visible:
+    number_of, first, end = _run_of_pages(positions_ptr, num_entries, num_tokens, num_runs, PADDED_TOKENS)
+    if number_of < num_tokens:
+        token = number_of.to(tl.int64)
+        visible = tl.minimum((tl.load(positions_ptr + token) + 1) // 4, num_entries).to(tl.int32)
         head, channel, row = tl.arange(0, HEADS), tl.arange(0, WIDTH), tl.arange(0, 64)
         query = tl.load(q_ptr + (token * HEADS + head[:, None]) * WIDTH + channel[None, :])
         weights = tl.load(weights_ptr + token * HEADS + head)
         table_ptr += tl.load(sequences_ptr + token) * table_stride
         scores_ptr += token * scores_stride
-        for number in tl.range(first, tl.minimum(first + num_pages, (visible + 63) // 64), num_stages=STAGES):
+        for number in tl.range(first, end, num_stages=STAGES):
             page = tl.load(table_ptr + number)
             raw = tl.reshape(data.load([page, 0, 0]), [64, data.block_shape[2]])
             scale = scale_ptr + page.to(tl.int64) * scale_stride
@@ -152,11 +172,11 @@ def run(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlac
     table = places.page_table_SP
     arguments = (q.contiguous(), weights.contiguous(), scale, places.positions_T, places.sequences_T, table, scores)
     if places.is_decode:
-        num_pages = triton.cdiv(tokens * triton.cdiv(num_entries, ROWS), PROGRAMS)
+        num_runs = max(PROGRAMS - tokens, PROGRAMS // 4)
         descriptor = TensorDescriptor(data, list(data.shape), list(data.stride()), [1, ROWS, data.shape[2]])
-        decode_logits_kernel[(triton.cdiv(num_entries, num_pages * ROWS), tokens)](
-            descriptor, *arguments, scale.stride(0), table.stride(0), scores.stride(0), num_entries, num_pages,
-            HEADS=heads, WIDTH=width, FORM=form, STAGES=STAGES,
+        decode_logits_kernel[(min(num_runs + tokens, tokens * triton.cdiv(num_entries, ROWS)),)](
+            descriptor, *arguments, scale.stride(0), table.stride(0), scores.stride(0), num_entries, tokens, num_runs,
+            HEADS=heads, WIDTH=width, FORM=form, STAGES=STAGES, PADDED_TOKENS=max(16, triton.next_power_of_2(tokens)),
         )  # fmt: skip
     else:
         prefill_logits_kernel[(triton.cdiv(num_entries, KEYS), triton.cdiv(tokens, QUERIES))](
@@ -168,15 +188,16 @@ def run(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlac
 
 _TYPES = {"weights_ptr": "*fp32", "positions_ptr": "*i64", "sequences_ptr": "*i64", "table_ptr": "*i32", "scores_ptr": "*fp32"}
 _TYPES |= {"scale_stride": "i32:16", "table_stride": "i32", "scores_stride": "i32:16", "num_entries": "i32"}
+_NUMBERS = {"num_tokens": "i32", "num_runs": "i32"}
 _FORMS = (("fp8", "fp8e4nv", "fp8e4nv", "fp32", 128), ("fp4", "bf16", "u8", "u8", 64), ("bf16", "bf16", "bf16", "bf16", 128))
 AOT = [
     (
         decode_logits_kernel,
-        _TYPES | {"data": f"tensordesc<{data}[1, 64, {elements}]>", "q_ptr": f"*{q}", "scale_ptr": f"*{scale}", "num_pages": "i32"},
-        {"HEADS": 64, "WIDTH": 128, "FORM": form, "STAGES": STAGES},
+        _TYPES | {"data": f"tensordesc<{data}[1, 64, {elements}]>", "q_ptr": f"*{q}", "scale_ptr": f"*{scale}"} | _NUMBERS,
+        {"HEADS": 64, "WIDTH": 128, "FORM": form, "STAGES": STAGES, "PADDED_TOKENS": tokens},
         {"num_warps": 4},
     )
-    for form, q, data, scale, elements in _FORMS
+    for tokens, (form, q, data, scale, elements) in zip((256, 16, 16), _FORMS, strict=True)
 ] + [
     (
         prefill_logits_kernel,
