@@ -28,6 +28,7 @@ class RouterWorker:
             tokenizer_folder=spec.model.tokenizer_folder,
             max_model_len=spec.engine.max_model_len,
             watch=lambda members: watch_controller(spec.router.control_address, self._control_token, members),
+            is_port_shared=True,
         )
         await self._router.start()
         self._endpoint = MetricsEndpoint(self._router.registry, self._host)

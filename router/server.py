@@ -37,10 +37,12 @@ class Router:
         max_model_len: int,
         watch: Callable[[Members], Coroutine[Any, Any, None]] | None = None,
         members: Sequence[Member] = (),
+        is_port_shared: bool = False,
     ) -> None:
-        """`members`: those known at the start. `watch` keeps them up to date for as long as the router lives. Raises ConfigError for a
-        bad tokenizer or key file."""
+        """`members`: those known at the start. `watch` keeps them up to date for as long as the router lives. `is_port_shared`: other
+        router processes of the same cluster listen there, too. Raises ConfigError for a bad tokenizer or key file."""
         self._config, self._served_name, self._max_model_len = config, served_name, max_model_len
+        self._is_port_shared = is_port_shared
         self._follow, self._first_members = watch, members
         self._codec = TextCodec(tokenizer_folder)
         self._api_keys = config.read_api_keys()
@@ -48,7 +50,7 @@ class Router:
         """Its metrics, complete from `start` on; may be read from any thread."""
 
     async def start(self) -> None:
-        """Returns when the port answers."""
+        """Returns when the port answers. Raises ConfigError if it cannot be had, and then leaves nothing behind."""
         config, clock, registry = self._config, SystemClock(), self.registry
         self.members = Members(config.liveness_timeout_s)
         metrics = RouterMetrics(registry, self.members.router_name)
@@ -56,7 +58,7 @@ class Router:
         relay = Relay(self.members, config, clock)
         service = self._service = Service(config, self._served_name, self._max_model_len, self._codec, relay, metrics, clock)
         app = create_app(service, ChatFormat(service, config.default_thinking), self.members, registry, self._api_keys)
-        self._socket = _listen(config.host, config.port)
+        self._socket = _listen(config.host, config.port, self._is_port_shared)
         self.port = self._socket.getsockname()[1]
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -95,16 +97,17 @@ class Router:
         await self.members.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket that other router processes may share. Raises ConfigError if the address cannot be had."""
+def _listen(host: str, port: int, is_shared: bool) -> socket.socket:
+    """A listening socket; all that share a port must say so. Raises ConfigError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if is_shared:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         found.bind((host, port))
     except OSError as error:
         found.close()
-        raise ConfigError(f"router: cannot listen on {host}:{port}: {error.strerror}") from error
+        raise ConfigError(f"router.port: cannot listen on {host}:{port}: {error.strerror}") from error
     found.listen(2048)
     return found
