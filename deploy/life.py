@@ -27,7 +27,7 @@ log = get_logger("controller")
 
 PLACEMENT_POLL_S = 0.1
 PLACEMENT_PATIENCE_S = 3.0
-"""Ray grants what is free in milliseconds; what takes longer is used by others."""
+"""Ray grants what is free in milliseconds; when it takes longer people are told."""
 
 GRACE_S = 5.0
 """How long a worker may take to close its connections when it is stopped on purpose."""
@@ -135,6 +135,8 @@ class ReplicaLife:
         if self._spec.placement.gpus_per_rank:
             bundle["GPU"] = self._spec.placement.gpus_per_rank
         self.plan = plan
+        asked = f"Ray has not set aside {_resources(bundle)} for each of {len(plan.nodes)} ranks on the nodes chosen"
+        self._fleet.placing(self.role, self.index, asked)
         self._remove_leftover()
         self._group = placement_group(
             [dict(bundle) for _ in plan.nodes],
@@ -143,10 +145,10 @@ class ReplicaLife:
             lifetime="detached",
             bundle_label_selector=[{"ray.io/node-id": node} for node in plan.nodes],
         )
-        asked = self._clock.now()
+        patient_until = self._clock.now() + PLACEMENT_PATIENCE_S
         while not await asyncio.to_thread(self._group.wait, 0.01):
-            if self._clock.now() > asked + PLACEMENT_PATIENCE_S:
-                why = "the nodes chosen do not grant the resources: something else on this Ray cluster uses them"
+            if self._clock.now() > patient_until:
+                why = f"{asked}: something else on this Ray cluster uses them, or Ray is slow on a busy machine"
                 self._fleet.unplaced(self.role, self.index, why)
             await asyncio.sleep(PLACEMENT_POLL_S)
         return plan
@@ -206,6 +208,10 @@ class ReplicaLife:
             logs=self._logs,
             control_token=self._control_token,
         )
+
+
+def _resources(bundle: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
 def living_actors(namespace: str) -> list[dict[str, str]]:

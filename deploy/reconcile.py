@@ -96,6 +96,8 @@ class Replica:
     is_asked_to_restart: bool = False
     note: str = ""
     """Why it is not as it should be; empty when all is well."""
+    waits_for: str = ""
+    """What its placement waits for, as last reported."""
 
     @property
     def name(self) -> str:
@@ -153,10 +155,15 @@ class Fleet:
         if (replica := self._in(role, index, Phase.READY, Phase.DRAINING)) is not None:
             replica.requests = requests
 
-    def unplaced(self, role: str, index: int, why: str) -> None:
-        """No room yet; it is given up when the time for it is over."""
+    def placing(self, role: str, index: int, waits_for: str) -> None:
+        """How far its placement is. It is given up when the time for it is over."""
         if (replica := self._in(role, index, Phase.PLACING)) is not None:
-            replica.note = why
+            replica.waits_for = waits_for
+
+    def unplaced(self, role: str, index: int, why: str) -> None:
+        """It takes longer than it should, and people may want to know why."""
+        if (replica := self._in(role, index, Phase.PLACING)) is not None:
+            replica.waits_for = replica.note = why
 
     def drained(self, role: str, index: int) -> None:
         if (replica := self._in(role, index, Phase.DRAINING)) is not None:
@@ -231,6 +238,7 @@ class Fleet:
         age, config = now - replica.since, self.config
         if replica.phase is Phase.PLACING and age >= config.placement_timeout_s:
             replica.after = After.GIVE_UP if replica.after is After.RESTART else replica.after
+            replica.note = f"{replica.waits_for} (given up after placement.placement_timeout_s = {config.placement_timeout_s:g} s)"
             return self._stop(replica, now)
         if replica.phase is Phase.STARTING and age >= config.start_timeout_s:
             self.failed(replica.role, replica.index, f"not ready within {config.start_timeout_s:g} s", now)
@@ -293,6 +301,7 @@ class Fleet:
     def _begin(self, replica: Replica, revision: str, now: float) -> None:
         self._enter(replica, Phase.PLACING, now)
         replica.revision, replica.requests, replica.is_drained = revision, 0, False
+        replica.waits_for = "its placement has not begun"
         self._note(now, f"{replica.name} starting")
 
     def _stop(self, replica: Replica, now: float) -> list[Action]:

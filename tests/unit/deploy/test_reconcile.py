@@ -155,6 +155,22 @@ def test_failures_count_anew_after_a_stable_time() -> None:
     assert world.fleet.replicas["prefill", 0].num_failures == 1
 
 
+def test_who_is_given_up_says_what_this_placement_waited_for_and_not_why_an_earlier_life_failed() -> None:
+    fleet = Fleet(CONFIG)
+    fleet.set_desired(want(prefill=1, decode=0), 0.0)
+    assert fleet.decide(0.0) == [Start("prefill", 0)]
+    fleet.placed("prefill", 0, 0.0)
+    fleet.failed("prefill", 0, "no model", 0.0)
+    fleet.decide(0.0)
+    fleet.gone("prefill", 0, 0.0)
+    assert fleet.decide(1.0) == [Start("prefill", 0)]
+    fleet.placing("prefill", 0, "Ray is slow")
+    assert fleet.replicas["prefill", 0].note == "no model", "what it waits for is no news yet"
+    fleet.decide(1.0 + CONFIG.placement_timeout_s)
+    fleet.gone("prefill", 0, 70.0)
+    assert fleet.problems() == ["prefill/0: Ray is slow (given up after placement.placement_timeout_s = 60 s)"]
+
+
 def test_what_cannot_be_placed_is_given_up_and_blocks_nobody() -> None:
     world = World()
     world.homeless = {"decode/1"}
@@ -165,7 +181,9 @@ def test_what_cannot_be_placed_is_given_up_and_blocks_nobody() -> None:
     assert world.phases() == {"prefill/0": "ready", "prefill/1": "ready", "decode/0": "ready", "decode/1": "placing"}
     world.step(CONFIG.placement_timeout_s)
     assert world.phases()["decode/1"] == "given up"
-    assert world.fleet.problems() == ["decode/1: no room"] and world.fleet.is_settled()
+    assert (
+        world.fleet.problems() == ["decode/1: no room (given up after placement.placement_timeout_s = 60 s)"] and world.fleet.is_settled()
+    )
     world.step(10_000)
     assert world.phases()["decode/1"] == "given up"
     world.homeless.clear()
