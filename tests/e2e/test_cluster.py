@@ -190,10 +190,13 @@ def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing
 
     rows = settled.rows()
     assert len(rows) == 3
-    time.sleep(1.0)  # the ranks' reports are up to health_interval_s old
-    for role, pages in (("prefill", 64), ("decode", 128)):
-        (load,) = [row.load for row in settled.rows().values() if row.member.role == role]
-        assert load.pages_free == load.pages_total == pages and load.slots_free == load.slots_total
+    pages = {"prefill": 64, "decode": 128}
+
+    def is_free() -> bool:
+        loads = {row.member.role: row.load for row in settled.rows().values() if row.member.role in pages}
+        return all(load.pages_free == pages[role] and load.slots_free == load.slots_total for role, load in loads.items())
+
+    settled.wait(is_free, "all pages and slots are free")
     assert sorted(ranks_of(settled.state.marker)) == sorted(row.pid for row in rows.values())
 
 

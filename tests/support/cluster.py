@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from core.errors import Unavailable
@@ -106,6 +106,13 @@ class Cluster:
                 last = repr(error)
             time.sleep(0.1)
         raise AssertionError(f"not as wanted after {timeout_s} s ({last})\n{self.logs()}")
+
+    def wait(self, claim: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+        """Fail unless the claim comes true in time: what the controller tells of ranks is up to health_interval_s old."""
+        end = time.monotonic() + timeout_s
+        while not claim():
+            assert time.monotonic() < end, f"not true after {timeout_s:g} s: {what}\n{self.logs()}"
+            time.sleep(0.05)
 
     def get(self, path: str) -> dict[str, Any]:
         try:
