@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from core import errors
+from core.region import Region
 from core.request import FinishReason, Load, Member, Request, Reservation, SamplingParams, TokenLogprobs, Tokens
-from protos import common_pb2
+from protos import common_pb2, transfer_pb2
 
 _FINISH_TO_WIRE = {
     None: common_pb2.FINISH_NONE,
@@ -163,6 +164,26 @@ def encode_load(load: Load) -> common_pb2.Load:
 
 def decode_load(wire: common_pb2.Load) -> Load:
     return Load(**{name: getattr(wire, name) for name in Load.__slots__})
+
+
+def encode_region(region: Region) -> transfer_pb2.Region:
+    return transfer_pb2.Region(
+        address=region.address,
+        num_pieces=region.num_pieces,
+        piece_bytes=region.piece_bytes,
+        device_id=region.device_id,
+        memory=region.memory,
+    )
+
+
+def decode_region(wire: transfer_pb2.Region) -> Region:
+    return Region(
+        address=wire.address,
+        num_pieces=wire.num_pieces,
+        piece_bytes=wire.piece_bytes,
+        device_id=wire.device_id,
+        memory=wire.memory,
+    )
 
 
 def encode_stages(seconds: dict[str, float]) -> list[common_pb2.Stage]:

@@ -7,7 +7,6 @@ import contextlib
 import pathlib
 from collections.abc import Callable
 
-import torch
 from prometheus_client import CollectorRegistry
 
 from core.clock import SystemClock, new_incarnation
@@ -22,7 +21,7 @@ from decode_worker.metrics import DecodeMetrics
 from decode_worker.server import DecodeService
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
-from engine.memory import memory_run
+from engine.memory import region_of
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Rendezvous, Seat
 from engine.parallel.membership import Membership
@@ -33,7 +32,6 @@ from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import ReceiverMetrics
 from kv_transfer.receiving import KVReceiver
-from kv_transfer.transport import Region
 from protos import decode_pb2_grpc
 
 log = get_logger("decode")
@@ -99,7 +97,7 @@ class DecodeWorker:
             )
             metrics, lease_s = DecodeMetrics(registry), self._transfer.lease_s
             self._loop = DecodeLoop(runner, self._config, lease_s, metrics, self.member, membership.steps, clock, self._on_death)
-            pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
+            pages, slots = region_of(runner.arena.pages), region_of(runner.arena.slots)
             receiver = KVReceiver(
                 self._transfer,
                 runner.layout,
@@ -162,8 +160,3 @@ class DecodeWorker:
     async def stop(self) -> None:
         """End everything; whatever was running is lost to its routers, which run it again elsewhere. Harmless when not started."""
         await self._parts.aclose()
-
-
-def _region(memory: torch.Tensor) -> Region:
-    run = memory_run(memory)
-    return Region(address=run.address, num_pieces=run.num_pieces, piece_bytes=run.piece_bytes, device_id=run.device_id, memory=run.memory)

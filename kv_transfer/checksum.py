@@ -6,7 +6,7 @@ import ctypes
 import zlib
 
 from core.errors import ConfigError
-from kv_transfer.transport import Region
+from core.region import Region
 
 
 def checksum(region: Region, piece: int) -> int:

@@ -16,11 +16,12 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from core.clock import Clock
-from core.codec import encode_error
+from core.codec import encode_error, encode_region
 from core.errors import BatonError, Mismatch, Unavailable
 from core.inbox import InboxThread
 from core.kv_layout import WIRE_VERSION, KVLayout
 from core.log import get_logger
+from core.region import Region
 from core.request import Member
 from core.rpc import PING_INTERVAL_S
 from core.session import Outbox, first_message, serve_session
@@ -43,7 +44,6 @@ from kv_transfer.receiver import (
     SenderLost,
 )
 from kv_transfer.session import check_peer
-from kv_transfer.transport import Region
 from kv_transfer.transports import open_transport
 from protos import common_pb2, transfer_pb2, transfer_pb2_grpc
 
@@ -290,8 +290,8 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             hello=common_pb2.Hello(wire_version=WIRE_VERSION, name=self._member.name, incarnation=self._member.incarnation),
             kv_layout=self._layout.to_json(),
             agent=self._agent,
-            pages=_wire(self._pages),
-            slots=_wire(self._slots),
+            pages=encode_region(self._pages),
+            slots=encode_region(self._slots),
             machine=this_machine().identity,
         )
 
@@ -332,13 +332,3 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         for epoch in message.last_write_out:
             actions += self._state.last_write_out(sender, epoch)
         return actions
-
-
-def _wire(region: Region) -> transfer_pb2.Region:
-    return transfer_pb2.Region(
-        address=region.address,
-        num_pieces=region.num_pieces,
-        piece_bytes=region.piece_bytes,
-        device_id=region.device_id,
-        memory=region.memory,
-    )

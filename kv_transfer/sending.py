@@ -11,10 +11,12 @@ import functools
 from collections.abc import Callable
 
 from core.clock import Clock
+from core.codec import decode_region
 from core.errors import BatonError, MemberLost
 from core.inbox import InboxThread
 from core.kv_layout import KVLayout
 from core.log import get_logger
+from core.region import Region
 from core.request import Member, Reservation
 from kv_transfer.checksum import checksum
 from kv_transfer.config import TransferConfig
@@ -23,7 +25,7 @@ from kv_transfer.link_report import LinkReport
 from kv_transfer.metrics import SenderMetrics
 from kv_transfer.sender import Action, Closed, CommitOrder, Drop, HandedOff, LastWriteOut, Limits, Post, Renew, Reset, Sender
 from kv_transfer.session import PeerSession, Speaker
-from kv_transfer.transport import Region, Write
+from kv_transfer.transport import Write
 from kv_transfer.transports import open_transport
 from protos import transfer_pb2
 
@@ -275,7 +277,7 @@ class KVSender:
             try:
                 if not self._state.is_usable(link):
                     raise MemberLost(f"{link} was given up")
-                lanes = self._transport.connect(link, hello.agent, _region(hello.pages), _region(hello.slots))
+                lanes = self._transport.connect(link, hello.agent, decode_region(hello.pages), decode_region(hello.slots))
                 self._report.made(link, hello.hello.name, lanes, hello.machine, hello.pages.memory)
             except BatonError as error:
                 connected.set_exception(error)
@@ -290,13 +292,3 @@ class KVSender:
 
     def session_ended(self, link: str, error: BatonError) -> None:
         self._order(lambda: self._state.peer_lost(link, error))
-
-
-def _region(wire: transfer_pb2.Region) -> Region:
-    return Region(
-        address=wire.address,
-        num_pieces=wire.num_pieces,
-        piece_bytes=wire.piece_bytes,
-        device_id=wire.device_id,
-        memory=wire.memory,
-    )

@@ -5,21 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Region:
-    """A contiguous run of equal pieces (pages or slots) in the memory of one process."""
-
-    address: int
-    num_pieces: int
-    piece_bytes: int
-    device_id: int = 0
-    memory: str = "DRAM"
-    """"DRAM" or "VRAM"."""
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_pieces * self.piece_bytes
+from core.region import Region
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import contextlib
 import pathlib
 from collections.abc import Callable
 
-import torch
 from prometheus_client import CollectorRegistry
 
 from core.clock import SystemClock, new_incarnation
@@ -18,7 +17,7 @@ from core.request import Load, Member
 from core.rpc import Listener
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
-from engine.memory import memory_run
+from engine.memory import region_of
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Rendezvous, Seat
 from engine.parallel.membership import Membership
@@ -29,7 +28,6 @@ from engine.runner import ModelRunner, Runner
 from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import SenderMetrics
 from kv_transfer.sending import KVSender
-from kv_transfer.transport import Region
 from prefill_worker.config import PrefillConfig
 from prefill_worker.loop import PrefillLoop
 from prefill_worker.metrics import PrefillMetrics
@@ -98,7 +96,7 @@ class PrefillWorker:
                 metrics_address=endpoint.address,
             )
             self._loop = PrefillLoop(runner, self._config, PrefillMetrics(registry), membership.steps, clock, self._on_death)
-            pages, slots = (_region(memory) for memory in (runner.arena.pages, runner.arena.slots))
+            pages, slots = region_of(runner.arena.pages), region_of(runner.arena.slots)
             sender = KVSender(
                 self._transfer,
                 runner.layout,
@@ -162,8 +160,3 @@ class PrefillWorker:
     async def stop(self) -> None:
         """End everything; whatever was running is lost to its routers, which run it again elsewhere. Harmless when not started."""
         await self._parts.aclose()
-
-
-def _region(memory: torch.Tensor) -> Region:
-    run = memory_run(memory)
-    return Region(address=run.address, num_pieces=run.num_pieces, piece_bytes=run.piece_bytes, device_id=run.device_id, memory=run.memory)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from core.errors import BatonError, ConfigError
+from core.region import Region
 from kv_transfer.config import TransferConfig
-from kv_transfer.transport import Region, Transport
+from kv_transfer.transport import Transport
 
 
 def new_transport(config: TransferConfig, name: str) -> Transport:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from core.errors import TransferFailed
-from kv_transfer.transport import Polled, Region, Write
+from core.region import Region
+from kv_transfer.transport import Polled, Write
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ import numpy as np
 
 from core.errors import ConfigError, TransferFailed
 from core.log import get_logger
+from core.region import Region
 from kv_transfer.config import TransferConfig
-from kv_transfer.transport import Polled, Region, Write
+from kv_transfer.transport import Polled, Write
 from kv_transfer.transports.ucx_lanes import endpoints, lanes_of
 
 log = get_logger("nixl")

@@ -36,17 +36,18 @@ from prometheus_client import CollectorRegistry
 
 from core.clock import SystemClock
 from core.kv_layout import PAGE_TOKENS, KVLayout
+from core.region import Region
 from core.request import Member, Reservation
 from engine.cache.layout import build_layout
 from engine.config import EngineConfig, ModelConfig
-from engine.memory import memory_run
+from engine.memory import region_of
 from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import ReceiverMetrics, SenderMetrics
 from kv_transfer.receiver import Committed
 from kv_transfer.receiving import KVReceiver
 from kv_transfer.sender import Closed, CommitOrder
 from kv_transfer.sending import KVSender
-from kv_transfer.transport import Region, Write
+from kv_transfer.transport import Write
 from kv_transfer.transports import open_transport
 
 MODEL = pathlib.Path(__file__).resolve().parents[2] / "deploy" / "model_shapes" / "v4_flash"
@@ -62,7 +63,7 @@ def layout_of_flash() -> KVLayout:
 
 
 def regions(memory: torch.Tensor, slots: torch.Tensor) -> tuple[Region, Region]:
-    return Region(**dataclasses.asdict(memory_run(memory))), Region(**dataclasses.asdict(memory_run(slots)))
+    return region_of(memory), region_of(slots)
 
 
 def by_layer(pages: Region) -> Region:

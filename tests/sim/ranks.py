@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from core.region import Region
 from core.request import Member
 from decode_worker.config import DecodeConfig
 from decode_worker.loop import DecodeLoop
@@ -18,7 +19,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.receiving import KVReceiver
 from kv_transfer.sender import Post
 from kv_transfer.sending import KVSender
-from kv_transfer.transport import Region, Write
+from kv_transfer.transport import Write
 from prefill_worker.config import PrefillConfig
 from prefill_worker.loop import PrefillLoop
 from prefill_worker.server import PrefillService

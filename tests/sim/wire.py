@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.errors import TransferFailed
-from kv_transfer.transport import Polled, Region, Write
+from core.region import Region
+from kv_transfer.transport import Polled, Write
 from tests.sim.network import Network, Process
 
 WIRE_S = 0.5

@@ -8,11 +8,11 @@ import pytest
 from core.clock import ManualClock
 from core.kv_layout import KVLayout
 from core.metrics import new_registry
+from core.region import Region
 from core.request import Member
 from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import ReceiverMetrics
 from kv_transfer.receiving import KVReceiver
-from kv_transfer.transport import Region
 from protos import common_pb2, transfer_pb2
 
 MEMBER = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)

@@ -16,6 +16,7 @@ from core.clock import SystemClock
 from core.errors import MemberLost, Mismatch
 from core.kv_layout import Field, KVLayout
 from core.metrics import new_registry
+from core.region import Region
 from core.request import Member, Reservation
 from core.rpc import new_server
 from kv_transfer.config import TransferConfig
@@ -24,7 +25,6 @@ from kv_transfer.receiver import Committed, Quiesced, Renewed, SenderLost
 from kv_transfer.receiving import KVReceiver
 from kv_transfer.sender import Closed, CommitOrder, HandedOff
 from kv_transfer.sending import KVSender
-from kv_transfer.transport import Region
 
 PAGE, SLOT, COUNT = 256, 64, 8
 CONFIG = TransferConfig(transport="memory", checksum=True)
