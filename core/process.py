@@ -1,6 +1,6 @@
 """What `python -m prefill_worker`, `python -m decode_worker` and `python -m router` have in common: arguments, file, signals.
 
-Each reads its own sections of the cluster file and takes the others as they are.
+Each checks its own sections of the cluster file and takes the others as they are.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.errors import BatonError
 from core.log import get_logger, set_up_logging
+from core.rank_worker import Place
 
 log = get_logger("process")
 
@@ -26,6 +28,20 @@ class Part(Protocol):
     async def start(self) -> Any: ...
 
     async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherSections:
+    """The keys of a cluster file. A process declares anew, with their types, those that it reads."""
+
+    name: Any = None
+    model: Any = None
+    engine: Any = None
+    prefill: Any = None
+    decode: Any = None
+    router: Any = None
+    transfer: Any = None
+    placement: Any = None
 
 
 def new_parser(folder: str, description: str) -> argparse.ArgumentParser:
@@ -39,6 +55,11 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, and for others to connect to (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="0: any free one; the log names it")
     parser.add_argument("--replica", type=int, default=0, help="number in the rank's name, e.g. decode/0.0")
+
+
+def place_of(options: argparse.Namespace) -> Place:
+    """What `add_rank_arguments` asked for."""
+    return Place(host=options.host, port=options.port, replica=options.replica)
 
 
 async def serve(part: Part) -> None:

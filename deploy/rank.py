@@ -16,6 +16,7 @@ import ray
 
 from core.clock import SystemClock
 from core.log import get_logger, set_up_logging
+from core.rank_worker import Place
 from core.request import Load, Member
 from deploy.spec import ClusterSpec
 
@@ -162,9 +163,7 @@ def _new_worker(assignment: Assignment, rendezvous_address: str, rendezvous: Any
         "model_path": spec.model_path,
         "engine": spec.engine,
         "transfer": spec.transfer.on_loopback() if spec.placement.ray == "embedded" else spec.transfer,
-        "host": host,
-        "replica": assignment.index,
-        "rank": assignment.rank,
+        "place": Place(host=host, replica=assignment.index, rank=assignment.rank),
         "on_death": _die,
         "seat": Seat(rank=assignment.rank, size=size, name=name, host=host, rendezvous=rendezvous_address) if size > 1 else None,
         "rendezvous": rendezvous,

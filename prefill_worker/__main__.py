@@ -5,11 +5,10 @@ from __future__ import annotations
 import pathlib
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 from core.config import load_config
 from core.model_section import ModelSection
-from core.process import add_rank_arguments, die, new_parser, run, serve
+from core.process import OtherSections, add_rank_arguments, die, new_parser, place_of, run, serve
 from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
@@ -17,17 +16,11 @@ from prefill_worker.worker import PrefillWorker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sections:
-    """The cluster file as this process reads it."""
-
+class Sections(OtherSections):
     model: ModelSection
     engine: EngineConfig = field(default_factory=EngineConfig)
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
-    name: Any = None
-    decode: Any = None
-    router: Any = None
-    placement: Any = None
 
 
 async def main() -> None:
@@ -41,9 +34,7 @@ async def main() -> None:
         engine=sections.engine,
         config=sections.prefill,
         transfer=sections.transfer.on_loopback() if is_local else sections.transfer,
-        host=options.host,
-        port=options.port,
-        replica=options.replica,
+        place=place_of(options),
         on_death=die,
     )
     await serve(worker)

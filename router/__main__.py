@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 from core.config import load_config
 from core.model_section import ModelSection
-from core.process import new_parser, run, serve
+from core.process import OtherSections, new_parser, run, serve
 from router.addresses import Address, follow_addresses, wait_for_ranks
 from router.config import RouterConfig
 from router.server import Router
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sections:
-    """The cluster file as this process reads it."""
-
+class Sections(OtherSections):
     model: ModelSection
     router: RouterConfig = field(default_factory=RouterConfig)
-    name: Any = None
-    engine: Any = None
-    prefill: Any = None
-    decode: Any = None
-    transfer: Any = None
-    placement: Any = None
 
 
 async def main() -> None:

@@ -25,7 +25,6 @@ from engine.parallel.expert_placement import ExpertPlacement, imbalance, rebalan
 from engine.parallel.experts import ExpertShare, LayerShare
 from engine.parallel.group import Group
 from engine.parallel.lockstep import GroupSteps
-from engine.parallel.membership import Membership
 from engine.parallel.packed import check_expert
 
 if TYPE_CHECKING:
@@ -181,14 +180,14 @@ class Rebalancer:
                 self._store.delete_key(key)
 
 
-def new_rebalancer(loaded: LoadedModel, membership: Membership, died: Callable[[str], None]) -> Rebalancer | None:
-    """None for a rank alone, and where the configuration does not ask for it."""
-    interval_s, steps = loaded.engine.rebalance_interval_s, membership.steps
-    if loaded.share is None or membership.group is None or not isinstance(steps, GroupSteps) or not interval_s:
+def new_rebalancer(loaded: LoadedModel, group: Group, steps: GroupSteps, died: Callable[[str], None]) -> Rebalancer | None:
+    """None where the configuration does not ask for it."""
+    if not loaded.engine.rebalance_interval_s:
         return None
+    assert loaded.share is not None, "a group's model is shared"
     quantize, pack = loaded.engine.dtype == "bfloat16", loaded.ops.pack["moe_experts"]
 
     def packed(w1: list[Weight], w2: list[Weight], w3: list[Weight]) -> Any:
         return pack(w1, w2, w3, quantize)
 
-    return Rebalancer(membership.group, loaded.share, steps, loaded.everything, packed, interval_s, died)
+    return Rebalancer(group, loaded.share, steps, loaded.everything, packed, loaded.engine.rebalance_interval_s, died)

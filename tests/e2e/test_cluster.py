@@ -138,7 +138,7 @@ def test_status_shows_every_member_and_what_pages_travel_over(settled: Cluster) 
     assert all(
         name in output for name in ("router/0.0", settled.only("prefill")[0], settled.only("decode")[0], "64/64", "128/128", "settled")
     )
-    assert "prefill.ready" in settled.baton("logs", "prefill")
+    assert "rank.ready member=prefill/" in settled.baton("logs", "prefill")
     assert "controller: " in settled.baton("logs")
 
 

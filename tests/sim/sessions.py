@@ -52,7 +52,7 @@ class SimRankSession(RankSession):
         mine = End(router, self._dispatch, lost)
         theirs = End(rank, lambda command: rank.service.handle(command, outbox), closed)
         link = Link(router.sim, mine, theirs)
-        outbox.connect(link, theirs, rank.service.finish)
+        outbox.connect(link, theirs, rank.service.sessions.finish)
         outbox.post(rank.update_kind())
         self._outgoing = cast(Any, Outgoing(lambda command: link.send(mine, command)))
         self.is_connected = True

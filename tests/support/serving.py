@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from core.rank_worker import Place
 from core.request import Member
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
@@ -111,8 +112,7 @@ class Serving:
             "model_path": self.model,
             "engine": self._engine,
             "transfer": self._transfer,
-            "replica": replica,
-            "rank": seat.rank if seat else 0,
+            "place": Place(replica=replica, rank=seat.rank if seat else 0),
             "seat": seat,
             "rendezvous": rendezvous,
             "on_death": self.deaths.append,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from core.errors import CheckpointError, ConfigError
+from core.rank_worker import Place
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
 from engine.config import EngineConfig
@@ -35,9 +36,15 @@ def free_port() -> int:
         return port
 
 
-def new_worker(role: str, new_runner: Callable[[], Runner] = lambda: NullRunner(num_pages=8, num_slots=2), **options: Any) -> Any:
-    transfer = TransferConfig(transport=options.pop("transport", "memory"))
-    return ROLES[role](model_path=pathlib.Path("none"), engine=EngineConfig(), transfer=transfer, new_runner=new_runner, **options)
+def new_worker(role: str, port: int, new_runner: Callable[[], Runner] = lambda: NullRunner(num_pages=8, num_slots=2)) -> Any:
+    return ROLES[role](
+        model_path=pathlib.Path("none"),
+        engine=EngineConfig(),
+        transfer=TransferConfig(transport="memory"),
+        place=Place(port=port),
+        on_death=pytest.fail,
+        new_runner=new_runner,
+    )
 
 
 def fetch(url: str) -> bytes:
@@ -52,7 +59,7 @@ def test_a_stopped_rank_leaves_no_thread_and_its_port_can_be_taken_again(role: s
 
     async def live() -> None:
         for _ in range(2):
-            worker = new_worker(role, port=port)
+            worker = new_worker(role, port)
             member = await worker.start()
             assert member.address == f"127.0.0.1:{port}"
             page = await asyncio.to_thread(fetch, f"http://{member.metrics_address}/metrics")
@@ -72,14 +79,14 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_nothing_behind(role: str) 
         raise CheckpointError("model-1.safetensors: truncated")
 
     async def live() -> None:
-        worker = new_worker(role, broken, port=port)
+        worker = new_worker(role, port, broken)
         with pytest.raises(CheckpointError, match="truncated"):
             await worker.start()
         await worker.stop()
-        again = new_worker(role, port=port)
+        again = new_worker(role, port)
         await again.start()
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
-            await new_worker(role, broken, port=port).start()  # the port is looked at before the model
+            await new_worker(role, port, broken).start()  # the port is looked at before the model
         await again.stop()
 
     asyncio.run(live())

@@ -21,7 +21,6 @@ from engine.parallel.expert_placement import ExpertPlacement, imbalance
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Group
 from engine.parallel.lockstep import GroupSteps
-from engine.parallel.membership import Membership
 from engine.parallel.packed import check_expert, put_expert
 from engine.parallel.rebalance import Rebalancer, new_rebalancer
 from engine.runner import ModelRunner
@@ -92,7 +91,7 @@ def test_a_group_under_skewed_load_moves_experts_while_it_steps(small_checkpoint
         assert loaded.share is not None
         runner = ModelRunner(loaded, 2, 1)
         sequence = new_sequence(runner, group.rank)
-        rebalancer = new_rebalancer(loaded, Membership(group, steps), pytest.fail)
+        rebalancer = new_rebalancer(loaded, group, steps, pytest.fail)
         assert isinstance(rebalancer, Rebalancer)
         for layer in range(4):
             loaded.share.layers[f"layers.{layer}.ffn"].choice.load += torch.tensor(skew)

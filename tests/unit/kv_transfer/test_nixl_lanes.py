@@ -7,11 +7,12 @@ import ctypes
 import pytest
 
 from core.metrics import new_registry
+from core.region import Region
 from kv_transfer.config import TransferConfig
 from kv_transfer.lanes import Path, path_of, this_machine
 from kv_transfer.link_report import LinkReport
 from kv_transfer.metrics import SenderMetrics
-from kv_transfer.transport import Region, Write
+from kv_transfer.transport import Write
 from kv_transfer.transports import open_transport
 from kv_transfer.transports.nixl import NixlTransport
 from kv_transfer.transports.ucx_lanes import endpoints
