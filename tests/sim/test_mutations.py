@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from core.errors import BatonError
+from core.request import Reservation
 from decode_worker import reservations
 from decode_worker.reservations import Held, Reservations, State
 from kv_transfer import receiver as rx
@@ -61,6 +62,18 @@ def let_anyone_write(patch: pytest.MonkeyPatch) -> None:
         return [rx.Live(sender, epoch) if isinstance(action, rx.Revoke) else action for action in actions]
 
     patch.setattr(rx.Receiver, "renew", renew)
+
+
+def write_before_live(patch: pytest.MonkeyPatch) -> None:
+    """A sender does not wait to be told that its epoch is live."""
+    true_open = tx.Sender.open
+
+    def open(self: tx.Sender, request_id: str, peer: str, reservation: Reservation, now: float) -> list[tx.Action]:
+        actions = true_open(self, request_id, peer, reservation, now)
+        self._hand_offs[request_id].phase = tx.Phase.SENDING
+        return actions
+
+    patch.setattr(tx.Sender, "open", open)
 
 
 def drop_leases(patch: pytest.MonkeyPatch) -> None:
@@ -172,6 +185,7 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
     "quarantine of lost senders": (shorten_quarantine, "landed in"),
     "epoch check of the commit": (drop_epoch_check, ""),
     "epoch check of the live answer": (let_anyone_write, "landed in"),
+    "waiting for the live answer": (write_before_live, "landed in"),
     "lease": (drop_leases, "beyond its lease"),
     "fence of the sender": (drop_fence_of_sender, "landed in"),
     "fence of the receiver": (drop_fence_of_receiver, "landed in"),
