@@ -2,23 +2,29 @@
 
     log = get_logger("prefill")
     log.info("prefill.started", request_id="r1", num_tokens=812)
-    ->  2026-11-21T04:12:09.113Z INFO  prefill prefill.started request_id=r1 num_tokens=812
+    ->  2026-11-21T04:12:09.113482Z INFO  prefill prefill.started request_id=r1 num_tokens=812
 
-Names come in pairs (`x.started`, `x.done` or `x.failed`). info: once per request or state change; debug: per step.
+Names come in pairs (`x.started`, `x.done` or `x.failed`). info: once per request or state change; debug: per step and per write, which
+is what a timeline of one request is drawn from (`tests/benchmarks/timeline.py`). Processes of one machine share the time axis.
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
+import os
 import sys
 from typing import Any
+
+from core.errors import ConfigError
+
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        stamp = when.strftime("%Y-%m-%dT%H:%M:%S.") + f"{when.microsecond // 1000:03d}Z"
+        stamp = when.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         line = f"{stamp} {record.levelname:<5} {record.name.removeprefix('baton.')} {record.getMessage()}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
@@ -68,8 +74,12 @@ def get_logger(name: str) -> EventLogger:
     return EventLogger(logging.getLogger(f"baton.{name}"))
 
 
-def set_up_logging(level: str = "info") -> None:
-    """Send baton's events to standard error. Called once, by a process's entry point. level: debug|info|warning|error."""
+def set_up_logging(default: str = "info") -> None:
+    """Send baton's events to standard error, from the level in the environment's BATON_LOG_LEVEL on, one of LEVELS. Called once, by a
+    process's entry point. Raises ConfigError."""
+    level = os.environ.get("BATON_LOG_LEVEL", default)
+    if level not in LEVELS:
+        raise ConfigError(f"BATON_LOG_LEVEL is {level!r}; allowed: {', '.join(LEVELS)}")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     root = logging.getLogger("baton")

@@ -75,8 +75,8 @@ async def serve(part: Part) -> None:
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
     """Exit status: 0 stopped by a signal, 1 with the reason on standard error."""
-    set_up_logging()
     try:
+        set_up_logging()
         asyncio.run(main())
     except BatonError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -239,6 +239,7 @@ class DecodeLoop:
             job.stages["ready_wait"] = began - job.ready
             self._reservations.started(sequence.request_id)
             self._receiver.release(held.epoch)
+            log.debug("decode.started", request_id=sequence.request_id, seconds=self._clock.now() - began)
         update = updates.setdefault(job.outbox, decode_pb2.DecodeUpdate())
         tokens = Tokens(
             request_id=sequence.request_id,

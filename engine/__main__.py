@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = _parser().parse_args()
-    set_up_logging("warning")
     try:
+        set_up_logging("warning")
         arguments.run(arguments)
     except BatonError as error:
         print(f"error: {error}", file=sys.stderr)

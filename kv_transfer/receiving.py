@@ -205,6 +205,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             self._metrics.commits.labels("corrupt").inc()
             return self._state.reject(wire.epoch, f"{len(wrong)} pieces arrived with another checksum", self._clock.now())
         self._metrics.commits.labels("accepted").inc()
+        log.debug("transfer.committed", request_id=wire.request_id, epoch=wire.epoch)
         return self._state.commit(arrived)
 
     def _wrong_pieces(self, wire: transfer_pb2.Commit) -> list[int]:

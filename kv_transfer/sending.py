@@ -167,18 +167,30 @@ class KVSender:
         for write_id, succeeded in self._transport.poll().finished:
             request_id = self._writes.pop(write_id, None)
             if request_id is not None:
+                log.debug("transfer.out", request_id=request_id, write_id=write_id, succeeded=succeeded)
                 self._perform(self._state.write_finished(request_id, write_id, succeeded, self._clock.now()))
 
     def _write(self) -> None:
         while (post := self._state.next_post()) is not None:
+            began = self._clock.now()
             try:
                 write_id = self._transport.write(post.peer, self._as_write(post))
             except BatonError as error:
                 self._perform(self._state.write_refused(post, error))
                 continue
             self._writes[write_id] = post.request_id
-            self._state.posted(post, write_id, self._clock.now())
+            now = self._clock.now()
+            self._state.posted(post, write_id, now)
             self._metrics.written.inc(post.num_bytes)
+            log.debug(
+                "transfer.posted",
+                request_id=post.request_id,
+                write_id=write_id,
+                num_pages=len(post.pages),
+                has_slot=post.order is not None,
+                num_bytes=post.num_bytes,
+                seconds=now - began,
+            )
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:

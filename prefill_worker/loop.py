@@ -153,6 +153,8 @@ class PrefillLoop:
         self._tokens += num_tokens
         self._token_s += NEWEST_STEP_WEIGHT * (seconds / num_tokens - self._token_s)
         self._metrics.stepped(num_tokens, seconds)
+        ids = ",".join(chunk.sequence.request_id for chunk in chunks)
+        log.debug("prefill.step", request_ids=ids, num_tokens=num_tokens, seconds=seconds)
         for result in results:
             self._advance(self._jobs[result.sequence.request_id], result)
 
