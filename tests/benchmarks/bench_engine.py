@@ -184,6 +184,8 @@ def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: flo
             caches.clear_slot(0)
             for start in range(0, prompt, chunk):
                 sequence.num_computed = start
+                if loaded.share is not None:
+                    loaded.share.begin_step(min(chunk, prompt - start))  # all ranks take the same chunks
                 loaded.network.forward(build_batch([Chunk(sequence, min(chunk, prompt - start))], loaded.device), caches)
 
         for _ in range(3):

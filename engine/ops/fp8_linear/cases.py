@@ -69,4 +69,8 @@ BENCH = (
     *(_bench("w2 shared", rows, 4096, 2048) for rows in (1, 32)),
     *(_bench("wo_b", rows, 4096, 8192) for rows in (256, 512, 1024, 2048, 8192)),
     _bench("wq_b", 8192, 32768, 1024),
+    *(_bench("wq_a | wkv", rows, 1536, 4096) for rows in (1, 32, 8192)),
+    *(_bench("w1 | w3 shared", rows, 4096, 4096) for rows in (1, 32, 8192)),
+    *(_bench("Pro wq_b", rows, 65536, 1536) for rows in (1, 32, 8192)),
+    *(_bench("Pro wo_b", rows, 7168, 16384) for rows in (1, 32, 8192)),
 )

@@ -42,9 +42,9 @@ CASES = (
 )
 
 
-def _bench(tokens: int) -> Bench:
-    size = 8 * 1024 * 4096
-    return Bench(f"T={tokens} G=8 N=1024 K=4096", _drawn(tokens, 8, 1024, 4096), size + 2 * tokens * 8 * 5120, 2 * tokens * size, "bf16")
+def _bench(tokens: int, groups: int = 8) -> Bench:
+    size, name = groups * 1024 * 4096, f"T={tokens} G={groups} N=1024 K=4096"
+    return Bench(name, _drawn(tokens, groups, 1024, 4096), size + 2 * tokens * groups * 5120, 2 * tokens * size, "bf16")
 
 
-BENCH = (_bench(1), _bench(32), _bench(128), _bench(4096))
+BENCH = (*(_bench(tokens) for tokens in (1, 32, 128, 512, 4096, 8192)), _bench(1, 16), _bench(8192, 16))

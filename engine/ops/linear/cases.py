@@ -46,7 +46,8 @@ def _bench(name: str, rows: int, n: int, k: int, out: torch.dtype) -> Bench:
 
 BENCH = (
     *(_bench("router", rows, 256, 4096, FP32) for rows in (1, 32, 8192)),
-    *(_bench("compressor c4", rows, 1024, 4096, FP32) for rows in (1, 32)),
+    *(_bench("compressor c128", rows, 1024, 4096, FP32) for rows in (1, 32)),
+    *(_bench("compressors c4", rows, 2560, 4096, FP32) for rows in (1, 32, 8192)),
     *(_bench("wo_a group", rows, 1024, 4096, BF16) for rows in (1, 32)),
     *(_bench("head", rows, 129280, 4096, FP32) for rows in (1, 32, 128)),
 )

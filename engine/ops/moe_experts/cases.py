@@ -162,6 +162,8 @@ BENCH = (
     *(_even_bench(rows) for rows in (4, 16, 32, 128)),
     *(_bench(f"Flash 256 experts T={tokens}", tokens, 256, 4096, 2048) for tokens in (1, 8, 32, 128, 1024, 8192)),
     _bench("Flash 32 of 256 experts T=256", 256, 256, 4096, 2048, local=(64, 32)),
+    *(_bench(f"Flash 128 of 256 experts T={tokens}", tokens, 256, 4096, 2048, local=(0, 128)) for tokens in (2, 64, 16384)),
     _bench("Flash FP8 64 experts T=32", 32, 64, 4096, 2048, kind="fp8"),
-    _bench("Pro 48 of 384 experts T=128", 128, 384, 7168, 3072, local=(0, 48)),
+    _bench("Flash FP8 128 of 256 experts T=16384", 16384, 256, 4096, 2048, kind="fp8", local=(0, 128)),
+    *(_bench(f"Pro 48 of 384 experts T={tokens}", tokens, 384, 7168, 3072, local=(0, 48)) for tokens in (128, 8192)),
 )

@@ -1,0 +1,65 @@
+#!/bin/sh
+# Check and measure on a GPU host, in one go, the most telling first (tests/benchmarks/README.md):
+#
+#   sh tests/benchmarks/measure_gpu_host.sh OUT [MINUTES]     results and logs into OUT; nothing begins after MINUTES (default 15)
+#   sh tests/benchmarks/measure_gpu_host.sh --list            the commands for two GPUs, one a line
+#
+# A step that fails or takes too long does not keep the next ones from running; OUT/summary.txt says how each ended. PYTHON names the
+# interpreter, by default that of .venv (sh deploy/setup_env.sh dev).
+set -u
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-.venv/bin/python}
+list=
+if [ "${1:-}" = --list ]; then
+    list=yes out=OUT gpus=2
+else
+    out=${1:?where to} minutes=${2:-15}
+    mkdir -p "$out"
+    out=$(cd "$out" && pwd)
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    end=$(($(date +%s) + 60 * minutes))
+    { git rev-parse HEAD; nvidia-smi --query-gpu=name,driver_version --format=csv,noheader; "$PYTHON" -m pip list 2>/dev/null; } >"$out/host.txt" 2>&1
+    : >"$out/summary.txt"
+fi
+
+step() {  # step NAME SECONDS ARGUMENTS OF PYTHON...
+    name=$1 seconds=$2
+    shift 2
+    if [ -n "$list" ]; then
+        echo "$PYTHON $*"
+        return
+    fi
+    now=$(date +%s)
+    if [ "$now" -ge "$end" ]; then
+        echo "$name: not begun, out of time" | tee -a "$out/summary.txt"
+        return
+    fi
+    timeout -k 5 "$seconds" "$PYTHON" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    echo "$name: status $status after $(($(date +%s) - now)) s; $(tail -n 1 "$out/$name.log" | cut -c 1-200)" | tee -a "$out/summary.txt"
+}
+
+# Kernels that were written without a GPU: the exchange's rows, rows of pages, the index scan's runs, stores out of wider matrices.
+new="exchange_pack or exchange_unpack or page_rows or index_logits or kv_store or compress or rms_norm or swiglu"
+step parity_new 150 -m pytest -q -n 4 -m gpu tests/parity/test_ops.py -k "$new"
+step parity_model 150 -m pytest -q -s tests/parity/test_gpu_model.py
+if [ "$gpus" -ge 2 ]; then
+    step parity_exchange 120 -m pytest -q tests/parity/test_exchange_gpus.py -k "gather or reference"
+    engine="-m tests.benchmarks.bench_engine --ranks 2 --ops expert_exchange=gather --profile"
+    also=1x8192,32x8192,128x8192,256x8192,1x4096,1x921600,32x131072
+else
+    engine="-m tests.benchmarks.bench_engine --layers 22 --profile"
+    also=1x8192,32x8192,128x8192,1x4096,32x131072
+fi
+# shellcheck disable=SC2086  # words, not one word
+step decode 240 $engine --also $also --out "$out/decode.json"
+# shellcheck disable=SC2086
+step prefill 180 $engine --prompts 8192,131072 --out "$out/prefill.json"
+ops=exchange_pack,exchange_unpack,page_rows,index_logits,fp8_linear,grouped_linear,hc_post_pre
+step ops_latency 150 -m tests.benchmarks.bench_ops --ops "$ops" --out "$out/ops_latency.json"
+step ops_experts 150 -m tests.benchmarks.bench_ops --ops moe_experts --out "$out/ops_experts.json"
+if [ "$gpus" -ge 2 ]; then
+    step transfer 120 -m tests.benchmarks.bench_transfer --devices cuda:0,cuda:1 --out "$out/transfer.json"
+    step exchange 90 -m tests.benchmarks.bench_exchange --out "$out/exchange.json"
+fi
+step parity_rest 300 -m pytest -q -n 4 -m gpu tests/parity -k "not ($new) and not test_gpu_model and not test_exchange"
