@@ -160,6 +160,8 @@ class Relay:
         journey.add("reserve", self._clock.now() - began)
         journey.ranks += [prefill.member.name, decode.member.name]
         run = _Run(request, prefill, decode, request.request_id)
+        left_s = max(deadline - self._clock.now(), 0.0)
+        alarm = asyncio.get_running_loop().call_later(left_s, events.put_nowait, ("", None))  # a timeout around each read costs more
         try:
             prefill.listen(request.request_id, len(request.token_ids), into(events, request.request_id))
             prefill.run(request, reservation)
@@ -167,7 +169,9 @@ class Relay:
             held: list[Output] = []  # decode's tokens may overtake the first one: they come over another stream
             has_first = False
             while True:
-                name, event = await self._next(events, deadline)
+                name, event = await events.get()
+                if event is None:
+                    raise DeadlineExceeded(f"the request took over {self._config.request_timeout_s:g} s")
                 if run.is_stale(name, event):
                     continue
                 if isinstance(event, PromptScored):
@@ -205,6 +209,7 @@ class Relay:
                             return
                     held.clear()
         finally:
+            alarm.cancel()
             run.leave(run.prefill)
             run.leave(run.decode)
 
@@ -238,14 +243,6 @@ class Relay:
         journey.hand_ons += 1
         journey.ranks.append(run.decode.member.name)
         log.warning("relay.handed_on", request_id=request.request_id, decode=run.decode.member.name, error=f"{error.code}: {error}")
-
-    async def _next(self, events: Events, deadline: float) -> tuple[str, Event]:
-        # not asyncio.wait_for: before Python 3.12 it swallows a cancellation that meets a finished read
-        try:
-            async with asyncio.timeout(max(deadline - self._clock.now(), 0.0)):
-                return await events.get()
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"the request took over {self._config.request_timeout_s:g} s") from error
 
     def _add_stages(self, journey: Journey, stages: dict[str, float]) -> None:
         for stage, seconds in stages.items():

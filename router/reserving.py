@@ -25,8 +25,8 @@ KEPT_S = 2.0
 """How long pages are kept on a prefill rank while all decode ranks are full. Theirs may be full of requests that wait for just these
 pages, so this must end."""
 
-Events = asyncio.Queue[tuple[str, Event]]
-"""With what the rank that told it knows the request as."""
+Events = asyncio.Queue[tuple[str, Event | None]]
+"""With what the rank that told it knows the request as. None: the request's time is up."""
 
 
 class Reserver:
