@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections.abc import Iterable
 
 from core import errors
@@ -14,6 +16,8 @@ _FINISH_TO_WIRE = {
     FinishReason.STOP: common_pb2.FINISH_STOP,
     FinishReason.LENGTH: common_pb2.FINISH_LENGTH,
 }
+_LOAD_FIELDS = tuple(field.name for field in dataclasses.fields(Load))
+_load_values = operator.attrgetter(*_LOAD_FIELDS)
 _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
 
 
@@ -159,11 +163,11 @@ def decode_reservation(wire: common_pb2.Reservation) -> Reservation:
 
 
 def encode_load(load: Load) -> common_pb2.Load:
-    return common_pb2.Load(**{name: getattr(load, name) for name in Load.__slots__})
+    return common_pb2.Load(**dict(zip(_LOAD_FIELDS, _load_values(load), strict=True)))
 
 
 def decode_load(wire: common_pb2.Load) -> Load:
-    return Load(**{name: getattr(wire, name) for name in Load.__slots__})
+    return Load(**dict(zip(_LOAD_FIELDS, _load_values(wire), strict=True)))
 
 
 def encode_region(region: Region) -> transfer_pb2.Region:

@@ -261,13 +261,14 @@ class Sender:
     def next_post(self) -> Post | None:
         """What to write now, if anything: a turn each, as the bound on bytes in flight allows (one write always may). The answer,
         `posted` or `write_refused`, must be given before anything else."""
+        sending = [hand_off for hand_off in self._hand_offs.values() if hand_off.phase is Phase.SENDING]
+        if not sending:
+            return None
         limits = self._limits
         budget = limits.max_bytes_in_flight - self.bytes_in_flight
         is_idle = budget == limits.max_bytes_in_flight
         most = max(min(budget, limits.max_bytes_in_flight // TURNS) // limits.page_bytes, 1 if is_idle else 0)
-        for hand_off in self._hand_offs.values():
-            if hand_off.phase is not Phase.SENDING:
-                continue
+        for hand_off in sending:
             count = min(len(hand_off.pages), most)
             is_last = hand_off.order is not None and count == len(hand_off.pages) and not hand_off.in_flight
             if not hand_off.pages and not is_last:
@@ -330,10 +331,11 @@ class Sender:
     def fence(self, now: float) -> list[Action]:
         """To be called before every use of the transport, since this process may have been stopped for any time just before."""
         limits, actions = self._limits, list[Action]()
-        for peer, link in list(self._links.items()):
-            if link.lost is None and now - link.vouched_at > limits.liveness_timeout_s:
-                reason = f"{peer} is lost: nothing heard for {limits.liveness_timeout_s:g} s"
-                actions += self.peer_lost(peer, MemberLost(reason))
+        silent = [peer for peer, link in self._links.items() if now - link.vouched_at > limits.liveness_timeout_s]
+        if not silent:
+            return []
+        for peer in silent:
+            actions += self.peer_lost(peer, MemberLost(f"{peer} is lost: nothing heard for {limits.liveness_timeout_s:g} s"))
         late = limits.liveness_timeout_s + limits.drain_s
         if any(link.lost is not None and now - link.vouched_at > late for link in self._links.values()):
             actions.append(Reset())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -55,7 +56,7 @@ class Allocator:
 
     def check_integrity(self) -> None:
         """Assert that free and owned ids together are each id exactly once."""
-        ids = sorted(self._free_ids() + [one for ids in self._owned.values() for one in ids])
+        ids = sorted(itertools.chain(self._free_ids(), *self._owned.values()))
         assert ids == list(range(self._count)), f"{type(self).__name__}: {len(ids)} ids accounted for of {self._count}"
 
 
