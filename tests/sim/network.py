@@ -39,21 +39,25 @@ class Process:
     def is_running(self) -> bool:
         return self.is_alive and self.loop._now >= self.stopped_until
 
-    def later(self, delay: float, call: Callable[[], None]) -> None:
-        self.loop.at(self.loop._now + delay, lambda: self._fire(call))
+    def later(self, delay: float, call: Callable[..., None], *args: Any) -> None:
+        self.loop.at(self.loop._now + delay, self._fire, call, args)
 
-    def at(self, when: float, call: Callable[[], None]) -> None:
+    def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
         """Calls for the same time keep their order."""
-        self.loop.at(when, lambda: self._fire(call))
+        self.loop.at(when, self._fire, call, args)
 
-    def _fire(self, call: Callable[[], None]) -> None:
+    def _fire(self, call: Callable[..., None], args: tuple[Any, ...]) -> None:
         if not self.is_alive:
             return
         if self.loop._now < self.stopped_until:
-            self.loop.at(self.stopped_until, lambda: self._fire(call))
+            self.loop.at(self.stopped_until, self._fire, call, args)
             return
         self.world.current = self
-        call()
+        call(*args)
+
+    def jump(self, seconds: float) -> None:
+        """The clock jumps ahead."""
+        self.clock_offset += seconds
 
     def stop(self, seconds: float) -> None:
         self.stopped_until = self.loop._now + seconds
@@ -97,6 +101,10 @@ class End:
         self.next_at = 0.0
         """Nothing arrives here before this, so that the order stays."""
 
+    def arrive(self, message: Any) -> None:
+        if self.is_open:
+            self.take(message)
+
 
 class Link:
     """A session. `ends[0]` began it."""
@@ -117,13 +125,10 @@ class Link:
         when = now + 0.001 + 0.004 * network.rng.random()
         if network.cuts:
             when += max(0.0, network.cuts.get(frozenset((sender.process, other.process)), 0.0) - now)
-        other.next_at = when = max(when, other.next_at)
-
-        def arrive() -> None:
-            if other.is_open:
-                other.take(message)
-
-        other.process.at(when, arrive)
+        if when < other.next_at:
+            when = other.next_at
+        other.next_at = when
+        other.process.at(when, other.arrive, message)
 
     def end(self, process: Process, reason: str) -> None:
         """This process ends the session, or is gone; the other end is told as soon as a message could arrive."""
@@ -134,20 +139,20 @@ class Link:
             return
         cut_for = self.network.cuts.get(frozenset((mine.process, other.process)), 0.0) - self.network.loop._now
         delay = RESET_S if cut_for <= 0 else min(cut_for, LIVENESS_S)
-        other.process.later(delay, lambda: self._lose(other, reason))
+        other.process.later(delay, self._lose, other, reason)
 
     def silence(self, process: Process, seconds: float) -> None:
         """Nothing comes from this process for so long: the other end gives up if that is too long for it."""
         other = self.ends[1] if self.ends[0].process is process else self.ends[0]
         wait = LIVENESS_S * (1 + 0.2 * self.network.rng.random())
         if seconds > wait and other.is_open:
-            other.process.later(wait, lambda: self._lose(other, f"nothing heard for {LIVENESS_S:g} s"))
+            other.process.later(wait, self._lose, other, f"nothing heard for {LIVENESS_S:g} s")
 
     def reset(self, reason: str = "connection reset") -> None:
         """The connection breaks; both ends notice."""
         for end in self.ends:
             if end.is_open:
-                end.process.later(RESET_S * (1 + self.network.rng.random()), lambda end=end: self._lose(end, reason))  # type: ignore[misc]
+                end.process.later(RESET_S * (1 + self.network.rng.random()), self._lose, end, reason)
 
     def _lose(self, end: End, reason: str) -> None:
         if not end.is_open:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import types
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import prefill_worker.job
 import prefill_worker.loop
 import router.members
 import router.placement
+import router.reserving
 import router.service
 from tests.sim.null_engine import PAGE_TOKENS
 from tests.sim.ranks import Rank
@@ -31,11 +31,8 @@ from tests.sim.world import World
 class _Ids:
     """In place of the module uuid: ids that follow from the seed."""
 
-    def __init__(self) -> None:
-        self._count = itertools.count(1)
-
     def uuid4(self) -> types.SimpleNamespace:
-        return types.SimpleNamespace(hex=f"{next(self._count):08x}")
+        return types.SimpleNamespace(hex=f"{next(SimThread.current.request_numbers):08x}")
 
 
 class _Transcriber(logging.Handler):
@@ -50,8 +47,8 @@ class _Transcriber(logging.Handler):
 
 
 @contextlib.contextmanager
-def simulated(world: World) -> Iterator[None]:
-    """See above; and what the code logs goes into the world's transcript, if it has one."""
+def simulated() -> Iterator[None]:
+    """See above; and the code logs nothing."""
     replaced: list[tuple[Any, str, Any]] = []
 
     def put(module: Any, name: str, value: Any) -> None:
@@ -79,25 +76,35 @@ def simulated(world: World) -> Iterator[None]:
     put(kv_transfer.sending, "PeerSession", SimPeerSession)
     put(kv_transfer.receiving, "Outbox", SimOutbox)
     put(kv_transfer.receiving, "SILENT_S", 0.9)
+    put(router.reserving, "FULL_POLL_S", 0.06)
     put(router.members, "RankSession", SimRankSession)
     put(router.service, "uuid", _Ids())
     logger = logging.getLogger("baton")
-    level, handler = logger.level, _Transcriber(world)
-    logger.setLevel(logging.INFO if world.has_transcript else logging.CRITICAL + 1)
-    if world.has_transcript:
-        logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
         logger.setLevel(level)
         for module, name, value in reversed(replaced):
             setattr(module, name, value)
 
 
+@contextlib.contextmanager
+def transcribed(world: World) -> Iterator[None]:
+    """What the code logs goes into the world's transcript."""
+    logger, handler = logging.getLogger("baton"), _Transcriber(world)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def run_world(seed: int, tell: Callable[[str], None] | None = None, set_up: Callable[[World], None] | None = None) -> World:
     """One history. Raises AssertionError, which names the broken rule."""
     world = World(seed, tell, set_up)
-    with simulated(world):
+    with simulated(), transcribed(world) if world.has_transcript else contextlib.nullcontext():
         world.run()
     return world

@@ -6,6 +6,8 @@ What is not real: threads (`SimThread` takes their turns in virtual time), strea
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from core.region import Region
@@ -62,6 +64,20 @@ class Rank(Host):
         self.transport = SimTransport(world.wire, self)
         self.regions = Region(address=0, num_pieces=num_pages, piece_bytes=100), Region(address=0, num_pieces=num_slots, piece_bytes=40)
         self.is_draining = False
+        self.threads: list[SimThread] = []
+
+    def _let_sleep(self, owner: Any, quiet_until: Callable[[], float]) -> SimThread:
+        """The thread of a loop, a sender or a receiver takes no turns that do nothing."""
+        thread: SimThread = owner._thread
+        thread.quiet_until = quiet_until
+        self.threads.append(thread)
+        return thread
+
+    def jump(self, seconds: float) -> None:
+        """The clock jumps ahead, and what is due comes sooner."""
+        self.clock_offset += seconds
+        for thread in self.threads:
+            thread.poll()
 
     async def start(self) -> None:
         raise NotImplementedError
@@ -83,6 +99,8 @@ class PrefillRank(Rank):
         event = self.engine.transfer_event
         self.sender = SimKVSender(TRANSFER, self.runner.layout, *self.regions, self.member, clock, NOTHING, event, self._on_death)
         self.service = PrefillService(self.engine, self.member, LIVENESS_S)
+        self._let_sleep(self.engine, self._engine_quiet_until)
+        self._let_sleep(self.sender, self._sender_quiet_until)
         self.update_kind: Any = prefill_pb2.PrefillUpdate
 
     async def start(self) -> None:
@@ -92,6 +110,15 @@ class PrefillRank(Rank):
     @property
     def is_idle(self) -> bool:
         return self.engine.is_idle and not self.sender.num_open
+
+    def _engine_quiet_until(self) -> float:
+        return 0.0 if self.engine._jobs else math.inf
+
+    def _sender_quiet_until(self) -> float:
+        state = self.sender._state
+        if state._hand_offs or self.transport.flights or any(link.lost is not None for link in state._links.values()):
+            return 0.0
+        return min((link.vouched_at + LIVENESS_S for link in state._links.values()), default=math.inf)
 
     def read(self, tag: Tag, kind: str, piece: int) -> int | None:
         job = self.engine._hand_offs._open.get(tag.request_id)
@@ -113,6 +140,8 @@ class DecodeRank(Rank):
             TRANSFER, cast(Any, self.runner.layout), *self.regions, self.member, clock, NOTHING, event, self._on_death
         )
         self.service = DecodeService(self.engine, self.member, LIVENESS_S)
+        self._let_sleep(self.engine, self._engine_quiet_until)
+        self.transport.told = self._let_sleep(self.receiver, self._receiver_quiet_until).poll
         self.update_kind: Any = decode_pb2.DecodeUpdate
 
     async def start(self) -> None:
@@ -122,6 +151,17 @@ class DecodeRank(Rank):
     @property
     def is_idle(self) -> bool:
         return self.engine.is_idle and not self.receiver._state.num_open
+
+    def _engine_quiet_until(self) -> float:
+        if self.engine._running:
+            return 0.0
+        held = self.engine._reservations._held.values()
+        return min((min(one.lease_until, one.deadline) for one in held), default=math.inf)
+
+    def _receiver_quiet_until(self) -> float:
+        epochs = self.receiver._state._epochs.values()
+        dues = [due for found in epochs for due in (found.answer_by, found.quiet_at) if due is not None]
+        return min(dues, default=math.inf)
 
     def land(self, tag: Tag, kind: str, piece: int, content: int | None) -> None:
         """Bytes arrive, whoever owns the place by now: that is the rule that matters most."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ class Nothing:
     """Metrics that nobody reads."""
 
     def __getattr__(self, name: str) -> Nothing:
+        setattr(self, name, self)  # the next time it is found at once
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
@@ -26,23 +28,38 @@ class Nothing:
 NOTHING: Any = Nothing()
 
 
+TICK_S = 0.25
+"""A thread that has nothing to poll for looks at its deadlines so often, or less."""
+
+
 class SimThread:
-    """In place of `InboxThread`: orders and turns happen as events of the process that made it."""
+    """In place of `InboxThread`: orders and turns happen as events of the process that made it.
+
+    A thread takes its turns when the real one would, but for those of which `quiet_until` knows that they do nothing.
+    """
 
     current: World
 
     def __init__(self, name: str, turn: Callable[[], float], died: Callable[[Exception], None]) -> None:
-        process = SimThread.current.current
-        assert process is not None
-        self._process, self._turn = process, turn
+        self._process, self._turn = cast("Rank", SimThread.current.current), turn
         self._orders: deque[Callable[[], None]] = deque()
+        self.quiet_until: Callable[[], float] = lambda: 0.0
+        """Until when, on the process's clock, a turn without an order does nothing."""
         self._due = -1.0
         self._busy_until = 0.0
         self._is_started = False
+        self._polled, self._poll_s = 0.0, TICK_S
+        """When the last turn was, and after what time there would be another."""
 
     def start(self) -> None:
         self._is_started = True
         self._wake(0.0)
+
+    def poll(self) -> None:
+        """There is something to find for the next turn that the real thread would take."""
+        if self._is_started:
+            since = self._process.loop._now - self._polled
+            self._wake(math.ceil(since / self._poll_s) * self._poll_s - since)
 
     def put(self, order: Callable[[], None]) -> None:
         self._orders.append(order)
@@ -56,11 +73,12 @@ class SimThread:
         pass
 
     def _wake(self, delay: float) -> None:
-        now = self._process.loop._now
-        when = max(now + delay, self._busy_until)
+        when = self._process.loop._now + delay
+        if when < self._busy_until:
+            when = self._busy_until
         if self._due < 0 or when < self._due:
             self._due = when
-            self._process.later(when - now, lambda: self._run(when))
+            self._process.at(when, self._run, when)
 
     def _run(self, when: float) -> None:
         if when != self._due or not self._is_started:
@@ -69,7 +87,7 @@ class SimThread:
         if self._process.loop._now < self._busy_until:
             self._wake(0.0)
             return
-        orders, process = self._orders, cast("Rank", self._process)
+        orders, process = self._orders, self._process
         has_changed = bool(orders)
         while orders:
             orders.popleft()()
@@ -81,7 +99,13 @@ class SimThread:
             process.runner.busy_s = 0.0
         if has_changed:
             process.sim.check(process)
-        self._wake(max(wait, 0.001))
+        self._polled, self._poll_s = process.loop._now, max(wait, 0.001)
+        quiet_s = self.quiet_until() - process.now()
+        if quiet_s <= self._poll_s:
+            self._wake(self._poll_s)
+        elif quiet_s < math.inf:
+            tick_s = max(self._poll_s, TICK_S)
+            self._wake(math.ceil(quiet_s / tick_s) * tick_s)
 
 
 class SimOutbox:

@@ -7,46 +7,62 @@ in the order in which it was asked for, so a run depends on its seed only.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import heapq
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+EVENTS_BETWEEN = 8
+"""A run asks this often whether it is over."""
+
+
+class _Call:
+    """In place of asyncio's handles, without a context: nothing in a world keeps state in context variables."""
+
+    __slots__ = ("_args", "_callback", "_when")
+
+    def __init__(self, callback: Callable[..., Any], args: tuple[Any, ...], when: float) -> None:
+        self._callback: Callable[..., Any] | None = callback
+        self._args, self._when = args, when
+
+    def __call__(self) -> None:
+        if self._callback is not None:
+            self._callback(*self._args)
+
+    def cancel(self) -> None:
+        self._callback = None
+
+    def when(self) -> float:
+        return self._when
+
 
 class VirtualLoop(asyncio.AbstractEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
-        self._ready: deque[asyncio.Handle] = deque()
-        self._due: list[tuple[float, int, asyncio.Handle | Callable[[], None]]] = []
+        self._ready: deque[_Call] = deque()
+        self._due: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
         self.num_events = 0
         self.is_ended = False
         self.tasks: list[asyncio.Task[Any]] = []
 
-    def at(self, when: float, call: Callable[[], None]) -> None:
+    def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
         self._count += 1
-        heapq.heappush(self._due, (when if when > self._now else self._now, self._count, call))
+        heapq.heappush(self._due, (when if when > self._now else self._now, self._count, call, args))
 
-    def run(self, until: float, is_over: Callable[[], bool]) -> None:
-        """Until the time has come, or `is_over` when nothing more is due at a moment. Whatever a call or a task raised is raised."""
+    def run(self, until: float, is_over: Callable[[], bool] | None = None) -> None:
+        """Until the time has come, or `is_over`, which is asked after every few events. Whatever a call or a task raised is raised."""
         asyncio._set_running_loop(self)
         ready, due = self._ready, self._due
         try:
             while True:
                 while ready:
-                    handle = ready.popleft()
-                    if not handle._cancelled:  # type: ignore[attr-defined]
-                        handle._run()
-                if not due or due[0][0] > until or is_over():
+                    ready.popleft()()
+                if not due or due[0][0] > until or (is_over is not None and self.num_events % EVENTS_BETWEEN == 0 and is_over()):
                     return
-                when, _, call = heapq.heappop(due)
-                self._now = when
+                self._now, _, call, args = heapq.heappop(due)
                 self.num_events += 1
-                if not isinstance(call, asyncio.Handle):
-                    call()
-                elif not call._cancelled:  # type: ignore[attr-defined]
-                    call._run()
+                call(*args)
         finally:
             asyncio._set_running_loop(None)
 
@@ -55,32 +71,27 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.is_ended = True
         for task in self.tasks:
             task.cancel()
-        self.run(self._now, lambda: False)
+        self.run(self._now)
 
     # -- what asyncio asks of a loop ---------------------------------------------------------------------------------------------
 
     def time(self) -> float:
         return self._now
 
-    def call_soon(self, callback: Any, *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append(handle)
-        return handle
+    def call_soon(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> Any:
+        call = _Call(callback, args, self._now)
+        self._ready.append(call)
+        return call
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:
-        return self.call_soon(callback, *args, context=context)
+    call_soon_threadsafe = call_soon
 
-    def call_later(self, delay: float, callback: Any, *args: Any, context: contextvars.Context | None = None) -> asyncio.TimerHandle:
-        return self.call_at(self._now + delay, callback, *args, context=context)
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None) -> Any:
+        return self.call_at(self._now + delay, callback, *args)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
-        self._count += 1
-        heapq.heappush(self._due, (when if when > self._now else self._now, self._count, handle))
-        return handle
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        pass
+    def call_at(self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None) -> Any:
+        call = _Call(callback, args, when)
+        self.at(when, call)
+        return call
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)

@@ -6,6 +6,7 @@ WIRE_S, in whatever order, unless the receiver was reset in between. Commits may
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.errors import TransferFailed
@@ -77,6 +78,8 @@ class SimTransport:
         self._finished: list[tuple[int, bool]] = []
         self._notes: list[bytes] = []
         self._next_write = 0
+        self.told: Callable[[], None] = lambda: None
+        """Called when a commit has arrived that the next poll will find."""
 
     # -- the verbs -------------------------------------------------------------------------------------------------------------
 
@@ -186,6 +189,7 @@ class SimTransport:
         def tell() -> None:
             if flight.target.generation == flight.generation:
                 flight.target._notes.append(note)
+                flight.target.told()
 
         self.network.loop.at(self.network.loop._now + delay, tell)
 
