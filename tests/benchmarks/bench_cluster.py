@@ -42,7 +42,7 @@ from tests.benchmarks.tiny_cluster import tiny_overrides
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SKEW = 0.6
 """As bench_balance."""
-TOLD = ("engine.memory", "engine.op ", "graphs.captured", "decode.ready", "prefill.ready", "experts.")
+TOLD = ("engine.memory", "engine.op ", "graphs.captured", "rank.ready", "experts.")
 """Lines of the ranks' logs that belong into the record of a start."""
 
 
