@@ -165,12 +165,18 @@ def decode_parts(
         "attention, index": layers * software.attention_s + attention,
         "hyper-connections": 2 * layers * (software.hyper_s + hyper_bytes / (hardware.memory_rate * software.hyper_share)),
         "exchange": layers * exchange_s(work, hardware, software, ranks, rows),
-        "small kernels": layers * software.small_launches * software.launch_s,
+        "small kernels": layers * software.small_launches * software.launch_s + rows * layers * between_bytes(model) / hardware.memory_rate,
+        "gaps": layers * kernels_of_a_layer(software, ranks) * software.gap_s,
     }
     if drafts:
         block = decode_parts(work, hardware, software, ranks=ranks, batch=batch, context=128, imbalance=imbalance, redundant=redundant)
         parts["drafts"] = drafts * (sum(block.values()) - block["head"]) / layers + drafts * block["head"]
     return parts
+
+
+def kernels_of_a_layer(software: Software, ranks: int) -> float:
+    """All launches: two each of attention, hyper-connections and exchange beside products and small ones."""
+    return software.small_launches + software.products + 4 + (2 if ranks > 1 else 0)
 
 
 def hyper_token_bytes(model: ModelConfig) -> float:
@@ -190,7 +196,8 @@ def prefill_parts(
     sent = 2 * rows * met * model.hidden_size * 2.0 / (hardware.link_rate * software.prefill_link_share)
     attention = sum(work.attention_flops(start + 256) for start in range(0, prompt, 512)) * 512
     streamed = prompt * layers * stream_token_bytes(model) / hardware.memory_rate
-    launches = chunks * layers * (software.products * software.product_s + software.small_launches * software.launch_s)
+    launches = software.products * software.product_s + software.small_launches * software.launch_s
+    launches += kernels_of_a_layer(software, ranks) * software.gap_s
     return {
         "projections": prompt * work.layer_flops / (hardware.fp8_rate * software.linear_share),
         "experts": chunks * layers * each,
@@ -198,18 +205,23 @@ def prefill_parts(
         "hyper-connections": 2 * layers * prompt * hyper_token_bytes(model) / (hardware.memory_rate * software.hyper_share),
         "exchange": chunks * layers * sent,
         "norms, rope, stores, quantisation": streamed,
-        "launches": launches,
+        "launches": chunks * layers * launches,
     }
 
 
-def stream_token_bytes(model: ModelConfig) -> float:
+def between_bytes(model: ModelConfig) -> float:
     """Read and written per token and layer between the products: queries normed and rotated, outputs rotated back, inputs quantised to
-    FP8, and the experts' rows gathered, activated and added up."""
+    FP8."""
     queries = model.num_attention_heads * model.head_dim * 2.0
     rotated = model.num_attention_heads * model.qk_rope_head_dim * 4.0
     inputs = 6 * model.hidden_size * 3.0 + model.o_groups * model.o_lora_rank * 3.0
+    return 2 * queries + rotated + inputs
+
+
+def stream_token_bytes(model: ModelConfig) -> float:
+    """The same in prefill, where the experts' rows are also gathered, activated and added up by kernels of their own."""
     experts = model.num_experts_per_tok * (model.hidden_size * (3.0 + 6.0) + model.moe_intermediate_size * 7.0)
-    return 2 * queries + rotated + inputs + experts
+    return between_bytes(model) + experts
 
 
 def largest_batch(

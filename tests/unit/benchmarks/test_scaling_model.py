@@ -70,7 +70,7 @@ def test_more_work_takes_longer_and_more_ranks_share_the_experts(software: Softw
     one, two = (decode_parts(work("v4_flash"), GB300, software, ranks=ranks, batch=32, context=8192) for ranks in (1, 8))
     assert one["exchange"] == 0 < two["exchange"]
     assert two["experts"] < one["experts"]
-    assert {name for name in one if one[name] != two[name]} == {"experts", "exchange"}
+    assert {name for name in one if one[name] != two[name]} == {"experts", "exchange", "gaps"}
 
 
 def test_a_busiest_rank_bounds_the_experts_part_only() -> None:
@@ -103,7 +103,7 @@ MEASURED = ((1, 8192, 11.371, 1021.0, 516.8), (32, 8192, 16.744, 3073.5, 1473.6)
 """Batch, context, ms of the step, us of the experts' two kernels: V4-Flash on two H200s at b8bac3b."""
 
 
-def test_decode_steps_of_few_sequences_are_predicted_within_a_fifth(tmp_path: pathlib.Path) -> None:
+def test_decode_steps_of_few_sequences_are_predicted_within_a_tenth(tmp_path: pathlib.Path) -> None:
     decode = [
         {"batch": batch, "context": context, "ms": ms, "profile us": {"43 x moe_hidden_kernel": hidden, "43 x moe_out_kernel": out}}
         for batch, context, ms, hidden, out in MEASURED
@@ -113,7 +113,7 @@ def test_decode_steps_of_few_sequences_are_predicted_within_a_fifth(tmp_path: pa
     path.write_text(json.dumps(report))
     rows = list(scaling_model.check([path], work("v4_flash")))
     assert [row["measured ms"] for row in rows] == [ms for _, _, ms, _, _ in MEASURED]
-    assert all(row["how"] == "from kernels" and 0.01 < abs(row["error"]) < 0.2 for row in rows), [row["error"] for row in rows]
+    assert all(row["how"] == "from kernels" and 0.001 < abs(row["error"]) < 0.1 for row in rows), [row["error"] for row in rows]
 
 
 def test_every_recorded_run_is_compared() -> None:
