@@ -172,7 +172,8 @@ def draw(story: Story, title: str, path: pathlib.Path) -> None:
         )
         for lane, moment, text in marks:
             axes.plot([since(moment)] * 2, [lane - 0.45, lane + 0.45], color="black", linewidth=1)
-            axes.text(since(moment), lane + 0.45, f" {text} {since(moment):.2f}", fontsize=7, va="top", clip_on=True)
+            place, aligned = (lane - 0.45, "bottom") if lane == 1 else (lane + 0.45, "top")
+            axes.text(since(moment), place, f" {text} {since(moment):.2f}", fontsize=7, va=aligned, clip_on=True)
         axes.set_yticks(range(len(lanes)), lanes)
         axes.invert_yaxis()
     end, left, right = since(max(story.decoded, story.released)), since(story.computed), since(story.decoding)

@@ -41,6 +41,23 @@ def prefill_dies_before_the_commit(world: World) -> None:
     world.when("prefill.accepted", lambda: world.loop.at(world.loop.time() + 0.06, lambda: world.kill(_rank(world, "prefill0"), False)))
 
 
+def prefill_dies_between_the_last_page_and_the_commit(world: World) -> None:
+    """Pages and slot are on the wire; the commit behind them dies with the sender."""
+    world.make_cluster(2, 1, 1)
+    _ask(world, num_tokens=20)
+
+    def look() -> None:
+        rank = _rank(world, "prefill0")
+        flights = [flight for flight in rank.transport.flights if flight.write.slot is not None and not flight.pieces]
+        if flights and flights[0].num_on_wire:
+            world.note(rank, "the last page has left, the commit has not")
+            world.kill(rank, False)
+        elif rank.is_alive:
+            world.loop.at(world.loop.time() + 0.0005, look)
+
+    world.when("prefill.accepted", look)
+
+
 def decode_dies_before_its_first_step(world: World) -> None:
     world.make_cluster(1, 2, 1)
     _ask(world)
@@ -106,6 +123,16 @@ SCENARIOS = {
     "prefill dies before the commit": Scenario(
         prefill_dies_before_the_commit,
         ("prefill0     *** killed", "relay.retried", "prefill1     prefill.accepted", "ends: ok after 9 tokens"),
+    ),
+    "prefill dies between the last page and the commit": Scenario(
+        prefill_dies_between_the_last_page_and_the_commit,
+        (
+            "the last page has left, the commit has not",
+            "killed",
+            "relay.retried",
+            "prefill1     prefill.accepted",
+            "ends: ok after 9 tokens",
+        ),
     ),
     "decode dies before its first step": Scenario(
         decode_dies_before_its_first_step,

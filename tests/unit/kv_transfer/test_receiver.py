@@ -157,3 +157,20 @@ def test_corrupt_pages_end_the_epoch_and_wait_for_the_sender() -> None:
     made = receiver()
     assert made.reject(1, "checksums differ", 0.0) == [SenderLost(1, "checksums differ"), Revoke(P, 1)]
     assert made.last_write_out(P, 1) == [Quiesced(1)]
+
+
+def test_messages_that_come_twice_or_late_change_nothing() -> None:
+    made = receiver()
+    assert made.renew(P, 1) == made.renew(P, 1) == [Renewed(1)]
+    assert made.commit(COMMIT) == [Committed(1, 9)]
+    assert made.commit(COMMIT) == [] == made.last_write_out(P, 1), "what has arrived is not given up by a late message"
+    assert made.release(1) == [Release(P, 1)]
+    assert made.release(1) == [] == made.commit(COMMIT) == made.last_write_out(P, 1)
+    assert made.renew(P, 1) == [Revoke(P, 1)], "an epoch is not opened a second time"
+    made.expect(2, "r", 3, 600)
+    made.renew(P, 2)
+    assert made.revoke(2, 0.0) == [Revoke(P, 2)]
+    assert made.revoke(2, 1.0) == []
+    assert made.last_write_out(P, 2) == [Quiesced(2)]
+    assert made.last_write_out(P, 2) == []
+    assert made.num_open == 0

@@ -280,3 +280,22 @@ def test_events_of_unknown_hand_offs_change_nothing() -> None:
     sender.vouched(PEER, 1.0)
     assert sender.abort("x") == [] and sender.released(PEER, 1, 3.0) == [] and sender.write_finished("x", 1, True, 0.0) == []
     assert sender.next_post() is None and sender.num_open == 0
+
+
+def test_messages_that_come_twice_or_late_change_nothing() -> None:
+    sender = Sender(LIMITS)
+    sender.open("r", PEER, reservation(), 0.0)
+    sender.vouched(PEER, 4.0)
+    sender.vouched(PEER, 1.0)  # an older answer does not shorten the time that the newer one gave
+    assert sender.fence(8.5) == []
+    sender.live(PEER, 1)
+    sender.live(PEER, 1)
+    assert sender.released(PEER, 1, 1.0) == [], "a release before the commit is of something else"
+    sent(sender)
+    sender.live(PEER, 1)
+    assert sender.next_post() is None, "late news that the epoch is live begins nothing anew"
+    assert sender.write_finished("r", 1, True, 3.0) == []
+    assert sender.released(PEER, 1, 3.0) == [Closed("r", None)]
+    assert sender.released(PEER, 1, 3.0) == []
+    assert sender.revoked(PEER, 1) == [LastWriteOut(PEER, 1)] == sender.revoked(PEER, 1), "asked again, it answers again"
+    assert sender.num_open == 0
