@@ -303,7 +303,7 @@ class DecodeLoop:
             steps_total=self._steps,
             tokens_total=self._tokens,
         )
-        self._metrics.show(self.load, reservations.num_quarantined)
+        self._metrics.show(self.load, reservations.num_quarantined, reservations.pages.num_kept)
 
 
 def _wake() -> None:

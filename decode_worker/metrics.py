@@ -26,6 +26,7 @@ class DecodeMetrics:
         self.quarantined = Gauge("baton_decode_quarantined_reservations", "Aborted ones that may still be written to", registry=registry)
         self.kept_pages = Counter("baton_decode_kept_pages", "Pages of prompts that needed no transfer", registry=registry)
         self.pages_free = Gauge("baton_decode_pages_free", "Free pages", registry=registry)
+        self.pages_cached = Gauge("baton_decode_pages_cached", "Free pages that still hold the beginning of a prompt", registry=registry)
         self.slots_free = Gauge("baton_decode_slots_free", "Free slots", registry=registry)
         self.joined_steps = Counter(
             "baton_decode_joined_steps", "Steps taken without work of one's own, for the other ranks of the group", registry=registry
@@ -39,8 +40,9 @@ class DecodeMetrics:
         self.tokens.inc(num_tokens)
         self.step_seconds.observe(seconds)
 
-    def show(self, load: Load, num_quarantined: int) -> None:
+    def show(self, load: Load, num_quarantined: int, num_cached_pages: int) -> None:
         self.running.set(load.num_running)
         self.quarantined.set(num_quarantined)
         self.pages_free.set(load.pages_free)
+        self.pages_cached.set(num_cached_pages)
         self.slots_free.set(load.slots_free)
