@@ -67,10 +67,6 @@ class Reservations:
         self._quarantined: set[int] = set()
 
     @property
-    def num_held(self) -> int:
-        return len(self._held)
-
-    @property
     def num_quarantined(self) -> int:
         return len(self._quarantined)
 

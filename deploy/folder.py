@@ -39,7 +39,6 @@ class ClusterState:
     keeper_pid: int
     """Process that holds the embedded Ray; 0 when the file names a Ray cluster."""
     control_address: str
-    api_address: str
     ray_dir: str
     """Where the embedded Ray keeps its files: in the folder, or under /tmp when the folder's path is too long for sockets."""
 

@@ -86,7 +86,6 @@ def start_on_existing(folder: ClusterFolder, spec: ClusterSpec) -> None:
         marker="",
         keeper_pid=0,
         control_address=spec.router.control_address,
-        api_address=f"{spec.router.host}:{spec.router.port}",
         ray_dir="",
     )
     folder.write(state)

@@ -78,7 +78,6 @@ def launch(folder: ClusterFolder, spec: ClusterSpec, ray_dir: pathlib.Path) -> t
         marker=marker,
         keeper_pid=0,
         control_address=spec.router.control_address,
-        api_address=f"{spec.router.host}:{spec.router.port}",
         ray_dir=str(ray_dir),
     )
     folder.write(state)

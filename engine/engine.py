@@ -140,8 +140,8 @@ class Engine:
     def _check(self, request: Request) -> None:
         check_fits(request, self.loaded.model.vocab_size, self.loaded.engine.max_model_len)
         pages = self.loaded.layout.num_pages(request.max_total_tokens)
-        if pages > self._pages.num_pages:
-            raise InvalidRequest(f"{request.request_id} needs {pages} pages; there are {self._pages.num_pages}", param="max_tokens")
+        if pages > self._pages.num_total:
+            raise InvalidRequest(f"{request.request_id} needs {pages} pages; there are {self._pages.num_total}", param="max_tokens")
 
     def _run(self, sequences: list[Sequence], results: dict[str, Generation], on_token: Callable[[str, int], None] | None) -> None:
         waiting, running = collections.deque(sequences), list[Sequence]()

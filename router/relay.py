@@ -68,6 +68,11 @@ class Journey:
     finish_reason: FinishReason | None = None
     """What the client is told: the ranks' reason, or STOP where the reader cut the text at a stop string."""
 
+    @property
+    def num_migrations(self) -> int:
+        """Runs repeated on other ranks."""
+        return max(self.attempts - 1 - self.hand_ons - self.num_preemptions, 0)
+
     def add(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
@@ -105,7 +110,6 @@ class Relay:
     def __init__(self, members: Members, config: RouterConfig, clock: Clock) -> None:
         self._config, self._clock = config, clock
         self._reserver = Reserver(members, config, clock)
-        self.num_migrations = 0
 
     async def generate(self, request: Request, journey: Journey) -> AsyncGenerator[Output, None]:
         """Yield the outputs of a request until one carries a finish_reason. Raises the error that ended it, if it cannot be mended.
@@ -145,7 +149,6 @@ class Relay:
                 is_last = journey.num_runs - journey.num_preemptions >= self._config.max_attempts
                 if not error.retryable or is_last or self._clock.now() > deadline:
                     raise
-                self.num_migrations += 1
                 log.warning("relay.retried", request_id=attempt.request_id, num_tokens=len(produced), error=f"{error.code}: {error}")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)

@@ -104,7 +104,7 @@ class Service:
         seconds = self._clock.now() - journey.began
         self.metrics.request_seconds.observe(seconds)
         self.metrics.prompt_tokens.inc(journey.num_prompt_tokens)
-        self.metrics.migrations.inc(max(journey.attempts - 1 - journey.hand_ons - journey.num_preemptions, 0))
+        self.metrics.migrations.inc(journey.num_migrations)
         self.metrics.hand_ons.inc(journey.hand_ons)
         self.metrics.preemptions.inc(journey.num_preemptions)
         for stage, spent in journey.stages.items():

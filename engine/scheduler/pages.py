@@ -69,10 +69,6 @@ class PageAllocator(Allocator):
         """Digest of what it holds -> free page, the first to be given away first."""
 
     @property
-    def num_pages(self) -> int:
-        return self.num_total
-
-    @property
     def num_free(self) -> int:
         return len(self._free) + len(self._kept)
 

@@ -18,6 +18,7 @@ from engine.ops import cases
 from engine.ops.names import OP_NAMES
 from engine.ops.registry import get_op
 from tests.support.interpreted_ops import is_triton, small_cases
+from tests.support.op_outputs import compare, outputs_of
 
 CPU_SECONDS = 240
 
@@ -64,11 +65,11 @@ def test_a_backend_agrees_with_the_reference(name: str, backend: str, case: case
     reason = op.backends[backend].requires(device) or op.backends[backend].suits(case.engine)
     if reason is not None:
         pytest.skip(reason)
-    expected = [tensor.cpu() for tensor in cases.outputs_of(op, "reference", case, device, seed)]
+    expected = [tensor.cpu() for tensor in outputs_of(op, "reference", case, device, seed)]
     gc.collect()
-    outputs = cases.outputs_of(op, backend, case, device, seed)
+    outputs = outputs_of(op, backend, case, device, seed)
     torch.cuda.synchronize()
-    print("relative errors:", cases.compare(case, [tensor.cpu() for tensor in outputs], expected))
+    print("relative errors:", compare(case, [tensor.cpu() for tensor in outputs], expected))
 
 
 @pytest.mark.parametrize("name", WITH_BACKENDS)

@@ -37,7 +37,7 @@ class Tally:
         self.repairs["runs"] += sum(journey.num_runs for journey in journeys)
         self.repairs["hand-ons"] += sum(journey.hand_ons for journey in journeys)
         self.repairs["preemptions"] += sum(journey.num_preemptions for journey in journeys)
-        self.repairs["retries"] += sum(one.relay.num_migrations for one in world.routers)
+        self.repairs["retries"] += sum(journey.num_migrations for journey in journeys)
         self.repairs["kept pages"] += world.num_kept_pages
 
     def add(self, other: Tally) -> None:

@@ -17,6 +17,7 @@ import torch
 from engine.ops import cases
 from engine.ops.names import OP_NAMES
 from engine.ops.registry import get_op
+from tests.support.op_outputs import compare, outputs_of
 
 CPU = torch.device("cpu")
 SEED = 11
@@ -38,11 +39,11 @@ def main(names: list[str]) -> None:
         op = get_op(name)
         backends = [backend for backend, impl in op.backends.items() if is_triton(impl.module)]
         for case in small_cases(name) if backends else []:
-            expected = cases.outputs_of(op, "reference", case, CPU, SEED)
+            expected = outputs_of(op, "reference", case, CPU, SEED)
             for backend in backends:
                 problem, errors = None, []
                 try:
-                    errors = cases.compare(case, cases.outputs_of(op, backend, case, CPU, SEED), expected)
+                    errors = compare(case, outputs_of(op, backend, case, CPU, SEED), expected)
                 except Exception:
                     problem = traceback.format_exc()
                 print(json.dumps({"op": name, "backend": backend, "case": case.name, "problem": problem, "errors": errors}), flush=True)

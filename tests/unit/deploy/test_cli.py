@@ -25,7 +25,7 @@ from protos import common_pb2, control_pb2
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 LOCAL_CPU = ROOT / "deploy/clusters/local_cpu.yaml"
-STATE = ClusterState(marker="m", keeper_pid=1, control_address="127.0.0.1:1", api_address="127.0.0.1:2", ray_dir="/nowhere")
+STATE = ClusterState(marker="m", keeper_pid=1, control_address="127.0.0.1:1", ray_dir="/nowhere")
 
 
 def recorded(home: pathlib.Path, name: str) -> ClusterFolder:

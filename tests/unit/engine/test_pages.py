@@ -12,7 +12,7 @@ def test_ids_are_given_out_once_and_all_of_them() -> None:
     first, second = pages.allocate("a", 2), pages.allocate("b", 3)
     assert first is not None and second is not None
     assert sorted(first + second) == [0, 1, 2, 3, 4]
-    assert pages.num_free == 0 and pages.num_pages == 5
+    assert pages.num_free == 0 and pages.num_total == 5
 
 
 def test_a_request_for_too_many_takes_nothing() -> None:

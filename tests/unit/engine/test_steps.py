@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
-from core.clock import Clock, ManualClock, SystemClock
+from core.clock import Clock, SystemClock
 from core.errors import GroupLost
 from engine.parallel.group import Group, Limits
 from engine.parallel.lockstep import GroupSteps, SoloSteps
 from engine.parallel.steps import Go, StepBoard, batch_bucket, even_budget
+from tests.support.manual_clock import ManualClock
 from tests.support.ranks import run_group
 
 LIMIT_S = 5.0

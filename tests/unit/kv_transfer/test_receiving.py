@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import pytest
 
-from core.clock import ManualClock
 from core.kv_layout import KVLayout
 from core.metrics import new_registry
 from core.region import Region
@@ -14,6 +13,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import ReceiverMetrics
 from kv_transfer.receiving import KVReceiver
 from protos import common_pb2, transfer_pb2
+from tests.support.manual_clock import ManualClock
 
 MEMBER = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import pytest
 
-from core.clock import ManualClock
 from core.errors import MemberLost, TransferFailed
 from core.kv_layout import PAGE_TOKENS
 from core.metrics import new_registry
@@ -22,6 +21,7 @@ from prefill_worker.config import PrefillConfig
 from prefill_worker.loop import PrefillLoop
 from prefill_worker.metrics import PrefillMetrics
 from protos import prefill_pb2
+from tests.support.manual_clock import ManualClock
 
 NUM_PAGES, NUM_TOKENS = 8, 3 * PAGE_TOKENS - 10
 DECODE = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)

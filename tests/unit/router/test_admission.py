@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from core.clock import ManualClock
 from core.errors import Overloaded
 from router.admission import MAX_RETRY_S, UNKNOWN_S, Admission
+from tests.support.manual_clock import ManualClock
 
 
 def new_admission(clock: ManualClock, max_requests: int = 10, max_waiting_tokens: int = 10**9) -> Admission:
