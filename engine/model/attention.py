@@ -64,7 +64,7 @@ class Attention:
 
     def _store_window(self, kv: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """Rows of the window go into the cache. Returns them as stored, [T, D]."""
-        where = cache.window, step.window_units_T, step.window_rows_T
+        where = cache.window, step.tables.window_units, step.tables.window_places
         rows: torch.Tensor = self._ops.kv_store(kv, self._kv_norm, *step.tokens[self._ratio], self._eps, *where)
         return rows
 
@@ -82,16 +82,16 @@ class Attention:
         """int32 [T, K]: the entries that each token attends to, -1 unused."""
         if self._indexer is not None:
             return self._indexer.select(qr, compressed, step, cache)
-        return step.dense if self._ratio else step.dense[:, :0]
+        return step.tables.dense if self._ratio else step.tables.dense[:, :0]
 
     def _decode(self, q: torch.Tensor, chosen: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """[S, H, D] -> o [S, H, D], over rings and pages where they lie. chosen: int32 [S, K]."""
         rows = chosen
         if self._ratio:
-            rows = self._ops.page_rows(chosen, step.places, C4_ROWS_PER_PAGE) if self._ratio == 4 else step.dense_rows
+            rows = self._ops.page_rows(chosen, step.places, C4_ROWS_PER_PAGE) if self._ratio == 4 else step.tables.dense_rows
         memo = step.memo.setdefault(self._ratio, {})
         o: torch.Tensor = self._ops.sparse_attn_decode(
-            q, cache.window, step.window_rows, cache.entries, rows, step.counts[self._ratio], self._sink, self._scale, memo
+            q, cache.window, step.tables.window_rows, cache.entries, rows, step.counts[self._ratio], self._sink, self._scale, memo
         )
         return o
 

@@ -93,7 +93,7 @@ class DeepseekV4:
         self._embed = embed.to(dtype)
         build = Build(model, ops, weights, dtype, share, (SideStream(embed.device), SideStream(embed.device)))
         self._model, self._ops, self._dtype = model, ops, dtype
-        self._new_step = StepMaker(model, self._embed.device)
+        self._new_step = StepMaker(model, ops, self._embed.device)
         self._layers = [Block(build, layer, ratio, layer < model.num_hash_layers) for layer, ratio in enumerate(model.compress_ratios)]
         self._head_fn = ops.pack["hc_head"](build.tensor("hc_head_fn"))
         self._head_base, self._head_scale = (build.tensor(f"hc_head_{part}").float() for part in ("base", "scale"))

@@ -9,7 +9,8 @@ import torch
 from engine.cache.arena import LayerCache
 from engine.model.compressor import Compressor
 from engine.model.linear import Build, Linear
-from engine.model.step import Step, all_visible
+from engine.model.step import Step
+from engine.ops.step_tables import all_visible
 
 SCORES_AT_ONCE = 1 << 26
 """Scores held at a time, 256 MiB: queries are taken in slices, so that a long context needs no more."""
@@ -38,12 +39,12 @@ class Indexer:
         assert cache.index_keys is not None
         num_entries = step.batch.longest // 4
         if num_entries <= self._topk:
-            return all_visible(step.visible[4], num_entries)
+            return all_visible(step.tables.visible4, num_entries)
         q, weights = self._wq_b(qr).unflatten(1, (self._heads, -1)), stored()
         q, weights = self._ops.index_query(q, weights, *step.tokens[4], self._scale, cache.index_keys.form)
         chosen, most = [], max(1, SCORES_AT_ONCE // num_entries)
         for start in range(0, len(q), most):
             rows = slice(start, start + most)
             scores = self._ops.index_logits(q[rows], weights[rows], cache.index_keys, step.places.of_rows(rows), num_entries)
-            chosen.append(self._ops.index_topk(scores, step.visible[4][rows], self._topk))
+            chosen.append(self._ops.index_topk(scores, step.tables.visible4[rows], self._topk))
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen)

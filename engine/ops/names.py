@@ -26,6 +26,7 @@ OP_NAMES = (
     "sample",
     "sparse_attn_decode",
     "sparse_attn_prefill",
+    "step_tables",
     "swiglu",
 )
 """Every folder beside this file, in alphabetical order (a test compares)."""

@@ -140,11 +140,11 @@ def count(ranks: int, batch: int) -> Launches:
     for number, layer in enumerate(network._layers):
         routing = "hash" if number < model.num_hash_layers else "score"
         layer.forward = _in_part(recorder, f"layer of ratio {model.compress_ratios[number]}, {routing}", layer.forward)  # type: ignore[method-assign]
-    forward = inspect.unwrap(DeepseekV4.forward)  # in inference mode torch would show composite operations whole
+    step, forward = decode_batch(batch), inspect.unwrap(DeepseekV4.forward)  # in inference mode torch would show composite operations whole
     with torch.no_grad(), noting_kernels(recorder), recorder:
         for _ in range(2):  # the first one also makes tables that are kept
             recorder.found, recorder.part = {}, "before the layers"
-            forward(network, decode_batch(batch), caches)
+            forward(network, step, caches)
     return recorder.found
 
 

@@ -39,8 +39,9 @@ step() {  # step NAME SECONDS ARGUMENTS OF PYTHON...
     echo "$name: status $status after $(($(date +%s) - now)) s; $(tail -n 1 "$out/$name.log" | cut -c 1-200)" | tee -a "$out/summary.txt"
 }
 
-# Kernels that were written without a GPU: the exchange's rows, rows of pages, the index scan's runs, stores out of wider matrices.
-new="exchange_pack or exchange_unpack or page_rows or index_logits or kv_store or compress or rms_norm or swiglu"
+# Kernels that were written without a GPU: the exchange's rows, rows of pages, a step's tables, the index scan's runs, stores out of wider
+# matrices.
+new="exchange_pack or exchange_unpack or page_rows or index_logits or step_tables or kv_store or compress or rms_norm or swiglu"
 step parity_new 150 -m pytest -q -n 4 -m gpu tests/parity/test_ops.py -k "$new"
 step parity_model 150 -m pytest -q -s tests/parity/test_gpu_model.py
 if [ "$gpus" -ge 2 ]; then
@@ -55,7 +56,7 @@ fi
 step decode 240 $engine --also $also --out "$out/decode.json"
 # shellcheck disable=SC2086
 step prefill 180 $engine --prompts 8192,131072 --out "$out/prefill.json"
-ops=exchange_pack,exchange_unpack,page_rows,index_logits,fp8_linear,grouped_linear,hc_post_pre
+ops=exchange_pack,exchange_unpack,page_rows,step_tables,index_logits,fp8_linear,grouped_linear,hc_post_pre
 step ops_latency 150 -m tests.benchmarks.bench_ops --ops "$ops" --out "$out/ops_latency.json"
 step ops_experts 150 -m tests.benchmarks.bench_ops --ops moe_experts --out "$out/ops_experts.json"
 if [ "$gpus" -ge 2 ]; then
