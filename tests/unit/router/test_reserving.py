@@ -1,0 +1,75 @@
+"""Where requests go, over scripted ranks: waiting for members, and the next turn of a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+
+import pytest
+
+from core.errors import NoMembers
+from core.kv_layout import PAGE_TOKENS
+from core.request import FinishReason, Request, SamplingParams, Tokens
+from router.session import FirstToken
+from tests.support.scripted_ranks import (
+    MAX_TOKENS,
+    FakePrefill,
+    FakeRank,
+    new_journey,
+    new_relay,
+    tokens_of,
+)
+
+
+def test_without_members_a_request_waits_once_for_as_long_as_configured() -> None:
+    journey, began = new_journey(), time.monotonic()
+    with pytest.raises(NoMembers, match="prefill"):
+        asyncio.run(tokens_of(new_relay([], wait_for_members_s=0.1), journey))
+    assert 0.1 <= time.monotonic() - began < 1.0
+    assert journey.attempts == 1
+
+
+def test_the_next_turn_of_a_conversation_goes_where_the_last_one_was() -> None:
+    decodes = [FakeRank("decode", replica) for replica in range(3)]
+    prefill = FakePrefill(decodes)
+    relay = new_relay([prefill, *decodes])
+    prompt = tuple(range(2, 2 + 3 * PAGE_TOKENS))
+
+    async def turn(name: str, token_ids: tuple[int, ...]) -> None:
+        request = Request(request_id=name, token_ids=token_ids, prompt_len=len(token_ids), sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        async with aclosing(relay.generate(request, new_journey())) as outputs:
+            async for _ in outputs:
+                pass
+
+    async def converse() -> None:
+        decodes[0].in_flight["busy"] = 100
+        decodes[1].in_flight["busy"] = 100
+        await turn("first", prompt)
+        for decode in decodes:
+            decode.in_flight.clear()
+        await turn("second", (*prompt, *prompt))
+        await turn("other", (1, *prompt))
+
+    asyncio.run(converse())
+    assert [[request.request_id for request in decode.requests] for decode in decodes] == [["other.1"], [], ["first.1", "second.1"]]
+
+
+def test_a_request_that_ends_with_its_first_token_is_not_expected_to_have_left_pages() -> None:
+    decodes = [FakeRank("decode", replica) for replica in range(2)]
+    prefill = FakePrefill(decodes)
+    relay = new_relay([prefill, *decodes])
+    prompt = tuple(range(2, 2 + PAGE_TOKENS))
+
+    async def ask() -> None:
+        decodes[0].is_silent = True
+        request = Request(request_id="r", token_ids=prompt, prompt_len=PAGE_TOKENS, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        outputs = relay.generate(request, new_journey())
+        first = asyncio.ensure_future(anext(outputs))
+        await asyncio.sleep(0.01)
+        prefill.listeners["r.1"](FirstToken(Tokens(request_id="r.1", token_ids=(1,), finish_reason=FinishReason.STOP), {}))
+        assert (await first).finish_reason is FinishReason.STOP
+        await outputs.aclose()
+
+    asyncio.run(ask())
+    assert relay._reserver._prefixes.find(prompt) is None
