@@ -6,7 +6,6 @@ Events (`Committed`, `Quiesced`, `SenderLost`, `Renewed`) are called from the th
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from kv_transfer.checksum import checksum
 from kv_transfer.config import TransferConfig
 from kv_transfer.lanes import this_machine
 from kv_transfer.metrics import ReceiverMetrics
+from kv_transfer.own_transport import OwnTransport
 from kv_transfer.receiver import (
     Action,
     Arrived,
@@ -44,7 +44,6 @@ from kv_transfer.receiver import (
     SenderLost,
 )
 from kv_transfer.session import check_peer
-from kv_transfer.transports import open_transport
 from protos import common_pb2, transfer_pb2, transfer_pb2_grpc
 
 log = get_logger("receiver")
@@ -96,8 +95,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         """Added and removed on the event loop, read by the thread."""
         self._num_sessions = 0
         self._thread = InboxThread("kv-receiver", self._turn, self._died)
-        self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._agent = b""
+        self._own = OwnTransport(self._thread, config, member, pages, slots)
         self._next_tick = clock.now() + TICK_S
 
     # -- for the worker --------------------------------------------------------------------------------------------------------
@@ -108,15 +106,12 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
     async def start(self) -> None:
         """To be called on the worker's event loop, where the sessions will run. Raises what keeps the transport from starting."""
         self._loop = asyncio.get_running_loop()
-        self._thread.put(self._open_transport)
-        self._thread.start()
-        await asyncio.wrap_future(self._opened)
+        await self._own.start()
 
     async def close(self) -> None:
-        self._thread.end()
         for session in list(self._sessions.values()):
             session.outbox.close()
-        await asyncio.to_thread(self._join)
+        await self._own.close()
 
     def expect(self, epoch: int, request_id: str, page_ids: tuple[int, ...], slot_id: int, num_tokens: int) -> None:
         """Let a sender open this epoch."""
@@ -145,24 +140,10 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
     def _order(self, order: Callable[[], list[Action]]) -> None:
         self._thread.put(lambda: self._perform(order()))
 
-    def _join(self) -> None:
-        self._thread.join()
-        self._transport.close()
-
-    def _open_transport(self) -> None:
-        name = f"{self._member.name}#{self._member.incarnation}"
-        try:
-            self._transport, self._agent = open_transport(self._config, name, self._pages, self._slots)
-        except Exception as error:  # whatever it is, `start` raises it
-            self._thread.end()
-            self._opened.set_exception(error)
-        else:
-            self._opened.set_result(None)
-
     def _turn(self) -> float:
         now = self._clock.now()
         if self._state.num_open or now >= self._next_tick:
-            for note in self._transport.poll().notifications:
+            for note in self._own.transport.poll().notifications:
                 self._perform(self._commit(note))
         if now >= self._next_tick:
             self._next_tick = now + TICK_S
@@ -174,7 +155,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
     def _died(self, error: Exception) -> None:
         """Who may write where can no longer be told."""
         log.exception("receiver.died", error=repr(error))
-        self._transport.close()
+        self._own.transport.close()
         self._on_death(f"kv receiver: {error!r}")
 
     def _commit(self, note: bytes) -> list[Action]:
@@ -232,7 +213,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             elif isinstance(action, Fence):
                 log.warning("transfer.fenced", reason="a sender fell silent; the transport is reset, all sessions begin anew")
                 self._metrics.fences.inc()
-                self._agent = self._transport.reset()
+                self._own.reset()
                 for key in list(self._sessions):
                     self._hang_up(key)
             else:
@@ -290,7 +271,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         return transfer_pb2.ReceiverHello(
             hello=common_pb2.Hello(wire_version=WIRE_VERSION, name=self._member.name, incarnation=self._member.incarnation),
             kv_layout=self._layout.to_json(),
-            agent=self._agent,
+            agent=self._own.agent,
             pages=encode_region(self._pages),
             slots=encode_region(self._slots),
             machine=this_machine().identity,

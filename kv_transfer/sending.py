@@ -23,10 +23,10 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.lanes import this_machine
 from kv_transfer.link_report import LinkReport
 from kv_transfer.metrics import SenderMetrics
+from kv_transfer.own_transport import OwnTransport
 from kv_transfer.sender import Action, Closed, CommitOrder, Drop, HandedOff, LastWriteOut, Limits, Post, Renew, Reset, Sender
 from kv_transfer.session import PeerSession, Speaker
 from kv_transfer.transport import Write
-from kv_transfer.transports import open_transport
 from protos import transfer_pb2
 
 log = get_logger("sender")
@@ -75,8 +75,7 @@ class KVSender:
         """Write id -> request."""
         self._report = LinkReport(metrics, this_machine(), pages.memory)
         self._thread = InboxThread("kv-sender", self._turn, self._died)
-        self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._agent = b""
+        self._own = OwnTransport(self._thread, config, member, pages, slots)
         self._next_tick = clock.now() + TICK_S
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -85,14 +84,11 @@ class KVSender:
     async def start(self) -> None:
         """To be called on the worker's event loop, where the sessions will run. Raises what keeps the transport from starting."""
         self._loop = asyncio.get_running_loop()
-        self._thread.put(self._open_transport)
-        self._thread.start()
-        await asyncio.wrap_future(self._opened)
+        await self._own.start()
 
     async def close(self) -> None:
         """End the thread and its transport, then all sessions. Hand-offs under way are lost to their receivers."""
-        self._thread.end()
-        await asyncio.to_thread(self._join)
+        await self._own.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -127,20 +123,6 @@ class KVSender:
     def _order(self, order: Callable[[], list[Action]]) -> None:
         self._thread.put(lambda: self._perform(order()))
 
-    def _join(self) -> None:
-        self._thread.join()
-        self._transport.close()
-
-    def _open_transport(self) -> None:
-        name = f"{self._member.name}#{self._member.incarnation}"
-        try:
-            self._transport, self._agent = open_transport(self._config, name, self._pages, self._slots)
-        except Exception as error:  # whatever it is, `start` raises it
-            self._thread.end()
-            self._opened.set_exception(error)
-        else:
-            self._opened.set_result(None)
-
     def _turn(self) -> float:
         self._fence()
         now = self._clock.now()
@@ -157,14 +139,14 @@ class KVSender:
     def _died(self, error: Exception) -> None:
         """What is in flight can no longer be told."""
         log.exception("sender.died", error=repr(error))
-        self._transport.close()
+        self._own.transport.close()
         self._on_death(f"kv sender: {error!r}")
 
     def _fence(self) -> None:
         self._perform(self._state.fence(self._clock.now()))
 
     def _poll(self) -> None:
-        for write_id, succeeded in self._transport.poll().finished:
+        for write_id, succeeded in self._own.transport.poll().finished:
             request_id = self._writes.pop(write_id, None)
             if request_id is not None:
                 log.debug("transfer.out", request_id=request_id, write_id=write_id, succeeded=succeeded)
@@ -174,7 +156,7 @@ class KVSender:
         while (post := self._state.next_post()) is not None:
             began = self._clock.now()
             try:
-                write_id = self._transport.write(post.peer, self._as_write(post))
+                write_id = self._own.transport.write(post.peer, self._as_write(post))
             except BatonError as error:
                 self._perform(self._state.write_refused(post, error))
                 continue
@@ -203,7 +185,7 @@ class KVSender:
             elif isinstance(action, Reset):
                 log.warning("transfer.reset", reason="writes to a lost receiver did not end")
                 self._metrics.resets.inc()
-                self._agent = self._transport.reset()
+                self._own.reset()
                 self._writes.clear()
                 self._perform(self._state.was_reset())
             else:
@@ -219,7 +201,7 @@ class KVSender:
     def _drop(self, drop: Drop) -> None:
         log.warning("transfer.peer_lost", peer=drop.peer, reason=drop.reason)
         self._metrics.peers_lost.inc()
-        self._transport.disconnect(drop.peer)
+        self._own.transport.disconnect(drop.peer)
         self._report.gone(drop.peer)
         session = self._sessions.pop(drop.peer)
         self._loop.call_soon_threadsafe(session.stop)
@@ -257,7 +239,7 @@ class KVSender:
         if link not in self._sessions:
             self._num_links += 1
             link = self._links[decode.name, decode.incarnation] = f"{decode.name}#{decode.incarnation}/{self._num_links}"
-            self._sessions[link] = PeerSession(link, decode, self._speaker, self._agent, self)
+            self._sessions[link] = PeerSession(link, decode, self._speaker, self._own.agent, self)
             self._loop.call_soon_threadsafe(self._begin_session, self._sessions[link])
         return self._state.open(request_id, link, reservation, self._clock.now())
 
@@ -289,7 +271,7 @@ class KVSender:
             try:
                 if not self._state.is_usable(link):
                     raise MemberLost(f"{link} was given up")
-                lanes = self._transport.connect(link, hello.agent, decode_region(hello.pages), decode_region(hello.slots))
+                lanes = self._own.transport.connect(link, hello.agent, decode_region(hello.pages), decode_region(hello.slots))
                 self._report.made(link, hello.hello.name, lanes, hello.machine, hello.pages.memory)
             except BatonError as error:
                 connected.set_exception(error)

@@ -13,6 +13,7 @@ import decode_worker.loop
 import decode_worker.reservations
 import engine.scheduler.decode
 import engine.scheduler.prefill
+import kv_transfer.own_transport
 import kv_transfer.receiving
 import kv_transfer.sending
 import prefill_worker.job
@@ -71,8 +72,7 @@ def simulated() -> Iterator[None]:
         router.placement,
     ):
         put(module, "PAGE_TOKENS", PAGE_TOKENS)
-    for module in (kv_transfer.sending, kv_transfer.receiving):
-        put(module, "open_transport", open_transport)
+    put(kv_transfer.own_transport, "open_transport", open_transport)
     put(kv_transfer.sending, "PeerSession", SimPeerSession)
     put(kv_transfer.receiving, "Outbox", SimOutbox)
     put(kv_transfer.receiving, "SILENT_S", 0.9)
