@@ -139,6 +139,29 @@ def _deep_gemm_masked(rows: int, num_experts: int, width: int, inner: int) -> Ca
     return make
 
 
+def _dot_scaled(rows: int, num_experts: int, width: int, inner: int) -> Callable[[torch.device, int], Callable[[], object]]:
+    """Triton's products of bf16 rows and MXFP4 weights, w1|w3 and w2 alone."""
+
+    def make(device: torch.device, seed: int) -> Callable[[], object]:
+        from engine.ops.moe_experts.triton_dot_scaled import multiply
+
+        def product(n: int, k: int, offset: int) -> tuple[torch.Tensor, ...]:
+            weight = mxfp4(device, seed + offset, num_experts * n, k)
+            codes, scale = (part.unflatten(0, (num_experts, n)) for part in (weight.data, weight.scale))
+            x = randn(device, seed + offset + 1, num_experts, rows, k, dtype=torch.bfloat16)
+            return x, codes, scale, torch.empty(num_experts, rows, n, dtype=torch.bfloat16, device=device)
+
+        products = product(2 * inner, width, 0), product(width, inner, 2)
+
+        def call() -> None:
+            for args in products:
+                multiply(*args)
+
+        return call
+
+    return make
+
+
 def _bench(
     name: str, tokens: int, num_experts: int, width: int, inner: int, kind: str = "mxfp4", local: tuple[int, int] | None = None
 ) -> Bench:
@@ -153,7 +176,8 @@ def _bench(
 
 def _even_bench(rows: int) -> Bench:
     shape = 64, 4096, 2048
-    baselines = {"deep_gemm fp8 masked": _deep_gemm_masked(rows, *shape)} if importlib.util.find_spec("deep_gemm") else {}
+    kinds = {"deep_gemm": ("deep_gemm fp8 masked", _deep_gemm_masked), "triton": ("dot_scaled", _dot_scaled)}
+    baselines = {name: make(rows, *shape) for module, (name, make) in kinds.items() if importlib.util.find_spec(module)}
     num_bytes = 64 * 3 * 4096 * 2048 * 17 // 32 + rows * 64 * 4096 * 6 // 4
     return Bench(f"64 experts, {rows} rows each", _evenly(rows, *shape), num_bytes, 2 * 64 * rows * 3 * 4096 * 2048, "fp8", baselines)
 
