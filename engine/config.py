@@ -163,6 +163,9 @@ class EngineConfig:
     """Index keys: "fp8" (132 B), "fp4" (68 B), "bf16" or "fp32" (no quantisation)."""
     max_model_len: int = 8192
     """Longest sequence (prompt + output), in tokens."""
+    fabric_memory: bool = False
+    """Pages and slots in memory that GPUs of other nodes of an NVLink domain can map (GB200, GB300 racks; needs IMEX). Without it pages
+    travel between nodes over NICs or TCP."""
     threads: int = 1
     """CPU threads of one rank's compute."""
     group_start_timeout_s: float = 120.0

@@ -84,7 +84,8 @@ class LoadedModel:
         for line in plan.table().splitlines():
             log.info("engine.memory", plan=line)
         plan.check()
-        return ModelCaches(Arena(self.layout, plan.num_pages, num_slots, self.device), self.model)
+        arena = Arena(self.layout, plan.num_pages, num_slots, self.device, in_fabric=self.engine.fabric_memory)
+        return ModelCaches(arena, self.model)
 
 
 def resolve_device(wanted: str) -> torch.device:

@@ -150,7 +150,10 @@ class KVSender:
             request_id = self._writes.pop(write_id, None)
             if request_id is not None:
                 log.debug("transfer.out", request_id=request_id, write_id=write_id, succeeded=succeeded)
-                self._perform(self._state.write_finished(request_id, write_id, succeeded, self._clock.now()))
+                now, hand_off = self._clock.now(), self._state.hand_off(request_id)
+                if succeeded and hand_off is not None and (flight := hand_off.in_flight.get(write_id)) is not None:
+                    self._report.wrote(hand_off.peer, flight.num_bytes, now - flight.since)
+                self._perform(self._state.write_finished(request_id, write_id, succeeded, now))
 
     def _write(self) -> None:
         while (post := self._state.next_post()) is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from core.kv_layout import Field, KVLayout
+from engine.cache.fabric_memory import fabric_zeros
 from engine.cache.rows import RowFormat, index_rows, kv_rows
 from engine.config import ModelConfig
 
@@ -60,10 +61,18 @@ class Arena:
     """Owner of the bytes. `pages` uint8 [num_pages, page_bytes] and `slots` uint8 [num_slots, slot_bytes] are contiguous and live
     as long as the process: they are registered with the transport once and never freed."""
 
-    def __init__(self, layout: KVLayout, num_pages: int, num_slots: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, layout: KVLayout, num_pages: int, num_slots: int, device: torch.device | str = "cpu", *, in_fabric: bool = False
+    ) -> None:
+        """in_fabric: see fabric_memory.py, and what it raises."""
         self.layout = layout
-        self.pages = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=device)
-        self.slots = torch.zeros(num_slots, layout.slot_bytes, dtype=torch.uint8, device=device)
+
+        def zeros(count: int, num_bytes: int) -> torch.Tensor:
+            if in_fabric:
+                return fabric_zeros(count, num_bytes, torch.device(device))
+            return torch.zeros(count, num_bytes, dtype=torch.uint8, device=device)
+
+        self.pages, self.slots = zeros(num_pages, layout.page_bytes), zeros(num_slots, layout.slot_bytes)
 
 
 class ModelCaches:

@@ -103,3 +103,23 @@ def test_a_warning_comes_where_a_faster_path_was_expected_and_only_there(
     found.report.made("a#1/1", "decode/0.0", lanes, peer_machine, peer_memory)
     assert bool(warnings_in(caplog.text)) is is_slow
     assert ("expected" in found.report.summary) is is_slow
+
+
+def test_a_fast_path_whose_writes_crawl_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    found = Reported(HERE, "VRAM")
+    found.report.made("a#1/1", "decode/0.0", ("tcp/lo", "cuda_ipc/cuda"), "boot-1", "VRAM")
+    found.report.made("b#1/2", "decode/1.0", ("tcp/lo",), "boot-2", "VRAM")
+    for link, num_bytes, seconds in (
+        ("a#1/1", 10**8, 0.001),
+        ("a#1/1", 10**6, 1.0),  # small: waiting for its turn is most of it
+        ("b#1/2", 10**8, 1.0),  # nothing faster than TCP was expected of it
+        ("never", 10**8, 1.0),
+    ):
+        found.report.wrote(link, num_bytes, seconds)
+    assert found.report.summary == "1 over cuda_ipc, 1 over tcp" and "transfer.slow_rate" not in caplog.text
+    for _ in range(3):
+        found.report.wrote("a#1/1", 10**8, 0.25)
+    assert found.report.summary == "decode/0.0 over cuda_ipc at 0.4 GB/s, 1 over tcp"
+    assert caplog.text.count("transfer.slow_rate") == 1
+    found.report.gone("a#1/1")
+    assert found.report.summary == "1 over tcp"
