@@ -27,8 +27,8 @@ class MoE:
         self._w2 = Linear(build, f"{shared}.w2.weight")
 
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up, whose experts are not counted). Returns
-        [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
+        """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up; in a group it has no experts, so
+        that idle ranks cost their peers little). Returns [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
         shared = self._side.start(lambda: self._shared(x))
         fixed = None if self._table is None else self._table[token_ids]
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, fixed, self._topk, self._scaling)

@@ -19,11 +19,13 @@ def exchange_pack(
     load: torch.Tensor,
 ) -> torch.Tensor:
     """x: [T, d] bf16 (d even) or fp32; ids: int64 [T, k], experts; weights: fp32 [T, k]; positions: int64 [T], -1 for a row that only
-    fills up. table, turns and load (int64 [E, C], [E], [E]) are a SlotChoice's; load counts the rows with a position.
+    fills up: its slots are -1, so that no expert is read for it. table, turns and load (int64 [E, C], [E], [E]) are a SlotChoice's; load
+    counts the rows with a position.
 
     Returns int32 [T, words of x + 2 k]: x's bytes, then slots, then the weights' bits."""
     count_tokens(load, ids, positions)
-    return torch.cat((x.view(torch.int32), choose_slots(ids, table, turns).int(), weights.view(torch.int32)), dim=1)
+    slots = torch.where(positions[:, None] >= 0, choose_slots(ids, table, turns), -1)
+    return torch.cat((x.view(torch.int32), slots.int(), weights.view(torch.int32)), dim=1)
 
 
 OP = Op("exchange_pack", exchange_pack, backends={"triton": Impl("engine.ops.exchange_pack.triton", requires.triton)})

@@ -22,9 +22,9 @@ def exchange_pack_kernel(
     expert = tl.load(ids_ptr + token * TOP_K + place, mask=there, other=0)
     turn = token % tl.load(turns_ptr + expert, mask=there, other=1)
     slot = tl.load(table_ptr + expert * copies + turn, mask=there, other=0)
-    tl.store(out_ptr + width + place, slot.to(tl.int32), mask=there)
-    tl.store(out_ptr + width + TOP_K + place, tl.load(weights_ptr + token * TOP_K + place, mask=there), mask=there)
     counts = there & (tl.load(positions_ptr + token) >= 0)
+    tl.store(out_ptr + width + place, tl.where(counts, slot, -1).to(tl.int32), mask=there)
+    tl.store(out_ptr + width + TOP_K + place, tl.load(weights_ptr + token * TOP_K + place, mask=there), mask=there)
     tl.atomic_add(load_ptr + expert, tl.full([PADDED_K], 1, tl.int64), mask=counts, sem="relaxed")
 
 

@@ -56,8 +56,8 @@ class ExpertExchange(Protocol):
     """Set before a step: how many rows the ranks bring at most, where they have agreed on it; 0 where they have not."""
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
-        """x: [T, d]; ids: int64 [T, k], the experts; weights: fp32 [T, k]; positions: int64 [T], -1 for rows that only fill up; choice:
-        which copy of an expert to use, and where tokens are counted."""
+        """x: [T, d]; ids: int64 [T, k], the experts; weights: fp32 [T, k]; positions: int64 [T], -1 for rows that only fill up and
+        whose results nobody reads; choice: which copy of an expert to use, and where tokens are counted."""
         ...
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:

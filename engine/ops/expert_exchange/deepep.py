@@ -130,9 +130,9 @@ class LowLatencyExchange(_Buffer):
         super().__init__(group, 0, hint, low_latency_mode=True, num_qps_per_rank=self._experts, allow_mnnvl=True)
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
-        """weights stay at home: `Arrived.weights` are ones, and `combine` applies them."""
+        """weights stay at home: `Arrived.weights` are ones, and `combine` applies them. Rows that only fill up go nowhere."""
         assert len(x) <= self._max_tokens, f"{len(x)} tokens; the buffers are for {self._max_tokens}"
-        slots = choice.counted(ids, positions)
+        slots = torch.where(positions[:, None] >= 0, choice.counted(ids, positions), -1)
         (codes, scales), counts, handle, _, _ = self._buffer.low_latency_dispatch(
             x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )

@@ -37,10 +37,14 @@ def test_a_group_gives_the_sums_of_one_rank(is_latency_bound: bool, placement: E
         positions[::3] = -1
         arrived = exchange.dispatch(x, ids, weights, positions, choice)
         assert torch.equal(choice.load, torch.bincount(ids[positions >= 0].flatten(), minlength=EXPERTS)), "fillers are not counted"
+        if is_latency_bound:  # the rows of each rank, in their order
+            has_experts = (arrived.ids >= 0).any(1).view(group.size, -1)
+            assert not has_experts[:, ::3].any() and has_experts.any(), "an expert would be read for a filler"
         return exchange.combine(moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT), arrived)
 
     everything = packed(tuple(range(EXPERTS)))
     for number, routed in enumerate(run_group(placement.num_ranks, rank)):
         alone = moe_experts(*tokens_of(number, counts[number], torch.bfloat16), everything, LIMIT)
         assert routed.shape == alone.shape and routed.dtype == torch.float32
-        assert (routed - alone).norm() <= 1e-6 * alone.norm(), f"rank {number}"
+        real = torch.arange(len(alone)) % 3 != 0
+        assert (routed - alone)[real].norm() <= 1e-6 * alone[real].norm(), f"rank {number}"
