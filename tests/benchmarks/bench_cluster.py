@@ -15,14 +15,16 @@ With `load: dummy`, `--routing` says how experts are chosen:
 
 `--tiny` is the same run on CPUs of this machine, with a model of the same structure and a few layers: that the way there works.
 
-Writes in FOLDER: ROUTING.md and ROUTING.png (output tokens/s a GPU against tokens/s a user), ROUTING.json (rows, and the times of every
-request), ROUTING.start.txt (what `baton up` said, memory plans, chosen ops, graphs) and logs.tar.gz.
+Writes in FOLDER: ROUTING.md and ROUTING.png (output tokens/s a GPU against tokens/s a user), ROUTING.json (all figures),
+ROUTING.times.json.gz (the times of every token of every request, by point), ROUTING.start.txt (what `baton up` said, memory plans, chosen
+ops, graphs) and logs.tar.gz.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gzip
 import json
 import pathlib
 import subprocess
@@ -57,8 +59,11 @@ class Bench:
         self.folder = ClusterFolder(options.home, self.spec.name)
         self.gpus = sum(self.spec.replicas(role) * self.spec.ranks_per_replica(role) for role in ("prefill", "decode"))
         self.record: dict[str, Any] = {"points": []}
+        self.times: list[list[dict[str, Any]]] = []
+        """Of every point's requests."""
         if self._path("json").exists():
             self.record = json.loads(self._path("json").read_text())
+            self.times = json.loads(gzip.decompress(self._path("times.json.gz").read_bytes()))
 
     def _path(self, ending: str) -> pathlib.Path:
         return self.out / f"{self.options.routing}.{ending}"
@@ -150,13 +155,13 @@ class Bench:
         print(table([row]), flush=True)
         for error in sorted({outcome.error for outcome in outcomes if outcome.error}):
             print(f"failed: {error}", flush=True)
+        self.times.append([_compact(outcome) for outcome in outcomes])
         sizes = {role: self.spec.ranks_per_replica(role) for role in ("prefill", "decode")}
         return {
             "shape": [prompt, output], "clients": clients, "seconds": seconds, "row": row,
             "stages": cluster_metrics.stages_between(before, after),
             "routing": cluster_metrics.routing_between(before, after, sizes),
             "waiting": cluster_metrics.waits_between(before, after, seconds),
-            "requests": [_compact(outcome) for outcome in outcomes],
         }  # fmt: skip
 
     # -- the record ------------------------------------------------------------------------------------------------------------
@@ -169,7 +174,8 @@ class Bench:
             "command": " ".join(sys.argv[1:]), "commit": commit, "hardware": devices(), "date": time.strftime("%Y-%m-%d"),
             "file": self.options.file.name, "overrides": self.overrides, "devices": self.gpus,
         }  # fmt: skip
-        self._path("json").write_text(json.dumps(self.record, separators=(",", ":")))
+        self._path("times.json.gz").write_bytes(gzip.compress(json.dumps(self.times, separators=(",", ":")).encode(), 6))
+        self._path("json").write_text(json.dumps(self.record, indent=1) + "\n")
         self._path("md").write_text(report(self.record, self.options.routing))
         plot(self._path("png"), self.record, self.options.routing)
 
