@@ -103,6 +103,8 @@ class Software:
     dispatch_s: float
     """Of one dispatch of decode, beside its bytes."""
     combine_s: float
+    gather_s: float
+    """Of one all-gather of few rows, beside its bytes."""
     dispatch_link_share: float
     """Of the link rate."""
     combine_link_share: float
@@ -129,6 +131,7 @@ AS_MEASURED = Software(
     exchange="gather",
     dispatch_s=7e-6,
     combine_s=11.5e-6,
+    gather_s=7e-6,
     dispatch_link_share=0.21,
     combine_link_share=0.12,
     prefill_link_share=0.53,
@@ -150,6 +153,7 @@ AS_MEASURED = Software(
         "exchange": "as run: expert_exchange=gather",
         "dispatch_s": "FITTED to the exchange's kernels at batch 1 of the decode profile",
         "combine_s": "FITTED, same",
+        "gather_s": "as dispatch_s, which is one",
         "dispatch_link_share": "FITTED to the same kernels at batch 256: 94 GB/s",
         "combine_link_share": "FITTED, same: 54 GB/s",
         "prefill_link_share": "measured, DeepEP normal mode on two GPUs: 238 GB/s",
@@ -195,10 +199,12 @@ GOAL = Software(
     exchange="all_to_all",
     dispatch_s=12e-6,
     combine_s=12e-6,
+    gather_s=7e-6,
     dispatch_link_share=0.6,
     combine_link_share=0.6,
     prefill_link_share=0.6,
-    sources={name: "goal" for name in Software.__dataclass_fields__ if name not in ("name", "sources")} | {"gap_s": "as measured"},
+    sources={name: "goal" for name in Software.__dataclass_fields__ if name not in ("name", "sources")}
+    | dict.fromkeys(("gap_s", "gather_s"), "as measured"),
 )
 """Fused kernels, codes multiplied without widening, an exchange near the links' rate."""
 

@@ -1,7 +1,8 @@
 """Predict decode and prefill of a group of N ranks, and say how far the predictions are from what was measured. No device needed.
 
 python -m tests.benchmarks.scaling_model [--model v4_pro] [--hardware gb300] [--software goal] [--ranks 8,16,32,72] [--batch 1,32,128,256]
-    [--context 8192] [--imbalance 1.0] [--drafts 0] [--out tests/benchmarks/results/scaling_2026-11]
+    [--context 8192] [--imbalance 1.0] [--drafts 0] [--attention-tp 1,2,4]
+    [--out tests/benchmarks/results/scaling_2026-11]
 
 Prints tables in Markdown: each measured point of `results/engine_flash_h200*.json` beside its prediction, and their parts; decode and
 prefill of groups; the frontier for 8,192 tokens in and 1,024 out. `--out` writes them as PREFIX.json and a plot as PREFIX.png.
@@ -23,7 +24,7 @@ from typing import Any
 from engine.config import ModelConfig
 from tests.benchmarks.hardware import AS_MEASURED, H200, HARDWARE, SOFTWARE, WITH_DEEPEP, Hardware, Software
 from tests.benchmarks.plot_step import part_of
-from tests.benchmarks.step_model import Parts, Work, decode_parts, largest_batch, prefill_parts
+from tests.benchmarks.step_model import Parts, Work, decode_parts, largest_batch, prefill_parts, touched
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests/benchmarks/results"
@@ -39,6 +40,7 @@ PUBLIC = (
 """V4-Pro FP4 on GB300, 8K in and 1K out: (who, tokens/s a user, tokens/s a GPU; InferenceX, which counts prompt tokens, too)."""
 
 PROMPT, OUTPUT = 8192, 1024
+FEW_USERS = (1, 4, 8, 16)
 USER_RATES = (20, 30, 40, 50, 60, 80, 100)
 NAMES = {"experts": "experts", "attention": "attention, index", "hyper-connections": "hyper-connections", "exchange": "exchange"}
 """Part of a measured profile -> of a predicted step, where they mean the same."""
@@ -137,6 +139,21 @@ def predict(work: Work, hardware: Hardware, software: Software, options: argpars
                 }  # fmt: skip
 
 
+def spread(work: Work, hardware: Hardware, software: Software, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Steps of a group with few users, with attention spread over some of its ranks; rows that only fill up have no experts."""
+    for ranks in options.ranks:
+        for users in FEW_USERS:
+            experts = touched(work.held(ranks), ranks, work.model.num_experts_per_tok, users, options.imbalance)
+            row: dict[str, Any] = {"ranks": ranks, "users": users}
+            for size in options.attention_tp:
+                parts = decode_parts(
+                    work, hardware, software, ranks=ranks, batch=-(-users * size // ranks), context=options.context[0], experts=experts,
+                    attention_tp=size,
+                )  # fmt: skip
+                row[f"ms, attention_tp {size}"] = round(sum(parts.values()) * 1e3, 2)
+            yield row
+
+
 def frontier(work: Work, hardware: Hardware, software: Software, ranks: Sequence[int], imbalance: float) -> Iterator[dict[str, Any]]:
     """For each decode group and speed a user gets: as many sequences as keep it, and as many prefill GPUs (groups of 4) as feed them."""
     prefill_s = sum(prefill_parts(work, hardware, software, ranks=4, chunk=PROMPT, prompt=PROMPT, imbalance=imbalance).values())
@@ -225,6 +242,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=ints, default=[8192])
     parser.add_argument("--imbalance", type=float, default=1.0, help="the busiest rank's share of the experts' work over the mean")
     parser.add_argument("--drafts", type=int, choices=range(len(ACCEPTED)), default=0, help="MTP steps")
+    parser.add_argument("--attention-tp", type=ints, default=[], help="also decode with attention spread over so many ranks")
     parser.add_argument("--out", type=pathlib.Path, default=None, metavar="PREFIX")
     return parser.parse_args()
 
@@ -246,6 +264,10 @@ def main() -> None:
     print(f"\n## {options.model} on {hardware.name}, {options.software}\n")
     columns = ["ranks", "batch", "context", "ms", "tokens/s/user", "tokens/s/GPU", "prefill tokens/s/GPU", "fits"]
     print(table(groups, columns))
+    if options.attention_tp:
+        rows = list(spread(work, hardware, SOFTWARE[options.software], options))
+        print(f"\n## {options.model} on {hardware.name}, {options.software}: attention spread over ranks\n")
+        print(table(rows, list(rows[0])))
     curves = {software.name: list(frontier(work, hardware, software, options.ranks, options.imbalance)) for software in SOFTWARE.values()}
     print(f"\n## Frontier of {options.model} on {hardware.name}, {PROMPT} in and {OUTPUT} out, best group of {options.ranks}\n")
     columns = ["software", "drafts", "ranks", "tokens/s/user", "batch", "prefill GPUs per decode GPU", "tokens/s/GPU"]

@@ -34,6 +34,9 @@ class Work:
     head_bytes: float
     layer_flops: float
     """Per token, of all layers, experts and attention aside."""
+    head_wise_bytes: float
+    """Of `layer_bytes`: weights of which a rank of tensor-parallel attention needs its heads' part only (wq_b, wo_a)."""
+    head_wise_flops: float
     head_flops: float
     expert_bytes: float
     """One expert of one layer."""
@@ -47,7 +50,7 @@ class Work:
 
     @staticmethod
     def of(model: ModelConfig) -> Work:
-        layers = head = flops = head_flops = resident = 0.0
+        layers = head = flops = head_flops = resident = by_head = by_head_flops = 0.0
         for name, tensor in expected_tensors(model).items():
             if ".ffn.experts." in name:
                 continue
@@ -57,11 +60,14 @@ class Work:
                 head, head_flops = head + size, head_flops + 2.0 * values
             elif name.startswith("layers."):
                 layers += size
+                if name.endswith((".attn.wq_b.weight", ".attn.wo_a.weight")):
+                    by_head, by_head_flops = by_head + size, by_head_flops + 2.0 * values
                 flops += 2.0 * values if len(tensor.shape) == 2 and published_format(name) in ("fp8", "bf16", "fp32") else 0.0
         layout = build_layout(model, EngineConfig(), "m")
         params = 3.0 * model.hidden_size * model.moe_intermediate_size
         return Work(
             model=model, layer_bytes=layers, head_bytes=head, layer_flops=flops, head_flops=head_flops,
+            head_wise_bytes=by_head, head_wise_flops=by_head_flops,
             expert_bytes=params * BYTES["mxfp4"], expert_params=params,
             row_bytes={field.name.split(".")[0]: field.row_bytes for field in (*layout.page_fields, *layout.slot_fields)},
             page_bytes=layout.page_bytes, slot_bytes=layout.slot_bytes, resident_bytes=resident,
@@ -142,32 +148,42 @@ def decode_parts(
     redundant: int = 0,
     experts: float | None = None,
     drafts: int = 0,
+    attention_tp: int = 1,
 ) -> Parts:
     """Seconds of one step in which each rank has `batch` sequences. `experts`: of a layer, that the busiest rank touches, where known.
-    With `drafts`, each sequence brings so many tokens more, and the MTP block runs once for each."""
+    With `drafts`, each sequence brings so many tokens more, and the MTP block runs once for each. With `attention_tp`, so many ranks have
+    the same `batch` sequences, each a part of the heads (engine/parallel/README.md); kernels take at least 64 heads."""
     model, layers, rows = work.model, work.model.num_hidden_layers, batch * (1 + drafts)
     if experts is None:
-        experts = touched(work.held(ranks, redundant), ranks, model.num_experts_per_tok, rows * ranks, imbalance)
+        experts = touched(work.held(ranks, redundant), ranks, model.num_experts_per_tok, rows * ranks / attention_tp, imbalance)
+    others = 1 - 1 / attention_tp
     linear = max(
-        work.layer_bytes / hardware.memory_rate, rows * work.layer_flops / (hardware.fp8_rate * software.linear_share)
-    )  # fmt: skip
+        (work.layer_bytes - others * work.head_wise_bytes) / hardware.memory_rate,
+        rows * (work.layer_flops - others * work.head_wise_flops) / (hardware.fp8_rate * software.linear_share),
+    )
+    heads = min(1.0, max(64, model.num_attention_heads / attention_tp) / model.num_attention_heads)
     head = max(work.head_bytes / hardware.memory_rate, rows * work.head_flops / (hardware.bf16_rate * software.linear_share))
     attention = max(
         batch * work.cache_bytes(context) / hardware.memory_rate,
-        rows * work.attention_flops(context) / (hardware.bf16_rate * software.attention_share),
+        rows * heads * work.attention_flops(context) / (hardware.bf16_rate * software.attention_share),
     )
     hyper_bytes = rows * hyper_token_bytes(model)
-    per_layer = experts_s(work, hardware, software, imbalance * rows * model.num_experts_per_tok, experts)
+    mine = rows / attention_tp
+    per_layer = experts_s(work, hardware, software, imbalance * mine * model.num_experts_per_tok, experts)
     parts = {
         "projections": layers * (software.products - 2) * software.product_s + linear,
         "head": software.product_s + head,
         "experts": layers * (2 * software.product_s + per_layer),
         "attention, index": layers * software.attention_s + attention,
         "hyper-connections": 2 * layers * (software.hyper_s + hyper_bytes / (hardware.memory_rate * software.hyper_share)),
-        "exchange": layers * exchange_s(work, hardware, software, ranks, rows),
+        "exchange": layers * exchange_s(work, hardware, software, ranks, mine),
         "small kernels": layers * software.small_launches * software.launch_s + rows * layers * between_bytes(model) / hardware.memory_rate,
         "gaps": layers * kernels_of_a_layer(software, ranks) * software.gap_s,
     }
+    if attention_tp > 1:
+        gathered = rows * (model.o_groups * model.o_lora_rank + model.hidden_size) * 2.0 * others
+        sent = gathered / (hardware.link_rate * software.dispatch_link_share)
+        parts["gathers of attention_tp"] = layers * (2 * (software.gather_s + software.gap_s) + sent)
     if drafts:
         block = decode_parts(work, hardware, software, ranks=ranks, batch=batch, context=128, imbalance=imbalance, redundant=redundant)
         parts["drafts"] = drafts * (sum(block.values()) - block["head"]) / layers + drafts * block["head"]

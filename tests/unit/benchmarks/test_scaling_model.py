@@ -150,3 +150,14 @@ def test_the_command_prints_three_tables_and_writes_what_it_found(
     shares = [row["prefill GPUs per decode GPU"], 1]
     out = row["output tokens/s per decode GPU"] * 9 / sum(shares)  # nine tokens of every request for each that is new
     assert row["tokens/s/GPU"] == pytest.approx(out, rel=0.05), "prompt and output tokens, over prefill and decode GPUs"
+
+
+def test_spreading_attention_saves_weights_and_costs_gathers() -> None:
+    one, four = (
+        decode_parts(work("v4_flash"), H200, AS_MEASURED, ranks=4, batch=batch, context=8192, experts=2.0, attention_tp=size)
+        for size, batch in ((1, 1), (4, 1))
+    )
+    saved = 0.75 * work("v4_flash").head_wise_bytes / H200.memory_rate
+    assert one["projections"] - four["projections"] == pytest.approx(saved)
+    assert set(four) - set(one) == {"gathers of attention_tp"}
+    assert one["attention, index"] == four["attention, index"], "kernels take 64 heads at least"
