@@ -24,11 +24,11 @@ from core.config import parse_config
 from core.errors import BatonError, ConfigError
 from core.log import get_logger, set_up_logging
 from core.request import Member
+from deploy.actor import send_output_to
 from deploy.control import ControlService
-from deploy.life import ReplicaLife, living_actors
 from deploy.placement import Node, Plan, plan_replica
-from deploy.rank import send_output_to
 from deploy.reconcile import Desired, Drain, Fleet, Phase, Start
+from deploy.replica_life import ReplicaLife, living_actors
 from deploy.spec import ROLES, ClusterSpec
 
 log = get_logger("controller")

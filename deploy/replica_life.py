@@ -18,8 +18,8 @@ from core.clock import Clock
 from core.errors import BatonError, ConfigError
 from core.log import get_logger
 from core.request import Member
+from deploy.actor import Assignment, RankActor, Report
 from deploy.placement import Plan, Unplaceable
-from deploy.rank import Assignment, RankActor, Report
 from deploy.reconcile import Fleet
 from deploy.spec import ClusterSpec
 

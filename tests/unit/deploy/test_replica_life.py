@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.life import died_of
+from deploy.replica_life import died_of
 
 CRASH = """The actor died unexpectedly before finishing this task.
 \tclass_name: RankActor
