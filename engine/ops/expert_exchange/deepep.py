@@ -114,7 +114,7 @@ class NormalExchange(_Buffer):
 
 class LowLatencyExchange(_Buffer):
     """What arrives lies in a buffer [experts, room, d], mostly empty; `dispatch` takes the rows together, into as many as there can be
-    at most, and `combine` puts the results back to where theirs came from."""
+    at most, and `combine` puts the results back to where theirs came from. Other ranks bring as many rows, or at most `rows`."""
 
     def __init__(self, group: Group, shape: ExchangeShape) -> None:
         if shape.hidden_size not in HIDDEN_SIZES:
@@ -123,7 +123,7 @@ class LowLatencyExchange(_Buffer):
             raise _misfit(f"groups below {NVLINK_PEERS} ranks, or of a multiple of it", f"{group.seat.name} has {group.size}")
         self._num_slots, self._experts = shape.num_slots, shape.num_slots // group.size
         self._max_tokens = -(-shape.max_tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
-        self._room = self._max_tokens * group.size
+        self._room, self._size = self._max_tokens * group.size, group.size
         needed = 2 * (self._max_tokens + 1)
         os.environ["NVSHMEM_QP_DEPTH"] = str(max(1024, 1 << (needed - 1).bit_length()))  # DeepEP asks for that many, through this
         hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(self._max_tokens, shape.hidden_size, group.size, shape.num_slots)
@@ -136,7 +136,7 @@ class LowLatencyExchange(_Buffer):
         (codes, scales), counts, handle, _, _ = self._buffer.low_latency_dispatch(
             x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )
-        most = self._room * min(slots.shape[1], self._experts)
+        most = max(len(x), self.rows) * self._size * min(slots.shape[1], self._experts)
         ends = counts.long().cumsum(0)
         number = torch.arange(most, device=x.device)
         # Past the last row, the last row again: it is read and written twice, with the same result.

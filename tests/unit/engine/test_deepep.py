@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from core.errors import ConfigError
 from engine.ops.expert_exchange import ExchangeShape
 from engine.ops.moe_experts import moe_experts
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
-from engine.parallel.group import Group
+from engine.parallel.group import Group, Limits
 from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, positions_of, reference_ops, tokens_of
 from tests.support.fake_deep_ep import FakeDeepEP
 from tests.support.ranks import run_group
@@ -35,10 +38,12 @@ def test_a_group_gives_the_sums_of_one_rank(
 
     def rank(group: Group) -> list[torch.Tensor]:
         exchange = deepep.run(group, shape, reference_ops())
+        exchange.rows = max(counts)
         sums = []
         for turn in range(2):  # buffers are used again
             x, ids, weights = tokens_of(group.rank + 10 * turn, counts[group.rank], torch.bfloat16)
             arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
+            assert not is_latency_bound or len(arrived.x) <= max(counts) * group.size * ids.shape[1], "more rows than there can be"
             rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT)
             sums.append(exchange.combine(rows, arrived))
         exchange.close()
@@ -54,3 +59,43 @@ def test_a_group_gives_the_sums_of_one_rank(
             limit = 0.05 if is_latency_bound else 0.005
             assert (routed - alone).norm() <= limit * alone.norm(), f"rank {number}, turn {turn}"
     sys.modules.pop("engine.ops.expert_exchange.deepep", None)
+
+
+@pytest.fixture
+def deepep(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """The adapter, with the stand-in for groups of two."""
+    monkeypatch.setitem(sys.modules, "deep_ep", FakeDeepEP(2).module())
+    monkeypatch.delitem(sys.modules, "engine.ops.expert_exchange.deepep", raising=False)
+    monkeypatch.setenv("NVSHMEM_QP_DEPTH", "0")
+    yield importlib.import_module("engine.ops.expert_exchange.deepep")
+    sys.modules.pop("engine.ops.expert_exchange.deepep", None)
+
+
+@pytest.mark.parametrize(
+    ("size", "hidden", "is_latency_bound", "message"),
+    [(2, 128, True, "hidden sizes 2048, .*the model has 128: choose gather"), (3, 4096, False, "groups of 2, 4, .*decode/0 has 3: choose")],
+)
+def test_what_has_no_kernels_is_refused_by_name(
+    deepep: types.ModuleType, size: int, hidden: int, is_latency_bound: bool, message: str
+) -> None:
+    shape = ExchangeShape(hidden_size=hidden, num_slots=6, max_tokens=4, is_latency_bound=is_latency_bound)
+
+    def rank(group: Group) -> None:
+        with pytest.raises(ConfigError, match=message):
+            deepep.run(group, shape, reference_ops())
+
+    run_group(size, rank)
+
+
+def test_a_rank_that_ends_alone_does_not_wait_for_the_others(deepep: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepep, "HIDDEN_SIZES", (HIDDEN,))
+    shape = ExchangeShape(hidden_size=HIDDEN, num_slots=4, max_tokens=4, is_latency_bound=True)
+
+    def rank(group: Group) -> None:
+        exchange = deepep.run(group, shape, reference_ops())
+        if group.rank == 0:
+            exchange.close()  # the other one never does
+        else:
+            group.close()
+
+    run_group(2, rank, Limits(start_s=20.0, step_s=0.5))
