@@ -25,7 +25,8 @@ def test_every_command_can_be_meant() -> None:
         tools.add(words[2])
         source = (ROOT / words[2].replace(".", "/")).with_suffix(".py").read_text()
         assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == [], line
-    assert tools == {f"tests.benchmarks.bench_{name}" for name in ("engine", "ops", "transfer", "exchange")}
+    named = {"bench_engine", "bench_ops", "bench_transfer", "bench_exchange", "timeline"}
+    assert tools == {f"tests.benchmarks.{name}" for name in named}
 
 
 @pytest.mark.parametrize(("minutes", "ended"), [(1, "status 3 after"), (0, "not begun, out of time")])
