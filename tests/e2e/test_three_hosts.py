@@ -28,7 +28,7 @@ from tests.support.cluster import MODEL, ROOT
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(hosts.missing() is not None, reason=hosts.missing() or "")]
 
 NAME, ROUTER, CONTROL, RAY = "hosts", 8000, 8010, 6379
-NODE_TRIES = 3
+NODE_TRIES, NODE_TIMEOUT_S = 3, 90
 CUT_S = 6.0
 """Longer than transfer.liveness_timeout_s, shorter than what makes Ray give up a node."""
 
@@ -40,6 +40,9 @@ class ThreeHosts:
         self.home, self.net = home, hosts.Hosts(3)
         self.folder, self._processes = ClusterFolder(home, NAME), list[subprocess.Popen[bytes]]()
         self._temp = pathlib.Path(tempfile.mkdtemp(prefix="bt", dir="/tmp"))  # short: Ray puts unix sockets inside
+        # A head also starts Ray's client server, by a shell line that does not survive a space in the path of Python.
+        (self._temp / "venv").symlink_to(sys.prefix)
+        self._ray_command = [str(self._temp / "venv/bin/python"), "-m", "ray.scripts.scripts"]
         token = home / "token"
         token.write_text(secrets.token_hex(32))
         self._env = os.environ | {
@@ -68,18 +71,19 @@ class ThreeHosts:
 
     def _ray(self, host: int, *arguments: str) -> None:
         """Returns when the node has joined. Ray gives a node 30 s for that, which a busy machine may exceed: then it is tried again."""
-        ray = str(pathlib.Path(sys.executable).with_name("ray"))
         common = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block"]
-        command = self.net.command(host, [ray, "start", f"--node-ip-address={self.net.address(host)}", *common, *arguments])
+        command = self.net.command(host, [*self._ray_command, "start", f"--node-ip-address={self.net.address(host)}", *common, *arguments])
         path = self.home / f"ray{host}.log"
         for _ in range(NODE_TRIES):
             with path.open("wb") as log:
                 process = subprocess.Popen(command, env=self._env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
             self._processes.append(process)
-            while process.poll() is None:
+            end = time.monotonic() + NODE_TIMEOUT_S
+            while process.poll() is None and time.monotonic() < end:
                 if b"will now block" in path.read_bytes():
                     return
                 time.sleep(0.1)
+            process.terminate()
         raise AssertionError(f"host {host} did not join Ray:\n{self.logs()}")
 
     def baton(self, *arguments: str) -> str:
