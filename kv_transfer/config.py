@@ -44,7 +44,8 @@ class TransferConfig:
     """Pages that a lost sender may still write to are kept from use for so long after its connection was torn down; must exceed
     liveness_timeout_s (the cut-off sender stops itself by then) plus tcp_user_timeout_s (its last write has ended by then)."""
     checksum: bool = False
-    """Checked mode: the commit carries a checksum of each page and the slot, and the receiver compares."""
+    """Checked mode: the commit carries a checksum of each page and the slot, and the receiver compares. On GPUs both ends copy every piece
+    to the host for it: for tests and for trying out a fabric."""
     poll_interval_ms: float = 0.5
     """How often both sides poll the transport while anything is outstanding."""
 
