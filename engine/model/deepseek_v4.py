@@ -31,6 +31,8 @@ class Unspread:
     """What a sublayer leaves: its output y [T, d], to be spread over the streams h [T, M, d] that fed it, with its gates."""
 
     y: torch.Tensor
+    more: torch.Tensor | None
+    """To be added to y, which is fp32 then."""
     h: torch.Tensor
     post: torch.Tensor
     comb: torch.Tensor
@@ -47,14 +49,14 @@ class HyperConnection:
         self._base, self._scale = (build.tensor(f"{prefix}.hc_{sublayer}_{part}").float() for part in ("base", "scale"))
         self._norm = build.tensor(f"{prefix}.{sublayer}_norm.weight")
 
-    def run(self, last: torch.Tensor | Unspread, sublayer: Callable[[torch.Tensor], torch.Tensor]) -> Unspread:
-        """`sublayer`: normed input [T, d] -> output [T, d]."""
+    def run(self, last: torch.Tensor | Unspread, sublayer: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]) -> Unspread:
+        """`sublayer`: normed input [T, d] -> output [T, d], and what is to be added to it."""
         constants = (self._fn, self._base, self._scale, self._norm, self._eps, self._hc_eps, self._iters)
         if isinstance(last, Unspread):
-            h, x, post, comb = self._ops.hc_post_pre(last.y, last.h, last.post, last.comb, *constants)
+            h, x, post, comb = self._ops.hc_post_pre(last.y, last.more, last.h, last.post, last.comb, *constants)
         else:
             h, (x, post, comb) = last, self._ops.hc_pre(last, *constants)
-        return Unspread(sublayer(x), h, post, comb)
+        return Unspread(*sublayer(x), h, post, comb)
 
 
 class Block:
@@ -67,7 +69,7 @@ class Block:
 
     def forward(self, last: torch.Tensor | Unspread, step: Step, cache: LayerCache) -> Unspread:
         """`last`: of the block before; the streams in the first."""
-        last = self._attn_hc.run(last, lambda x: self._attention.forward(x, step, cache))
+        last = self._attn_hc.run(last, lambda x: (self._attention.forward(x, step, cache), None))
         return self._ffn_hc.run(last, lambda x: self._moe.forward(x, step.batch.token_ids_T, step.batch.places.positions_T))
 
     def join(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
@@ -109,7 +111,8 @@ class DeepseekV4:
         for layer, cache in zip(self._layers, caches.layers, strict=True):
             last = layer.forward(last, step, cache)
         assert isinstance(last, Unspread)
-        parts: tuple[torch.Tensor, ...] = (last.y, last.h, last.post, last.comb)
+        y = last.y if last.more is None else torch.add(last.y, last.more, out=torch.empty_like(last.more))
+        parts: tuple[torch.Tensor, ...] = (y, last.h, last.post, last.comb)
         if batch.logits_rows_R is not None:
             parts = tuple(part[batch.logits_rows_R] for part in parts)
         h = self._ops.hc_post(*parts)

@@ -26,9 +26,10 @@ class MoE:
         self._w1_w3 = Linears(build, ((f"{shared}.w1.weight",), (f"{shared}.w3.weight",)))
         self._w2 = Linear(build, f"{shared}.w2.weight")
 
-    def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up; in a group it has no experts, so
-        that idle ranks cost their peers little). Returns [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
+        that idle ranks cost their peers little). Returns what is to be added up and rounded to x's dtype: the routed experts' sum, fp32
+        [T, d], and the shared expert's output, [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
         shared = self._side.start(lambda: self._shared(x))
         fixed = None if self._table is None else self._table[token_ids]
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, fixed, self._topk, self._scaling)
@@ -38,7 +39,7 @@ class MoE:
             arrived = self._share.dispatch(x, ids, weights, positions)
             rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit)
             routed = self._share.exchange.combine(rows, arrived)
-        return torch.add(routed, shared(), out=torch.empty_like(x))  # the sum is fp32, rounded once
+        return routed, shared()
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
         return self._w2(self._ops.swiglu(*self._w1_w3(x), self._limit, x.dtype))

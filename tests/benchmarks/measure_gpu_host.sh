@@ -41,7 +41,7 @@ step() {  # step NAME SECONDS ARGUMENTS OF PYTHON...
 
 # Kernels that were written without a GPU: the exchange's rows, rows of pages, a step's tables, the index scan's runs, stores out of wider
 # matrices.
-new="exchange_pack or exchange_unpack or page_rows or index_logits or step_tables or kv_store or compress or rms_norm or swiglu"
+new="exchange_pack or exchange_unpack or page_rows or index_logits or step_tables or hc_post_pre or kv_store or compress or rms_norm or swiglu"
 step parity_new 150 -m pytest -q -n 4 -m gpu tests/parity/test_ops.py tests/parity/test_dot_scaled.py -k "$new or dot_scaled"
 step parity_model 150 -m pytest -q -s tests/parity/test_gpu_model.py
 if [ "$gpus" -ge 2 ]; then

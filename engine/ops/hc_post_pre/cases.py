@@ -8,12 +8,13 @@ from engine.ops.cases import Bench, Draw, randn
 from engine.ops.hc_pre.cases import EPS, HC_EPS, ITERATIONS, OUTPUTS, STREAMS, case, last_gates, norm_weight, parameters
 
 
-def _draw(tokens: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Draw:
+def _draw(tokens: int, dim: int, dtype: torch.dtype = torch.bfloat16, more: bool = False) -> Draw:
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        y = randn(device, seed, tokens, dim, dtype=dtype)
+        y = randn(device, seed, tokens, dim, dtype=torch.float32 if more else dtype)
+        added = randn(device, seed + 8, tokens, dim, dtype=dtype) if more else None
         h = randn(device, seed + 1, tokens, STREAMS, dim, dtype=dtype)
         norm = norm_weight(device, seed + 7, dim)
-        return y, h, *last_gates(device, seed + 2, tokens), *parameters(device, seed + 4, dim), norm, EPS, HC_EPS, ITERATIONS
+        return y, added, h, *last_gates(device, seed + 2, tokens), *parameters(device, seed + 4, dim), norm, EPS, HC_EPS, ITERATIONS
 
     return draw
 
@@ -22,6 +23,10 @@ CASES = (
     case("no tokens", _draw(0, 256), small=True),
     case("one token in fp32", _draw(1, 256, torch.float32), small=True),
     case("odd width in fp32", _draw(3, 48, torch.float32), small=True),
+    case("two parts in fp32", _draw(5, 48, torch.float32, more=True), small=True),
+    case("two parts", _draw(1, 4096, more=True)),
+    case("two parts, batch 33", _draw(33, 7168, more=True)),
+    case("two parts, prefill", _draw(2049, 4096, more=True)),
     case("one token", _draw(1, 4096)),
     case("Pro one token", _draw(1, 7168)),
     case("demo batch", _draw(17, 256)),
@@ -34,15 +39,15 @@ CASES = (
 )
 
 
-def _bench(tokens: int, dim: int) -> Bench:
+def _bench(tokens: int, dim: int, more: bool = False) -> Bench:
     gates = 2 * tokens * (STREAMS + STREAMS * STREAMS) * 4
-    num_bytes = tokens * (2 * STREAMS + 2) * dim * 2 + OUTPUTS * STREAMS * dim * 4 + gates
-    return Bench(f"T={tokens} d={dim}", _draw(tokens, dim), num_bytes)
+    num_bytes = tokens * (2 * STREAMS + (4 if more else 2)) * dim * 2 + OUTPUTS * STREAMS * dim * 4 + gates
+    return Bench(f"T={tokens} d={dim}{' two parts' if more else ''}", _draw(tokens, dim, more=more), num_bytes)
 
 
 BENCH = tuple(
-    _bench(tokens, dim)
-    for tokens, dim in (
+    _bench(*shape)
+    for shape in (
         (1, 4096),
         (8, 4096),
         (32, 4096),
@@ -53,5 +58,8 @@ BENCH = tuple(
         (1024, 4096),
         (8192, 4096),
         (8192, 7168),
+        (1, 4096, True),
+        (128, 4096, True),
+        (8192, 4096, True),
     )
 )

@@ -11,6 +11,7 @@ __all__ = ["pack", "run"]
 
 def run(
     y: torch.Tensor,
+    more: torch.Tensor | None,
     h: torch.Tensor,
     post: torch.Tensor,
     comb: torch.Tensor,
@@ -24,4 +25,4 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference, with packed fn; all contiguous."""
     plan = cut(len(h), h.shape[2], h.dtype)
-    return launch(h, (y, post, comb), fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, plan)
+    return launch(h, (y, more, post, comb), fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, plan)

@@ -166,8 +166,8 @@ def _balance_token(
 
 @triton.jit
 def project_kernel(
-    h_ptr, y_ptr, post_ptr, comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, num_splits,
-    N: tl.constexpr, PADDED_ROWS: tl.constexpr, POST: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    h_ptr, y_ptr, more_ptr, post_ptr, comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, num_splits,
+    N: tl.constexpr, PADDED_ROWS: tl.constexpr, POST: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     row = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -191,8 +191,11 @@ def project_kernel(
         s2 = tl.load(h_ptr + at + 2 * dim, mask=mask, other=0.0)
         s3 = tl.load(h_ptr + at + 3 * dim, mask=mask, other=0.0)
         if POST:
-            y = tl.load(y_ptr + row[:, None] * dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             kind = s0.dtype
+            y_at = row[:, None] * dim + columns[None, :]
+            y = tl.load(y_ptr + y_at, mask=mask, other=0.0).to(tl.float32)
+            if MORE:
+                y = (y + tl.load(more_ptr + y_at, mask=mask, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
             h0, h1, h2, h3 = s0.to(tl.float32), s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
             s0 = _spread(gates0, y, h0, h1, h2, h3).to(kind)
             s1 = _spread(gates1, y, h0, h1, h2, h3).to(kind)
@@ -285,7 +288,7 @@ def _balance_block(tokens: int) -> int:
 
 def launch(
     h: torch.Tensor,
-    after: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    after: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor] | None,
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
@@ -294,7 +297,7 @@ def launch(
     iterations: int,
     cut: Cut,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`after`: (y, post, comb) of the sublayer before. `eps`: of the norm, of hc. `iterations` 0: no post and comb (hc_head).
+    """`after`: (y, more, post, comb) of the sublayer before. `eps`: of the norm, of hc. `iterations` 0: no post and comb (hc_head).
 
     Returns (streams: new ones if `after`, else h; x; post; comb)."""
     tokens, mult, dim = h.shape
@@ -307,15 +310,15 @@ def launch(
     streams = h if after is None else torch.empty_like(h)
     if not tokens:
         return streams, x, post, comb
-    y, in_post, in_comb = after or (h, post, comb)
-    assert y.is_contiguous() and in_post.is_contiguous() and in_comb.is_contiguous()
+    y, more, in_post, in_comb = after or (h, None, post, comb)
+    assert y.is_contiguous() and (more is None or more.is_contiguous()) and in_post.is_contiguous() and in_comb.is_contiguous()
     partial = h.new_empty(tokens, cut.num_splits, rows // 2, dtype=torch.float32)
     blocks, norm = cut.num_blocks(tokens), h if norm_weight is None else norm_weight
     splits = {"SPLITS": triton.next_power_of_2(cut.num_splits), "BD": triton.next_power_of_2(dim), "NORM": norm_weight is not None}
-    shared = {"N": num, "PADDED_ROWS": rows, "POST": after is not None, "BT": cut.block, "BC": cut.channels}
+    shared = {"N": num, "PADDED_ROWS": rows, "POST": after is not None, "MORE": more is not None}
     project_kernel[(cut.num_splits, blocks)](
-        h, y, in_post, in_comb, streams, fn, partial, tokens, dim, cut.num_splits, **shared,
-        num_warps=cut.num_warps, num_stages=cut.num_stages,
+        h, y, y if more is None else more, in_post, in_comb, streams, fn, partial, tokens, dim, cut.num_splits, **shared,
+        BT=cut.block, BC=cut.channels, num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     balance_block = _balance_block(tokens)
     balance_blocks = -(-tokens // balance_block) if iterations else 0
@@ -341,16 +344,16 @@ def run(
     return launch(h, None, fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, cut(tokens, dim, h.dtype))[1:]
 
 
-def _aot(dtype: str, post: bool, num: int, dim: int, tokens: int) -> list[tuple[Any, ...]]:
+def _aot(dtype: str, post: bool, num: int, dim: int, tokens: int, more: bool = False) -> list[tuple[Any, ...]]:
     plan = cut(tokens, dim, torch.bfloat16 if dtype == "*bf16" else torch.float32)
     rows = max(16, triton.next_power_of_2(2 * num))
-    streams = dict.fromkeys(("h_ptr", "y_ptr", "out_ptr", "x_ptr"), dtype)
+    streams = dict.fromkeys(("h_ptr", "more_ptr", "out_ptr", "x_ptr"), dtype) | {"y_ptr": "*fp32" if more else dtype}
     floats = dict.fromkeys(("post_ptr", "comb_ptr", "partial_ptr", "base_ptr", "scale_ptr"), "*fp32")
     integers = dict.fromkeys(("tokens", "num_splits", "balance_blocks", "iterations"), "i32")
     types = streams | floats | integers | {"dim": "i32:16", "norm_eps": "fp32", "hc_eps": "fp32"}
     types |= {"fn_ptr": "*bf16", "norm_ptr": "*bf16"}
     constants = {"N": num, "PADDED_ROWS": rows, "WIDTH": rows // 2, "POST": post, "NORM": num != STREAMS, "BT": plan.block, "FAST": True}
-    constants |= {"BC": plan.channels, "BD": triton.next_power_of_2(dim), "SPLITS": triton.next_power_of_2(plan.num_splits)}
+    constants |= {"MORE": more, "BC": plan.channels, "BD": triton.next_power_of_2(dim), "SPLITS": triton.next_power_of_2(plan.num_splits)}
 
     def entry(kernel: triton.JITFunction, warps: int, **changed: int):
         used = {name: value for name, value in (constants | changed).items() if name in kernel.arg_names}
@@ -370,6 +373,6 @@ AOT = [
     *_aot("*fp32", True, 24, 256, 1),
     *_aot("*fp32", True, 24, 1024, 300),
     *_aot("*bf16", False, 24, 4096, 8192),
-    *_aot("*bf16", True, 24, 7168, 8192),
+    *_aot("*bf16", True, 24, 7168, 8192, more=True),
     *_aot("*bf16", False, 4, 4096, 128),
 ]

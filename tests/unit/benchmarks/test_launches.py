@@ -10,12 +10,12 @@ from tests.benchmarks.launches import count
 
 MOST = {
     "before the layers": 3,
-    "layer of ratio 0, hash": 30,
-    "layer of ratio 4, hash": 38,
-    "layer of ratio 128, hash": 31,
-    "layer of ratio 0, score": 29,
-    "layer of ratio 4, score": 37,
-    "layer of ratio 128, score": 30,
+    "layer of ratio 0, hash": 29,
+    "layer of ratio 4, hash": 37,
+    "layer of ratio 128, hash": 30,
+    "layer of ratio 0, score": 28,
+    "layer of ratio 4, score": 36,
+    "layer of ratio 128, score": 29,
 }
 
 
