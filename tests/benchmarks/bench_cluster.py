@@ -1,11 +1,12 @@
 """Start a cluster from its file, load it at rising concurrency, take it down: tables, plot and every request's times in one folder.
 
 python -m tests.benchmarks.bench_cluster --out FOLDER [--file deploy/clusters/h200_flash_1p1d.yaml] [--routing even]
-    [--shapes 8192x1024,4096x1024] [--concurrency 1,4,16,64,128,256,512] [--requests 2] [--budget-s 540] [--keep] [--tiny] [KEY=VALUE ...]
+    [--shapes 8192x1024,4096x1024] [--concurrency 1,4,16,64,128,256] [--requests 2] [--budget-s 540] [--keep] [--tiny] [KEY=VALUE ...]
 
 A shape is prompt tokens x output tokens, exact, `ignore_eos`. At each concurrency so many clients send `--requests` each, one after the
-other. No point is begun that would end after `--budget-s`, judged by the one before it; every point is written when it is done, and a
-second call with the same folder goes on after them. `--keep` leaves the cluster up, and a call that finds it up uses it.
+other; where that would be more than FEW_REQUESTS in all they share those, but each sends one. No point is begun that would end after
+`--budget-s`, judged by the one before it; every point is written when it is done, and a second call with the same folder goes on after
+them. `--keep` leaves the cluster up, and a call that finds it up uses it.
 
 With `load: dummy`, `--routing` says how experts are chosen:
 
@@ -42,6 +43,7 @@ from tests.benchmarks.cluster_report import devices, plot, report
 from tests.benchmarks.tiny_cluster import tiny_overrides
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+FEW_REQUESTS = 128
 SKEW = 0.6
 """As bench_balance."""
 TOLD = ("engine.memory", "engine.op ", "graphs.captured", "rank.ready", "experts.")
@@ -146,8 +148,9 @@ class Bench:
 
     def point(self, prompt: int, output: int, clients: int) -> dict[str, Any]:
         load, seed = self.workload(prompt, output), 10_000 * len(self.record["points"]) + 1
+        number = max(clients, min(self.options.requests * clients, FEW_REQUESTS))
         before = cluster_metrics.read(self.folder.path)
-        outcomes, seconds = asyncio.run(run_load(load, self.options.requests * clients, seed, concurrency=clients))
+        outcomes, seconds = asyncio.run(run_load(load, number, seed, concurrency=clients))
         after = cluster_metrics.read(self.folder.path)
         name = f"{prompt} x {output}, {clients}"
         row = summarise(name, outcomes, seconds, 1e9, 1e9, self.gpus)
@@ -201,7 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--home", type=pathlib.Path, default=ROOT / ".baton", help="where the cluster keeps its folder")
     parser.add_argument("--routing", choices=["even", "skewed", "scored"], default="even")
     parser.add_argument("--shapes", type=pairs, default=[(8192, 1024), (4096, 1024)], metavar="INxOUT,...")
-    parser.add_argument("--concurrency", type=ints, default=[1, 4, 16, 64, 128, 256, 512])
+    parser.add_argument("--concurrency", type=ints, default=[1, 4, 16, 64, 128, 256])
     parser.add_argument("--requests", type=int, default=2, help="of each client")
     parser.add_argument("--budget-s", type=float, default=540.0, help="for the load")
     parser.add_argument("--keep", action="store_true", help="leave the cluster up")
