@@ -85,34 +85,44 @@ class Bench:
 
     # -- the cluster -----------------------------------------------------------------------------------------------------------
 
-    def baton(self, *arguments: str) -> str:
+    def baton(self, *arguments: str) -> tuple[int, str]:
+        """(exit status, what was said), said here as it comes."""
         command = [sys.executable, "-m", "deploy", "--home", str(self.options.home), *arguments]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        output = f"$ baton {' '.join(arguments)}\n{result.stdout}{result.stderr}"
-        print(output, flush=True)
-        if result.returncode:
-            self.keep_logs(output)
-            raise SystemExit(f"baton {arguments[0]} failed")
-        return output
+        said = [f"$ baton {' '.join(arguments)}\n"]
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+        ) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                print(line, end="", flush=True)
+                said.append(line)
+        return running.returncode, "".join(said)
 
     def up(self) -> None:
         began = time.monotonic()
-        output = self.baton("up", str(self.options.file), *self.overrides)
-        self.record.setdefault("start s", round(time.monotonic() - began, 1))
-        self.keep_logs(output)
+        status, output = self.baton("up", str(self.options.file), *self.overrides)
+        if status or "start s" not in self.record:
+            self.record["start s"] = round(time.monotonic() - began, 1)
+            self.record_start(output)
+        if status:
+            raise SystemExit("the cluster did not start")
 
-    def keep_logs(self, output: str) -> None:
-        told = [output, self.baton("status", "-n", self.spec.name)] if self.folder.read() is not None else [output]
+    def record_start(self, output: str) -> None:
+        told = [output, self.baton("status", "-n", self.spec.name)[1]]
         for path in sorted(self.folder.logs.glob("*.log")):
             lines = [line for line in path.read_text(errors="replace").splitlines() if any(word in line for word in TOLD)]
             told += [f"\n{path.name}", *lines]
         self._path("start.txt").write_text("\n".join(told) + "\n")
+        self.pack_logs()
+
+    def pack_logs(self) -> None:
         with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
-            archive.add(self.folder.logs, "logs")
+            for path in sorted(self.folder.logs.glob("*.log")):
+                archive.add(path, path.name)
 
     def down(self) -> None:
         self.baton("down", "-n", self.spec.name)
-        self.keep_logs("down")
+        self.pack_logs()
 
     # -- the load --------------------------------------------------------------------------------------------------------------
 
