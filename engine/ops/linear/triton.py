@@ -14,6 +14,7 @@ import triton.language as tl
 
 from engine.ops.linear import cublas
 from engine.ops.triton_rounding import INTERPRETED, to_bf16
+from engine.ops.triton_splits import is_last, sum_parts
 
 MOST_ROWS = 32
 MOST_OUTPUTS = 8192
@@ -66,13 +67,9 @@ def linear_few_kernel(
     if SPLITS > 1:
         own = scratch_ptr + tile * (SPLITS * BLOCK_N * BLOCK_M) + tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
         tl.store(own + split * (BLOCK_N * BLOCK_M), total, mask=inside)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
+        if not is_last(arrived_ptr + tile, SPLITS):
             return
-        tl.store(arrived_ptr + tile, 0)
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for other in tl.static_range(SPLITS):  # unrolled: all parts are asked for before the first is there
-            total += tl.load(own + other * (BLOCK_N * BLOCK_M), mask=inside, other=0.0, cache_modifier=".cg")
+        total = sum_parts(own, inside, BLOCK_M, BLOCK_N, SPLITS)
     if out_ptr.dtype.element_ty == tl.bfloat16:
         total = to_bf16(total)
     tl.store(out_ptr + m[None, :] * n_size + n[:, None], total, mask=inside)

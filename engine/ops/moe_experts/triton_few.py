@@ -19,6 +19,7 @@ import triton.language as tl
 
 from engine.ops.moe_experts.triton_route import place_of
 from engine.ops.triton_rounding import INTERPRETED, quantize, round_bf16, to_bf16
+from engine.ops.triton_splits import is_last
 
 BLOCK = tl.constexpr(128)
 
@@ -108,16 +109,6 @@ def load_x(codes_ptr, rows, FP4: tl.constexpr):
     else:
         x = (tl.load(codes_ptr + rows[None, :] + tl.arange(0, BLOCK)[:, None]),) * 4
     return x
-
-
-@triton.jit
-def is_last(arrived_ptr, SPLITS: tl.constexpr):
-    """Whether all other programs of a tile have stored their part; the last one sets the count back to zero."""
-    tl.debug_barrier()
-    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLITS - 1
-    if last:
-        tl.store(arrived_ptr, 0)
-    return last
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
