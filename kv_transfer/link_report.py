@@ -76,4 +76,5 @@ class LinkReport:
                 slow.append(f"{made.peer} over {made.path} at {self._crawling[link] / 1e9:.1f} GB/s")
             else:
                 good[made.path] += 1
+        self._metrics.slow_links.set(len(slow))
         self.summary = ", ".join([*sorted(slow), *(f"{count} over {path}" for path, count in sorted(good.items()))])

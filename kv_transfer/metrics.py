@@ -14,6 +14,7 @@ class SenderMetrics:
         self.links = Gauge(
             "baton_transfer_link", "1 for each decode rank written to, with what that travels over", ["peer", "path"], registry=registry
         )
+        self.slow_links = Gauge("baton_transfer_slow_links", "Decode ranks written to more slowly than expected", registry=registry)
         self.peers_lost = Counter("baton_transfer_peers_lost", "Links to decode ranks that were given up", registry=registry)
         self.resets = Counter("baton_transfer_resets", "Resets of the transport because writes did not end", registry=registry)
 

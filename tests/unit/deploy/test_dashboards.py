@@ -13,6 +13,7 @@ from prometheus_client import generate_latest
 from core.metrics import new_registry
 from core.request import Load
 from decode_worker.metrics import DecodeMetrics
+from kv_transfer.metrics import ReceiverMetrics, SenderMetrics
 from prefill_worker.metrics import PrefillMetrics
 from router.metrics import RouterMetrics
 
@@ -25,6 +26,8 @@ def exported() -> set[str]:
     RouterMetrics(registry, "r")
     PrefillMetrics(registry)
     DecodeMetrics(registry)
+    SenderMetrics(registry)
+    ReceiverMetrics(registry)
     families = re.findall(r"^# TYPE (\S+) (\S+)", generate_latest(registry).decode(), re.MULTILINE)
     names = {name for name, _ in families}
     names |= {f"{name}_{part}" for name, kind in families if kind == "histogram" for part in ("bucket", "sum", "count")}

@@ -66,6 +66,9 @@ class Reported:
         metric = next(m for m in self.registry.collect() if m.name == "baton_transfer_link")
         return {(s.labels["peer"], s.labels["path"]) for s in metric.samples if s.value}
 
+    def num_slow(self) -> float | None:
+        return self.registry.get_sample_value("baton_transfer_slow_links")
+
 
 def warnings_in(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if "transfer.slow_path" in line]
@@ -79,10 +82,10 @@ def test_each_pair_is_reported_and_the_slow_one_by_name(caplog: pytest.LogCaptur
     found.report.made("c#1/3", "decode/2.0", ("tcp/lo",), "boot-1", "VRAM")
     assert found.report.summary == "decode/2.0 over tcp (cuda_ipc expected), 2 over cuda_ipc"
     assert len(warnings_in(caplog.text)) == 1 and "decode/2.0" in warnings_in(caplog.text)[0]
-    assert found.links() == {("decode/0.0", "cuda_ipc"), ("decode/1.0", "cuda_ipc"), ("decode/2.0", "tcp")}
+    assert found.links() == {("decode/0.0", "cuda_ipc"), ("decode/1.0", "cuda_ipc"), ("decode/2.0", "tcp")} and found.num_slow() == 1
     for link in ("a#1/1", "c#1/3", "never"):
         found.report.gone(link)
-    assert found.report.summary == "1 over cuda_ipc" and found.links() == {("decode/1.0", "cuda_ipc")}
+    assert found.report.summary == "1 over cuda_ipc" and found.links() == {("decode/1.0", "cuda_ipc")} and found.num_slow() == 0
 
 
 @pytest.mark.parametrize(
