@@ -14,6 +14,8 @@ With `load: dummy`, `--routing` says how experts are chosen:
     even     by token id in all layers, each expert as likely
     skewed   by token id in all layers, the n-th most popular expert with weight n^-SKEW
 
+What moving experts brings: `--routing skewed engine.rebalance_interval_s=10`, beside the same without.
+
 `--tiny` is the same run on CPUs of this machine, with a model of the same structure and a few layers: that the way there works.
 
 Writes in FOLDER: ROUTING.md and ROUTING.png (output tokens/s a GPU against tokens/s a user), ROUTING.json (all figures),

@@ -25,6 +25,10 @@ class Reading:
     """Role -> counts over all of its ranks; empty without groups."""
     waited_s: Mapping[str, float]
     """Rank -> seconds in which it had work and waited for its peers between steps."""
+    imbalance: Mapping[str, float]
+    """Role -> what its ranks say: the busiest rank over the mean, of all their tokens, where experts are now; mean over layers."""
+    moves: Mapping[str, float]
+    """Role -> placements of layers since the first, on each rank."""
 
 
 def read(folder: pathlib.Path) -> Reading:
@@ -32,6 +36,8 @@ def read(folder: pathlib.Path) -> Reading:
     stages: collections.Counter[str] = collections.Counter()
     tokens: dict[str, collections.Counter[tuple[str, str]]] = collections.defaultdict(collections.Counter)
     waited: dict[str, float] = {}
+    uneven: dict[str, list[float]] = collections.defaultdict(list)
+    moves: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
     for role, member, address in _targets(folder):
         text = httpx.get(f"http://{address}/metrics", trust_env=False, timeout=60).text
         for family in text_string_to_metric_families(text):
@@ -42,7 +48,13 @@ def read(folder: pathlib.Path) -> Reading:
                     tokens[role][sample.labels["layer"], sample.labels["expert"]] += sample.value
                 elif sample.name == f"baton_{role}_group_wait_seconds":
                     waited[member] = sample.value
-    return Reading(dict(stages), {role: dict(counts) for role, counts in tokens.items()}, waited)
+                elif sample.name == f"baton_{role}_expert_imbalance":
+                    uneven[role].append(sample.value)
+                elif sample.name == f"baton_{role}_expert_moves_total":
+                    moves[role][member] += sample.value
+    counts = {role: dict(found) for role, found in tokens.items()}
+    imbalance = {role: _mean(values) for role, values in uneven.items()}
+    return Reading(dict(stages), counts, waited, imbalance, {role: max(found.values()) for role, found in moves.items()})
 
 
 def _targets(folder: pathlib.Path) -> Iterator[tuple[str, str, str]]:
@@ -58,11 +70,13 @@ def stages_between(before: Reading, after: Reading) -> dict[str, float]:
 
 
 def routing_between(before: Reading, after: Reading, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """How evenly experts were used, by role: means over layers. `ranks`: of a group of each role, whose ranks hold experts as numbered.
+    """How evenly experts were used, by role: means over layers. `ranks`: of a group of each role.
 
     busiest expert    its tokens over the mean
-    busiest rank      the tokens of its experts over the mean
+    busiest rank      the tokens of its experts over the mean, where each rank holds the experts that it started with
+    as placed         the same of all tokens since the start, where the experts are at the end
     used              share of the experts that had any token
+    moves             placements of layers
     """
     found = {}
     for role, counts in after.expert_tokens.items():
@@ -77,7 +91,9 @@ def routing_between(before: Reading, after: Reading, ranks: Mapping[str, int]) -
         found[role] = {
             "busiest expert": _mean([max(row) * len(row) / sum(row) for row in busy]),
             "busiest rank": _mean([max(share) * size / sum(share) for share in shares]),
+            "as placed": after.imbalance.get(role, 1.0),
             "used": _mean([sum(count > 0 for count in row) / len(row) for row in busy]),
+            "moves": after.moves.get(role, 0.0) - before.moves.get(role, 0.0),
         }
     return found
 

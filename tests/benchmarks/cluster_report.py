@@ -35,13 +35,14 @@ def report(record: dict[str, Any], routing: str) -> str:
         "",
         "How evenly experts were used, means over layers; the largest share of time that a rank waited for its peers between steps:",
         "",
-        "| load | role | busiest expert / mean | busiest rank / mean | experts used | waiting |",
-        "|---|---|---|---|---|---|",
+        "| load | role | busiest expert / mean | busiest rank / mean | as placed now | moves | experts used | waiting |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
         for role, found in point["routing"].items():
             waiting = max(share for rank, share in point["waiting"].items() if rank.startswith(role))
-            shares = f"{found['busiest expert']:.2f} | {found['busiest rank']:.3f} | {found['used']:.1%} | {waiting:.1%}"
+            shares = f"{found['busiest expert']:.2f} | {found['busiest rank']:.3f} | {found['as placed']:.3f} | {found['moves']:g}"
+            shares += f" | {found['used']:.1%} | {waiting:.1%}"
             lines.append(f"| {point['row']['load']} | {role} | {shares} |")
     lines += ["", "Share of request time by stage (routers' histograms):", ""]
     lines += [stage_table([point["stages"] for point in points], [point["row"]["load"] for point in points])]

@@ -6,6 +6,7 @@ import json
 import pathlib
 import time
 
+import pytest
 import torch
 
 from engine.config import EngineConfig
@@ -27,7 +28,8 @@ def loaded_rank(folder: pathlib.Path, group: Group) -> LoadedModel:
     return loaded
 
 
-def test_ranks_agree_and_one_that_is_held_up_keeps_the_other_waiting(tmp_path: pathlib.Path) -> None:
+def test_ranks_agree_and_one_that_is_held_up_keeps_the_other_waiting(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.benchmarks.bench_waiting.REPEATS", 3)
     shape = SMALL | {"num_hidden_layers": 1, "compress_ratios": [0, 0], "num_nextn_predict_layers": 0, "vocab_size": 2048}
     (tmp_path / "config.json").write_text(json.dumps(shape))
 

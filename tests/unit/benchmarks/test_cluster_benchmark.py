@@ -14,15 +14,15 @@ from tests.benchmarks.cluster_metrics import Reading, routing_between, waits_bet
 from tests.benchmarks.cluster_report import plot, report
 
 
-def reading(counts: list[int], waited: float) -> Reading:
+def reading(counts: list[int], waited: float, moves: float = 0.0) -> Reading:
     tokens = {("layers.0", str(expert)): float(count) for expert, count in enumerate(counts)}
-    return Reading({}, {"decode": tokens | {("mtp.0", "0"): 0.0}}, {"decode/0.0": waited})
+    return Reading({}, {"decode": tokens | {("mtp.0", "0"): 0.0}}, {"decode/0.0": waited}, {"decode": 1.25}, {"decode": moves})
 
 
 def test_routing_is_that_of_the_time_between_two_readings() -> None:
-    before, after = reading([100, 0, 0, 0], 1.0), reading([106, 2, 0, 4], 3.0)
+    before, after = reading([100, 0, 0, 0], 1.0), reading([106, 2, 0, 4], 3.0, 2.0)
     assert routing_between(before, after, {"decode": 2}) == {
-        "decode": {"busiest expert": 6 / 3, "busiest rank": pytest.approx(8 / 6), "used": 3 / 4}
+        "decode": {"busiest expert": 6 / 3, "busiest rank": pytest.approx(8 / 6), "as placed": 1.25, "used": 3 / 4, "moves": 2.0}
     }
     assert waits_between(before, after, 10.0) == {"decode/0.0": pytest.approx(0.2)}
     assert routing_between(before, before, {"decode": 2}) == {}
@@ -54,6 +54,6 @@ def test_a_record_becomes_a_page_and_a_plot(tmp_path: pathlib.Path) -> None:
     point = {"shape": [8, 4], "clients": 1, "row": row, "stages": {"decode": 1.0}, "routing": routing, "waiting": {"decode/0.0": 0.05}}
     said = {"command": "x", "commit": "c", "hardware": "h", "date": "d", "file": "f.yaml", "devices": 4, "start s": 1.0}
     page = report(said | {"points": [point]}, "even")
-    assert "| 8 x 4, 1 | decode | 1.00 | 1.000 | 100.0% | 5.0% |" in page
+    assert "| 8 x 4, 1 | decode | 1.00 | 1.000 | 1.250 | 0 | 100.0% | 5.0% |" in page
     plot(tmp_path / "even.png", said | {"points": [point]}, "even")
     assert (tmp_path / "even.png").stat().st_size > 1000
