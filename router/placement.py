@@ -70,14 +70,15 @@ def decode_load(rank: Candidate, num_pages: int) -> float:
 
 
 def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], num_pages: int, avoided: set[tuple[str, int]]) -> Member:
+    loads = [load_of(rank) for rank in ranks]
     groups: dict[int, list[float]] = {}
-    for rank in ranks:
-        groups.setdefault(rank.member.replica, []).append(load_of(rank))
+    for rank, its_load in zip(ranks, loads, strict=True):
+        groups.setdefault(rank.member.replica, []).append(its_load)
 
-    def cost(rank: Candidate) -> tuple[bool, bool, float, int, int]:
-        member, load, group = rank.member, rank.load, groups[rank.member.replica]
+    def cost(place: int) -> tuple[bool, bool, float, int, int]:
+        member, load, group = ranks[place].member, ranks[place].load, groups[ranks[place].member.replica]
         is_full = load.pages_total > 0 and (load.pages_free < num_pages or load.slots_free == 0)
         is_avoided = (member.name, member.incarnation) in avoided
-        return is_avoided, is_full, load_of(rank) + sum(group) / len(group), member.replica, member.rank
+        return is_avoided, is_full, loads[place] + sum(group) / len(group), member.replica, member.rank
 
-    return min(ranks, key=cost).member
+    return ranks[min(range(len(ranks)), key=cost)].member

@@ -133,4 +133,5 @@ def into(events: Events, name: str, answer: asyncio.Future[Event] | None = None)
 
 def _candidate(session: RankSession, shares: dict[tuple[str, int], float]) -> Candidate:
     in_flight = session.in_flight
-    return Candidate(session.member, session.load, len(in_flight), sum(in_flight.values()), shares.get(key_of(session), 0.0))
+    share = shares.get(key_of(session), 0.0) if shares else 0.0
+    return Candidate(session.member, session.load, len(in_flight), sum(in_flight.values()), share)
