@@ -51,6 +51,10 @@ TRANSFER = TransferConfig(
 )
 
 
+LATE_S = 1.5
+"""A thread that waits looks at deadlines this often at least, a stopped process soon after it goes on."""
+
+
 class Rank(Host):
     """A process of either role, with the memory of its runner."""
 
@@ -66,10 +70,10 @@ class Rank(Host):
         self.is_draining = False
         self.threads: list[SimThread] = []
 
-    def _let_sleep(self, owner: Any, quiet_until: Callable[[], float]) -> SimThread:
-        """The thread of a loop, a sender or a receiver takes no turns that do nothing."""
+    def _watch(self, owner: Any, quiet_until: Callable[[], float], check: Callable[[], None] = lambda: None) -> SimThread:
+        """The thread of a loop, a sender or a receiver takes no turns that do nothing, and what it owns is checked after the others."""
         thread: SimThread = owner._thread
-        thread.quiet_until = quiet_until
+        thread.quiet_until, thread.check = quiet_until, check
         self.threads.append(thread)
         return thread
 
@@ -99,8 +103,8 @@ class PrefillRank(Rank):
         event = self.engine.transfer_event
         self.sender = SimKVSender(TRANSFER, self.runner.layout, *self.regions, self.member, clock, NOTHING, event, self._on_death)
         self.service = PrefillService(self.engine, self.member, LIVENESS_S)
-        self._let_sleep(self.engine, self._engine_quiet_until)
-        self._let_sleep(self.sender, self._sender_quiet_until)
+        self._watch(self.engine, self._engine_quiet_until, self._check)
+        self._watch(self.sender, self._sender_quiet_until)
         self.update_kind: Any = prefill_pb2.PrefillUpdate
 
     async def start(self) -> None:
@@ -110,6 +114,10 @@ class PrefillRank(Rank):
     @property
     def is_idle(self) -> bool:
         return self.engine.is_idle and not self.sender.num_open
+
+    def _check(self) -> None:
+        self.engine._pages.check_integrity()
+        self.engine._slots.check_integrity()
 
     def _engine_quiet_until(self) -> float:
         return 0.0 if self.engine._jobs else math.inf
@@ -140,8 +148,8 @@ class DecodeRank(Rank):
             TRANSFER, cast(Any, self.runner.layout), *self.regions, self.member, clock, NOTHING, event, self._on_death
         )
         self.service = DecodeService(self.engine, self.member, LIVENESS_S)
-        self._let_sleep(self.engine, self._engine_quiet_until)
-        self.transport.told = self._let_sleep(self.receiver, self._receiver_quiet_until).poll
+        self._watch(self.engine, self._engine_quiet_until, self._check)
+        self.transport.told = self._watch(self.receiver, self._receiver_quiet_until).poll
         self.update_kind: Any = decode_pb2.DecodeUpdate
 
     async def start(self) -> None:
@@ -151,6 +159,14 @@ class DecodeRank(Rank):
     @property
     def is_idle(self) -> bool:
         return self.engine.is_idle and not self.receiver._state.num_open
+
+    def _check(self) -> None:
+        self.engine._reservations.check_integrity()
+        overdue = self.now() - LATE_S
+        for held in self.engine._reservations._held.values():
+            if held.lease_until <= overdue and self.resumed_at <= overdue:
+                is_waiting = held.state in (State.RESERVED, State.RECEIVING)
+                assert not is_waiting, f"{held.request.request_id} holds pages of {self.name} beyond its lease"
 
     def _engine_quiet_until(self) -> float:
         if self.engine._running:

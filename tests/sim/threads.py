@@ -45,6 +45,8 @@ class SimThread:
         self._orders: deque[Callable[[], None]] = deque()
         self.quiet_until: Callable[[], float] = lambda: 0.0
         """Until when, on the process's clock, a turn without an order does nothing."""
+        self.check: Callable[[], None] = lambda: None
+        """Called after every turn."""
         self._due = -1.0
         self._busy_until = 0.0
         self._is_started = False
@@ -88,17 +90,14 @@ class SimThread:
             self._wake(0.0)
             return
         orders, process = self._orders, self._process
-        has_changed = bool(orders)
         while orders:
             orders.popleft()()
         wait = self._turn()
         if process.runner.busy_s:
-            has_changed = True
             wait = process.runner.busy_s
             self._busy_until = process.loop._now + wait
             process.runner.busy_s = 0.0
-        if has_changed:
-            process.sim.check(process)
+        self.check()
         self._polled, self._poll_s = process.loop._now, max(wait, 0.001)
         quiet_s = self.quiet_until() - process.now()
         if quiet_s <= self._poll_s:

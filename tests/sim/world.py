@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 from core.request import Member
 from decode_worker.config import DecodeConfig
-from decode_worker.reservations import State
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from tests.sim.client import Client
@@ -27,9 +26,6 @@ from tests.sim.wire import Wire
 
 CALM_S = 90.0
 """After the last event everything must have come to an end by itself within this time."""
-
-LATE_S = 1.5
-"""A thread that waits looks at deadlines this often at least, a stopped process soon after it goes on."""
 
 PREFILL = PrefillConfig(num_pages=7, num_slots=3, chunk_tokens=8, max_waiting=6)
 DECODE = DecodeConfig(num_pages=12, num_slots=4, max_running=3, expected_output=0.6)
@@ -88,19 +84,6 @@ class World(Network):
     def is_cut_off(self, process: Process, member: Member) -> bool:
         other = self.ranks.get(member.address)
         return other is not None and self.is_cut(process, other)
-
-    def check(self, rank: Rank) -> None:
-        """After every turn of a thread."""
-        if isinstance(rank, DecodeRank):
-            rank.engine._reservations.check_integrity()
-            overdue = rank.now() - LATE_S
-            for held in rank.engine._reservations._held.values():
-                if held.lease_until <= overdue and rank.resumed_at <= overdue:
-                    is_waiting = held.state in (State.RESERVED, State.RECEIVING)
-                    assert not is_waiting, f"{held.request.request_id} holds pages of {rank.name} beyond its lease"
-        elif isinstance(rank, PrefillRank):
-            rank.engine._pages.check_integrity()
-            rank.engine._slots.check_integrity()
 
     # -- the cluster -------------------------------------------------------------------------------------------------------------
 
