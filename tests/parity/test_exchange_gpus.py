@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -46,8 +47,10 @@ def tokens_of(rank: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def work(rank: int, rendezvous: str, backend: str, is_decode: bool, counts: tuple[int, ...]) -> None:
-    """A rank's process."""
-    device = torch.device("cuda", rank)
+    """A rank's process. It sees its own GPU alone, as under Ray."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank]
+    device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     group = Group.join(Seat(rank=rank, size=RANKS, name="t/0", host="127.0.0.1", rendezvous=rendezvous), Limits(start_s=120, step_s=60))
     shape = ExchangeShape(hidden_size=HIDDEN, num_slots=EXPERTS, max_tokens=MAX_TOKENS, is_latency_bound=is_decode)
