@@ -4,7 +4,8 @@ python -m tests.benchmarks.bench_engine [--model deploy/model_shapes/v4_flash] [
     [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--profile] [--out file.json]
 
 `--layers` keeps the first so many layers, for devices that do not hold all. A decode step is one replay of its graph, sampling aside;
-`batch` is per rank. A prefill is the chunks of one prompt. Each row stands beside the floor of the same run: the bytes that the step
+`batch` is per rank. A prefill is the chunks of one prompt, or of as many as fill
+one chunk. Each row stands beside the floor of the same run: the bytes that the step
 must move (weights once, of experts those that its tokens touch, each sequence's cache rows) over the copy
 bandwidth, or its FLOPs over the matrix rate, measured at the start.
 """
@@ -175,18 +176,24 @@ def prefill_flops(model: ModelConfig, tokens: int) -> float:
 
 
 def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: float, profile: bool) -> Iterator[dict[str, Any]]:
-    caches = loaded.new_caches(max(prompts) // 256 + 1, 2)
-    for prompt in prompts:
-        sequence = new_sequence(0, prompt - 1, list(range(-(-prompt // 256))))
+    """As many prompts at a time as fill a chunk, at least one."""
+    numbers = {prompt: max(1, chunk // prompt) for prompt in prompts}
+    caches = loaded.new_caches(max(number * -(-prompt // 256) for prompt, number in numbers.items()), max(2, *numbers.values()))
+    for prompt, number in numbers.items():
+        pages = -(-prompt // 256)
+        sequences = [new_sequence(n, prompt - 1, list(range(n * pages, (n + 1) * pages))) for n in range(number)]
         times = []
 
-        def run(sequence: Sequence = sequence, prompt: int = prompt) -> None:
-            caches.clear_slot(0)
+        def run(sequences: list[Sequence] = sequences, prompt: int = prompt) -> None:
+            for sequence in sequences:
+                caches.clear_slot(sequence.slot_id)
             for start in range(0, prompt, chunk):
-                sequence.num_computed = start
+                length = min(chunk, prompt - start)
+                for sequence in sequences:
+                    sequence.num_computed = start
                 if loaded.share is not None:
-                    loaded.share.begin_step(min(chunk, prompt - start))  # all ranks take the same chunks
-                loaded.network.forward(build_batch([Chunk(sequence, min(chunk, prompt - start))], loaded.device), caches)
+                    loaded.share.begin_step(len(sequences) * length)  # all ranks take the same chunks
+                loaded.network.forward(build_batch([Chunk(sequence, length) for sequence in sequences], loaded.device), caches)
 
         for _ in range(3):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -197,10 +204,11 @@ def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: flo
             end.synchronize()
             times.append(start.elapsed_time(end))
         median = statistics.median(times[1:])
-        floor = prefill_flops(loaded.model, prompt) / rate * 1e3
+        flops = number * prefill_flops(loaded.model, prompt)
         row: dict[str, Any] = {
-            "prompt": prompt, "chunk": chunk, "ms": round(median, 1), "tokens/s": round(prompt * 1e3 / median),
-            "TFLOP/s": round(prefill_flops(loaded.model, prompt) / median / 1e9, 1), "share of the fp8 rate": round(floor / median, 3),
+            "prompt": prompt, "prompts": number, "chunk": chunk, "ms": round(median, 1),
+            "tokens/s": round(number * prompt * 1e3 / median),
+            "TFLOP/s": round(flops / median / 1e9, 1), "share of the fp8 rate": round(flops / rate * 1e3 / median, 3),
         }  # fmt: skip
         if profile:
             row["profile us"] = profile_step(run)

@@ -56,6 +56,8 @@ fi
 step decode 240 $engine --also $also --out "$out/decode.json"
 # shellcheck disable=SC2086
 step prefill 180 $engine --prompts 8192,131072 --out "$out/prefill.json"
+# shellcheck disable=SC2086
+step prefill_16k 150 $engine --prompts 8192 --chunk 16384 --out "$out/prefill_16k.json"
 ops=exchange_pack,exchange_unpack,page_rows,step_tables,index_logits,fp8_linear,grouped_linear,hc_post_pre
 step ops_latency 150 -m tests.benchmarks.bench_ops --ops "$ops" --out "$out/ops_latency.json"
 step ops_experts 150 -m tests.benchmarks.bench_ops --ops moe_experts --out "$out/ops_experts.json"

@@ -40,5 +40,5 @@ def test_a_step_that_fails_or_comes_too_late_is_said_and_the_next_one_has_its_tu
     command = ["sh", SCRIPT, str(out), str(minutes)]
     subprocess.run(command, cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)}, capture_output=True, timeout=30, check=True)
     summary = (out / "summary.txt").read_text().splitlines()
-    assert len(summary) == 7 and all(ended in line for line in summary), summary
+    assert len(summary) == 8 and all(ended in line for line in summary), summary
     assert (out / "decode.log").exists() == (minutes > 0)
