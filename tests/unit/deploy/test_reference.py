@@ -37,6 +37,9 @@ def test_the_tables_cover_everything() -> None:
     commands = re.findall(r"^\| `baton (\w+)", cli_reference(), re.MULTILINE)
     assert commands == ["up", "apply", "check", "scale", "status", "drain", "logs", "down", "chat"]
     assert new_parser().parse_args(["up", "x.yaml"]).file.name == "x.yaml"
+    text = README.read_text()
+    for option in [option for action in new_parser()._actions for option in action.option_strings if option not in ("-h", "--help")]:
+        assert f"`{option}" in text, f"{option}, which goes before the command, is not in the README"
 
 
 def test_paths_that_readmes_name_exist() -> None:
