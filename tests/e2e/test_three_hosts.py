@@ -165,6 +165,9 @@ def test_ranks_on_three_hosts_serve_together(three: ThreeHosts) -> None:
     assert sorted(map(three.host_of, three.status().ranks)) == [0, 1, 2]
     texts = [three.complete(prompt(n, 60), 12, n) for n in range(4)]
     assert texts == [three.complete(prompt(n, 60), 12, n) for n in range(4)] and len(set(texts)) > 1
+    sender = "".join(path.read_text(errors="replace") for path in three.folder.logs.glob("prefill-*.log"))
+    assert "path=tcp lanes=tcp/" in sender, "the pages crossed the links"
+    assert "transfer.slow_path" in sender and "expected=shared_memory" in sender, "in truth it is one machine, and the ranks can tell"
 
 
 def test_a_link_is_cut_in_the_midst_of_transfers_and_healed(three: ThreeHosts) -> None:
