@@ -8,8 +8,8 @@ import grpc.aio
 
 from core.codec import decode_request, encode_failure
 from core.errors import InvalidRequest
-from core.rank_worker import RouterSessions
 from core.request import Member
+from core.router_sessions import RouterSessions
 from core.session import Outbox
 from decode_worker.loop import DecodeLoop
 from protos import common_pb2, decode_pb2, decode_pb2_grpc

@@ -8,8 +8,8 @@ import grpc.aio
 
 from core.codec import decode_request, decode_reservation, encode_failure
 from core.errors import InvalidRequest
-from core.rank_worker import RouterSessions
 from core.request import Member
+from core.router_sessions import RouterSessions
 from core.session import Outbox
 from prefill_worker.loop import PrefillLoop
 from protos import prefill_pb2, prefill_pb2_grpc
