@@ -7,7 +7,8 @@ import pathlib
 
 import pytest
 
-from core.clock import ManualClock, SystemClock
+from core.clock import SystemClock
+from tests.support.manual_clock import ManualClock
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 FOLDERS = ("core", "kv_transfer", "prefill_worker", "decode_worker", "router", "engine/scheduler")
