@@ -18,7 +18,7 @@ from decode_worker.reservations import State
 from decode_worker.server import DecodeService
 from engine.parallel.lockstep import SoloSteps
 from kv_transfer.config import TransferConfig
-from kv_transfer.receiving import KVReceiver
+from kv_transfer.receiving import TICK_S, KVReceiver
 from kv_transfer.sender import Post
 from kv_transfer.sending import KVSender
 from kv_transfer.transport import Write
@@ -123,10 +123,12 @@ class PrefillRank(Rank):
         return 0.0 if self.engine._jobs else math.inf
 
     def _sender_quiet_until(self) -> float:
-        state = self.sender._state
-        if state._hand_offs or self.transport.flights or any(link.lost is not None for link in state._links.values()):
+        """What could be written has been. Until something that was is out, there are only the fence and, with hand-offs, the ticks."""
+        links = self.sender._state._links.values()
+        if self.transport.is_busy or any(link.lost is not None for link in links):
             return 0.0
-        return min((link.vouched_at + LIVENESS_S for link in state._links.values()), default=math.inf)
+        fence = min((link.vouched_at + LIVENESS_S for link in links), default=math.inf)
+        return min(fence, self.sender._next_tick) if self.sender.num_open else fence
 
     def read(self, tag: Tag, kind: str, piece: int) -> int | None:
         job = self.engine._hand_offs._open.get(tag.request_id)
@@ -175,9 +177,10 @@ class DecodeRank(Rank):
         return min((min(one.lease_until, one.deadline) for one in held), default=math.inf)
 
     def _receiver_quiet_until(self) -> float:
-        epochs = self.receiver._state._epochs.values()
+        """Deadlines are looked at in ticks."""
+        epochs, tick = self.receiver._state._epochs.values(), self.receiver._next_tick
         dues = [due for found in epochs for due in (found.answer_by, found.quiet_at) if due is not None]
-        return min(dues, default=math.inf)
+        return tick + max(math.ceil((min(dues) - tick) / TICK_S), 0) * TICK_S if dues else math.inf
 
     def land(self, tag: Tag, kind: str, piece: int, content: int | None) -> None:
         """Bytes arrive, whoever owns the place by now: that is the rule that matters most."""

@@ -28,10 +28,6 @@ class Nothing:
 NOTHING: Any = Nothing()
 
 
-TICK_S = 0.25
-"""A thread that has nothing to poll for looks at its deadlines so often, or less."""
-
-
 class SimThread:
     """In place of `InboxThread`: orders and turns happen as events of the process that made it.
 
@@ -50,7 +46,7 @@ class SimThread:
         self._due = -1.0
         self._busy_until = 0.0
         self._is_started = False
-        self._polled, self._poll_s = 0.0, TICK_S
+        self._polled, self._poll_s = 0.0, 1.0
         """When the last turn was, and after what time there would be another."""
 
     def start(self) -> None:
@@ -100,11 +96,8 @@ class SimThread:
         self.check()
         self._polled, self._poll_s = process.loop._now, max(wait, 0.001)
         quiet_s = self.quiet_until() - process.now()
-        if quiet_s <= self._poll_s:
-            self._wake(self._poll_s)
-        elif quiet_s < math.inf:
-            tick_s = max(self._poll_s, TICK_S)
-            self._wake(math.ceil(quiet_s / tick_s) * tick_s)
+        if quiet_s < math.inf:
+            self._wake(max(math.ceil(quiet_s / self._poll_s), 1) * self._poll_s)
 
 
 class SimOutbox:

@@ -81,6 +81,11 @@ class SimTransport:
         self.told: Callable[[], None] = lambda: None
         """Called when a commit has arrived that the next poll will find."""
 
+    @property
+    def is_busy(self) -> bool:
+        """Something is being written, or was and its writer has not been told."""
+        return bool(self.flights or self._finished)
+
     # -- the verbs -------------------------------------------------------------------------------------------------------------
 
     def register(self, pages: Region, slots: Region) -> bytes:
