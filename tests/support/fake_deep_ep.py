@@ -151,10 +151,10 @@ class _Buffer:
         return self._next
 
     def low_latency_combine(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, handle: Any, zero_copy: bool
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, handle: Any, zero_copy: bool = False
     ) -> tuple[Any, ...]:
-        sent = self._next
-        assert zero_copy and sent is not None
+        sent = self._next if zero_copy else x
+        assert sent is not None
         assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape == sent.shape  # low_latency_combine
         assert topk_idx.is_contiguous() and topk_weights.is_contiguous() and topk_weights.dtype == torch.float32
         sources, num_tokens = handle
