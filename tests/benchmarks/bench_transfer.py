@@ -327,7 +327,7 @@ def main() -> None:
     devices = arguments.devices.split(",")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     names = [torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu" for device in devices]
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "commit": commit, "devices": names, "rows": []}
+    report: dict[str, Any] = {"command": " ".join(["bench_transfer", *sys.argv[1:]]), "commit": commit, "devices": names, "rows": []}
 
     def show(found: dict[str, Any]) -> None:
         print(found, flush=True)

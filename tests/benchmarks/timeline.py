@@ -19,7 +19,6 @@ import json
 import pathlib
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from tests.benchmarks.bench_engine import cut_shape
+from tests.benchmarks.bench_engine import commit, cut_shape
 from tests.benchmarks.timeline_parts import Parts
 from tests.benchmarks.timeline_story import Story, draw, read_story
 
@@ -113,12 +112,12 @@ def main() -> None:
         vocab = min(json.loads((path / "config.json").read_text())["vocab_size"] for path in (model, DEMO))
         with Parts(pathlib.Path(folder), model, DEMO, arguments) as parts:
             report = measure(parts, arguments, vocab)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
     story = report.pop("story")
-    report = {"command": " ".join(sys.argv), "commit": commit, "devices": parts.devices, **report}
+    report = {"command": " ".join(["timeline", *sys.argv[1:]]), "commit": commit(), "devices": parts.devices, **report}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    title = f"{arguments.tokens:,} tokens in chunks of {arguments.chunk:,}, {', '.join(parts.devices)}, {report['path']}, {commit}"
+    where = f"{', '.join(parts.devices)}, {report['path']}, {report['commit']}"
+    title = f"{arguments.tokens:,} tokens in chunks of {arguments.chunk:,}, {where}"
     draw(story, title, arguments.out.with_suffix(".png"))
     for what, value in report["ms"].items():
         print(f"{what}: {value}")

@@ -172,7 +172,7 @@ def draw(story: Story, title: str, path: pathlib.Path) -> None:
         )
         for lane, moment, text in marks:
             axes.plot([since(moment)] * 2, [lane - 0.45, lane + 0.45], color="black", linewidth=1)
-            place, aligned = (lane - 0.45, "bottom") if lane == 1 else (lane + 0.45, "top")
+            place, aligned = (lane, "center") if lane == 1 else (lane + 0.45, "top")
             axes.text(since(moment), place, f" {text} {since(moment):.2f}", fontsize=7, va=aligned, clip_on=True)
         axes.set_yticks(range(len(lanes)), lanes)
         axes.invert_yaxis()
