@@ -63,6 +63,7 @@ step ops_latency 150 -m tests.benchmarks.bench_ops --ops "$ops" --out "$out/ops_
 step ops_experts 150 -m tests.benchmarks.bench_ops --ops moe_experts --out "$out/ops_experts.json"
 if [ "$gpus" -ge 2 ]; then
     step transfer 120 -m tests.benchmarks.bench_transfer --devices cuda:0,cuda:1 --out "$out/transfer.json"
+    step transfer_isolated 90 -m tests.benchmarks.bench_transfer --devices cuda:0,cuda:1 --isolated --prompts 8192 --out "$out/transfer_isolated.json"
     step timeline 240 -m tests.benchmarks.timeline --devices cuda:0,cuda:1 --model deploy/model_shapes/v4_flash --layers 16 --out "$out/timeline"
     step exchange 90 -m tests.benchmarks.bench_exchange --out "$out/exchange.json"
 fi
