@@ -1,6 +1,13 @@
 """The decode rank's engine thread: grant reservations, take in what has arrived, step, publish tokens.
 
 Everything that happens to a request happens in this thread: commands and transfer events come in through one inbox.
+
+    device     | step n       | step n + 1        | step n + 2
+    host            launch n + 1   tokens of n, orders, launch n + 2   tokens of n + 1, ...
+
+Where the runner may, a step is launched before the tokens of the one before it are known. A sequence that those tokens end, or that is
+cancelled meanwhile, is in it for nothing: its row is dropped, and its pages and slot are given free when the step has ended. One that
+is certain to end, by max_tokens, is not launched again; and nobody is preempted while a step is under way.
 """
 
 from __future__ import annotations
@@ -18,9 +25,10 @@ from core.session import Outbox
 from decode_worker.config import DecodeConfig
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.reservations import Reservations
+from engine.batch import Chunk
 from engine.limits import check_fits
 from engine.parallel.lockstep import Steps
-from engine.runner import ChunkResult, Runner
+from engine.runner import ChunkResult, Launched, Runner
 from engine.scheduler.decode import DecodePlanner
 from engine.sequence import Sequence
 from kv_transfer.receiver import Committed, Quiesced, Renewed, SenderLost
@@ -52,6 +60,19 @@ class Job:
     stages: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Flight:
+    """A step that is launched and not collected."""
+
+    launched: Launched
+    began: float
+    leaving: list[Job] = field(default_factory=list)
+    """Ended since; what they hold is given free when the step has ended."""
+
+    def holds(self, sequence: Sequence | None) -> bool:
+        return any(chunk.sequence is sequence for chunk in self.launched.chunks)
+
+
 class DecodeLoop:
     """Owner of the rank's jobs and reservations. Public methods may be called from any thread."""
 
@@ -77,6 +98,9 @@ class DecodeLoop:
         self._running: dict[str, Sequence] = {}
         """In the order in which they became ready."""
         self._thread = InboxThread("decode-loop", self._turn, self._died)
+        self._flight: Flight | None = None
+        """The newest."""
+        self._last_collected = 0.0
         self._failed_steps, self._steps, self._tokens = 0, 0, 0
         self._next_check = 0.0
         self.is_draining = False
@@ -96,7 +120,7 @@ class DecodeLoop:
 
     @property
     def is_idle(self) -> bool:
-        return not self._jobs and not self._reservations.num_quarantined
+        return not self._jobs and self._flight is None and not self._reservations.num_quarantined
 
     def reserve(self, request: Request, outbox: Outbox) -> None:
         self._thread.put(lambda: self._reserve(request, outbox))
@@ -120,14 +144,23 @@ class DecodeLoop:
 
     def _turn(self) -> float:
         self._expire()
-        budget = self._group_steps.agreed(min(len(self._running), self._max_running))
+        is_idle = False
+        budget = self._group_steps.agreed(self._num_wanted(), is_computing=self._flight is not None)
         if budget is not None:
             self._step(budget)
-        elif not self._running and self._clock.now() >= self._next_check:
-            self._reservations.check_integrity()
-            self._next_check = self._clock.now() + CHECK_S
+        elif self._flight is not None:
+            self._collect()
+        else:
+            is_idle = True
+            if not self._running and self._clock.now() >= self._next_check:
+                self._reservations.check_integrity()
+                self._next_check = self._clock.now() + CHECK_S
         self._refresh_load()
-        return IDLE_S if budget is None else 0.0
+        return IDLE_S if is_idle else 0.0
+
+    def _num_wanted(self, num_ending: int = 0) -> int:
+        """Sequences for a step; `num_ending`: so many fewer."""
+        return min(sum(sequence.num_steps_left > 0 for sequence in self._running.values()) - num_ending, self._max_running)
 
     def _died(self, error: Exception) -> None:
         log.exception("decode.died", error=repr(error))
@@ -192,46 +225,83 @@ class DecodeLoop:
             self._running[sequence.request_id] = sequence
 
     def _step(self, budget: int) -> None:
+        """Launch a step, then collect the one before it; or that one first, where its pages or tokens are needed."""
+        if self._flight is not None and not self._planner.has_room(list(self._running.values()), self._reservations.pages, budget):
+            self._collect()
         plan = self._planner.plan(list(self._running.values()), self._reservations.pages, budget)
         for sequence in plan.preempted:
             self._preempt(sequence.request_id)
-        ending = sum(chunk.sequence.num_output_tokens + 1 >= chunk.sequence.request.sampling.max_tokens for chunk in plan.chunks)
-        self._group_steps.begin(min(len(self._running) - ending, self._max_running))
+        ending = sum(chunk.sequence.num_steps_left == 1 for chunk in plan.chunks)
+        self._group_steps.begin(self._num_wanted(ending))
         if not plan.chunks and not self._group_steps.is_shared:
             return
         began = self._clock.now()
         try:
-            results = self._runner.step(plan.chunks, budget if self._group_steps.is_shared else 0)
+            launched = self._runner.launch(plan.chunks, budget if self._group_steps.is_shared else 0)
+        except Exception as error:
+            self._step_failed(plan.chunks, error)
+            return
+        before, self._flight = self._flight, Flight(launched, began)
+        if before is not None:
+            self._take_in(before)
+        if not self._runner.may_lead(launched):
+            self._collect()
+
+    def _collect(self) -> None:
+        """The newest step, and there is no other."""
+        assert self._flight is not None
+        flight, self._flight = self._flight, None
+        self._take_in(flight)
+
+    def _take_in(self, flight: Flight) -> None:
+        results: list[ChunkResult] | None = None
+        try:
+            results = self._runner.collect(flight.launched)
             self._failed_steps = 0
-        except Exception as error:  # a bug or a broken device: confined to the requests of this step
-            if self._group_steps.is_ending:
-                return
-            if self._group_steps.is_shared:
-                raise  # the peers are in the midst of a step that this rank cannot finish
-            log.exception("decode.step_failed", num_requests=len(plan.chunks))
-            self._failed_steps += 1
-            self._metrics.failed_steps.inc()
-            for chunk in plan.chunks:
-                self._fail(chunk.sequence.request_id, InternalError(f"the decode step failed: {error!r}"))
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise
+        except Exception as error:
+            self._step_failed(flight.launched.chunks, error)
+        now = self._clock.now()
+        seconds, self._last_collected = now - max(flight.began, self._last_collected), now
+        for job in flight.leaving:
+            self._give_back(job)
+        if results is None:
             return
         self._metrics.group_wait_seconds.set(self._group_steps.waited_s)
-        if not plan.chunks:
+        if not flight.launched.chunks:
             self._metrics.joined_steps.inc()
             return
+        alive = [(found, result) for result in results if (found := self._job_of(result.sequence)) is not None]
         self._steps += 1
-        self._tokens += len(results)
-        self._metrics.stepped(len(results), self._clock.now() - began)
+        self._tokens += len(alive)
+        self._metrics.stepped(len(alive), seconds)
         updates: dict[Outbox, decode_pb2.DecodeUpdate] = {}
-        for result in results:
-            self._advance(result, began, updates)
+        for job, result in alive:
+            self._advance(job, result, flight.began, updates)
         for outbox, update in updates.items():
             outbox.post(update)
 
-    def _advance(self, result: ChunkResult, began: float, updates: dict[Outbox, decode_pb2.DecodeUpdate]) -> None:
+    def _job_of(self, sequence: Sequence) -> Job | None:
+        """None if it has ended, and perhaps begun anew as another sequence."""
+        job = self._jobs.get(sequence.request_id)
+        return job if job is not None and job.sequence is sequence else None
+
+    def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
+        """A bug or a broken device: confined to the requests of this step."""
+        if self._group_steps.is_ending:
+            return
+        if self._group_steps.is_shared:
+            raise error  # the peers are in the midst of a step that this rank cannot finish
+        log.exception("decode.step_failed", num_requests=len(chunks))
+        self._failed_steps += 1
+        self._metrics.failed_steps.inc()
+        for chunk in chunks:
+            if self._job_of(chunk.sequence) is not None:
+                self._fail(chunk.sequence.request_id, InternalError(f"the decode step failed: {error!r}"))
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise error
+
+    def _advance(self, job: Job, result: ChunkResult, began: float, updates: dict[Outbox, decode_pb2.DecodeUpdate]) -> None:
         sequence = result.sequence
-        job = self._jobs[sequence.request_id]
         if not job.started:
             held = self._reservations.get(sequence.request_id)
             assert held is not None and result.token is not None
@@ -275,14 +345,20 @@ class DecodeLoop:
                 self._end(request_id, "cancelled")
 
     def _end(self, request_id: str, outcome: str) -> None:
-        """The one way out, from any state: pages back at once, or after quarantine."""
+        """The one way out, from any state: pages back at once, or after the step under way, or after quarantine."""
         job = self._jobs.pop(request_id)
         self._metrics.requests.labels(outcome).inc()
         stages = {f"{stage}_s": seconds for stage, seconds in job.stages.items()}
         log.info("decode.done", request_id=request_id, outcome=outcome, **stages)
         self._running.pop(request_id, None)
-        held = self._reservations.end(request_id)
-        assert held is not None, f"{request_id} had a job and no reservation"
+        if self._flight is not None and self._flight.holds(job.sequence):
+            self._flight.leaving.append(job)
+        else:
+            self._give_back(job)
+
+    def _give_back(self, job: Job) -> None:
+        held = self._reservations.end(job.request.request_id)
+        assert held is not None, f"{job.request.request_id} had a job and no reservation"
         if not job.started:
             self._receiver.revoke(held.epoch)
 

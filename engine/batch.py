@@ -5,7 +5,7 @@ Shape suffixes: T tokens of all chunks, S sequences (chunks), P most pages of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,16 +15,21 @@ from engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Run tokens [num_computed, num_computed + length) of a sequence through the model."""
+    """Run tokens [start, start + length) of a sequence through the model."""
 
     sequence: Sequence
     length: int
     logits: str = "last"
     """Which rows of the chunk need logits: "last", "all" or "none"."""
+    start: int = field(init=False)
+    """The sequence's num_computed when the chunk was made."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.sequence.num_computed)
 
     @property
-    def start(self) -> int:
-        return self.sequence.num_computed
+    def end(self) -> int:
+        return self.start + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +89,33 @@ class Batch:
     """int64 rows of T whose logits are wanted; None: all of them."""
 
 
-def build_batch(chunks: list[Chunk], device: torch.device | str = "cpu") -> Batch:
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """Where a step finds the tokens that the host does not know yet."""
+
+    tokens: torch.Tensor
+    """int64, one a chunk of the step before."""
+    rows: list[int]
+    """For each chunk of this step, the chunk before whose token is its last one; -1: the host knows all its tokens."""
+
+
+def build_batch(chunks: list[Chunk], device: torch.device | str = "cpu", feedback: Feedback | None = None) -> Batch:
     """Each chunk's sequence must own a slot and pages for all its tokens up to the chunk's end."""
     token_ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
-    for chunk in chunks:
-        start, end = chunk.start, chunk.start + chunk.length
+    fed: list[tuple[int, int]] = []
+    for place, chunk in enumerate(chunks):
+        start, end = chunk.start, chunk.end
         sequence = chunk.sequence
-        assert chunk.length >= 1 and end <= len(sequence.token_ids), f"{start=} {end=} of {len(sequence.token_ids)}"
+        is_fed = feedback is not None and feedback.rows[place] >= 0
+        assert chunk.length >= 1 and end <= len(sequence.token_ids) + is_fed, f"{start=} {end=} of {len(sequence.token_ids)}"
         assert sequence.slot_id >= 0 and len(sequence.page_ids) * PAGE_TOKENS >= end, f"{sequence.request_id}: no room"
         first = len(token_ids)
         token_ids += sequence.token_ids[start:end]
+        if feedback is not None and is_fed:
+            fed.append((len(token_ids), feedback.rows[place]))
+            token_ids.append(0)
         positions += range(start, end)
         rows += {"last": range(len(token_ids) - 1, len(token_ids)), "all": range(first, len(token_ids)), "none": range(0)}[chunk.logits]
     most_pages = max((len(chunk.sequence.page_ids) for chunk in chunks), default=0)
@@ -117,11 +137,15 @@ def build_batch(chunks: list[Chunk], device: torch.device | str = "cpu") -> Batc
         page_table_SP=ints(table, torch.int32).reshape(len(chunks), most_pages),
         is_decode=all(chunk.length == 1 for chunk in chunks),
     )
+    token_ids_T = ints(token_ids)
+    if feedback is not None and fed:
+        into, source = zip(*fed, strict=True)
+        token_ids_T[list(into)] = feedback.tokens[list(source)]
     return Batch(
-        token_ids_T=ints(token_ids),
+        token_ids_T=token_ids_T,
         places=places,
         starts_S=tuple(chunk.start for chunk in chunks),
         lengths_S=tuple(chunk.length for chunk in chunks),
-        longest=max((chunk.start + chunk.length for chunk in chunks), default=0),
+        longest=max((chunk.end for chunk in chunks), default=0),
         logits_rows_R=ints(rows),
     )

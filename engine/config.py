@@ -174,6 +174,9 @@ class EngineConfig:
     """A rank of a group that waits for another one for so long gives up, and the group is started again."""
     rebalance_interval_s: float = 0.0
     """How often a group places its experts anew, by what each had to do since the last time, while it serves; 0 is never."""
+    overlap: str = "auto"
+    """Whether a decode step is launched before the tokens of the one before it are known to the host, "on" or "off". "auto": where decode
+    steps are CUDA graphs. Tokens are the same; on a CPU it gains nothing, and serves tests."""
     ops: dict[str, str] = field(default_factory=dict)
     """Op name -> backend, to overrule the automatic choice; one that cannot run is an error with the reason."""
 
@@ -184,6 +187,7 @@ class EngineConfig:
             ("dtype", self.dtype, ("bfloat16", "float32")),
             ("kv_format", self.kv_format, KV_FORMATS),
             ("index_format", self.index_format, INDEX_FORMATS),
+            ("overlap", self.overlap, ("auto", "on", "off")),
         ):
             if value not in allowed:
                 raise ConfigError(f"engine.{key} is {value!r}; allowed: {', '.join(allowed)}")

@@ -27,7 +27,7 @@ from engine.model.shards import checkpoint_identity
 from engine.model.weights import dummy_weights, open_weights
 from engine.ops.registry import BoundOps, bind
 from engine.parallel.experts import ExpertShare, Sharing
-from engine.runner import ChunkResult, ModelRunner
+from engine.runner import ChunkResult, Launched, ModelRunner
 from engine.scheduler.decode import DecodePlanner
 from engine.scheduler.pages import PageAllocator, SlotAllocator
 from engine.scheduler.prefill import PrefillPlanner
@@ -146,18 +146,30 @@ class Engine:
 
     def _run(self, sequences: list[Sequence], results: dict[str, Generation], on_token: Callable[[str, int], None] | None) -> None:
         waiting, running = collections.deque(sequences), list[Sequence]()
-        while waiting or running:
+
+        def collect(launched: Launched) -> None:
+            # Pages are free at once, though another step under way may write to them: whatever uses them next is launched after it.
+            for result in self._runner.collect(launched):
+                self._record(result, results[result.sequence.request_id], on_token)
+                if result.sequence.finish_reason is not None:
+                    running.remove(result.sequence)
+                    self._release(result.sequence)
+
+        under_way: Launched | None = None
+        while waiting or running or under_way is not None:
             # A sequence gets the pages of its longest possible self, so nothing is ever preempted here.
             while waiting and len(running) < self._max_running and self._admit(waiting[0]):
                 running.append(waiting.popleft())
             chunks = self._prefill.plan([s for s in running if s.num_remaining > 1 or s.num_computed == 0])
             if not chunks:
                 chunks = self._decode.plan(running, self._pages).chunks
-            for result in self._runner.step(chunks):
-                self._record(result, results[result.sequence.request_id], on_token)
-                if result.sequence.finish_reason is not None:
-                    running.remove(result.sequence)
-                    self._release(result.sequence)
+            newest = self._runner.launch(chunks) if chunks else None
+            if under_way is not None:
+                collect(under_way)
+            under_way = newest
+            if under_way is not None and not self._runner.may_lead(under_way):
+                collect(under_way)
+                under_way = None
 
     def _release(self, sequence: Sequence) -> None:
         self._pages.free(sequence.request_id)

@@ -21,7 +21,7 @@ from core.kv_layout import PAGE_TOKENS, Field, KVLayout
 from core.request import SamplingParams, TokenLogprobs
 from engine.batch import Chunk
 from engine.cache.arena import Arena
-from engine.runner import ChunkResult, finish_reason_of
+from engine.runner import ChunkResult, Launched, finish_reason_of
 from engine.sequence import Sequence
 
 Hashes = npt.NDArray[np.uint64]
@@ -74,13 +74,14 @@ class NullRunner:
         step_s: float = 0.0,
         token_s: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
+        overlap: bool = False,
     ) -> None:
         """A step takes `step_s` and `token_s` for each of its tokens, spent in `sleep`. Runners that serve together need equal
-        `seed`, `vocab_size`, `eos_token_id` and layouts."""
+        `seed`, `vocab_size`, `eos_token_id` and layouts. `overlap`: a step may be launched before the last one is collected."""
         self.layout = null_layout(page_bytes, slot_bytes)
         self.arena = Arena(self.layout, num_pages, num_slots)
         self.vocab_size, self.max_model_len, self.eos_token_id = vocab_size, max_model_len, eos_token_id
-        self._seed, self._step_s, self._token_s, self._sleep = seed, step_s, token_s, sleep
+        self._seed, self._step_s, self._token_s, self._sleep, self._overlap = seed, step_s, token_s, sleep, overlap
         self._pages: npt.NDArray[np.uint8] = self.arena.pages.numpy().reshape(num_pages, PAGE_TOKENS, page_bytes // PAGE_TOKENS)
         self._slots: Hashes = self.arena.slots.numpy().view(np.uint64)
         for slot_id in range(num_slots):
@@ -105,17 +106,31 @@ class NullRunner:
         return ids[len(token_ids) :]
 
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
-        """Raises InternalError naming the request and the page or slot whose bytes are not those of its tokens."""
+        return self.collect(self.launch(chunks, batch))
+
+    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
         assert chunks, "a step needs at least one chunk"
-        delay = self._step_s + self._token_s * sum(chunk.length for chunk in chunks)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            assert sequence.slot_id >= 0 and len(sequence.page_ids) * PAGE_TOKENS >= chunk.end, f"{sequence.request_id}: no room"
+            sequence.num_computed = chunk.end
+        return Launched(chunks)
+
+    def may_lead(self, launched: Launched) -> bool:
+        return self._overlap
+
+    def collect(self, launched: Launched) -> list[ChunkResult]:
+        """All happens here, as late as it may. Raises InternalError naming the request and the page or slot whose bytes are not those of
+        its tokens."""
+        delay = self._step_s + self._token_s * sum(chunk.length for chunk in launched.chunks)
         if delay > 0:
             self._sleep(delay)
-        return [self._run(chunk) for chunk in chunks]
+        results = [self._run(chunk) for chunk in launched.chunks]
+        return [result for result in results if result is not None]
 
-    def _run(self, chunk: Chunk) -> ChunkResult:
-        sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
+    def _run(self, chunk: Chunk) -> ChunkResult | None:
+        sequence, start, end = chunk.sequence, chunk.start, chunk.end
         assert chunk.length >= 1 and end <= len(sequence.token_ids), f"{sequence.request_id}: {start=} {end=}"
-        assert sequence.slot_id >= 0 and len(sequence.page_ids) * PAGE_TOKENS >= end, f"{sequence.request_id}: no room"
         hashes = prefix_hashes(self._seed, sequence.token_ids[:end])
         self._check(sequence, start, hashes)
         rows = self._rows(hashes[start + 1 : end + 1])
@@ -124,12 +139,13 @@ class NullRunner:
             page = self._pages[sequence.page_ids[index]]
             page[first - index * PAGE_TOKENS : last - index * PAGE_TOKENS] = rows[first - start : last - start]
         self._write_slot(sequence.slot_id, end, hashes[end])
+        if sequence.finish_reason is not None:
+            return None
         sampling = sequence.request.sampling
         prompt: tuple[TokenLogprobs, ...] = ()
         if sampling.num_prompt_logprobs is not None and chunk.logits == "all":
             targets = sequence.token_ids[start + 1 : min(end + 1, sequence.request.prompt_len)]
             prompt = tuple(self._logprobs(token, sampling.num_prompt_logprobs) for token in targets)
-        sequence.num_computed = end
         if end < len(sequence.token_ids):
             return ChunkResult(sequence, None, None, prompt, start + 1)
         token = self.next_token(sequence.token_ids, sampling)

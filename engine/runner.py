@@ -1,19 +1,25 @@
-"""Runner: one step of a model over a set of chunks. What the loops of the workers and the engine drive."""
+"""Runner: one step of a model over a set of chunks. What the loops of the workers and the engine drive.
+
+    newest = runner.launch(chunks)         step n + 1; inputs that step n computes are taken from it where they are
+    results = runner.collect(launched)     step n: waits for it, gives its tokens to the sequences
+
+At most one step is under way when another is launched, and they are collected in their order.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from core.kv_layout import KVLayout
 from core.request import FinishReason, TokenLogprobs
-from engine.batch import Chunk, build_batch
+from engine.batch import Chunk, Feedback, build_batch
 from engine.cache.arena import Arena
 from engine.graphs import DecodeGraphs, batch_buckets, width_buckets
 from engine.logprobs import logprobs_of
-from engine.sampler import sample
+from engine.sampler import needs_history, sample
 from engine.sequence import Sequence
 from engine.workspace import measure_workspace
 
@@ -33,10 +39,19 @@ class ChunkResult:
     prompt_logprobs_start: int = 0
 
 
-class Runner(Protocol):
-    """`step` runs the forward pass, samples for every chunk that reaches the end of its sequence, and advances the sequences:
-    num_computed grows by the chunk's length, the token is appended, finish_reason is set when it is the last."""
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step under way: what `launch` leaves for `collect`. Opaque to all but the runner that made it, save for the chunks."""
 
+    chunks: list[Chunk]
+    tokens: torch.Tensor | None = None
+    """int64, one a chunk, on the device; -1 where the chunk does not reach the end of its sequence."""
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """By chunk, where wanted."""
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+
+
+class Runner(Protocol):
     layout: KVLayout
     arena: Arena
     vocab_size: int
@@ -46,10 +61,25 @@ class Runner(Protocol):
         """Make a slot that of an empty sequence. To be called when a slot gets an owner."""
         ...
 
+    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
+        """Start the forward pass of the chunks and the sampling for those that reach the end of their sequence, whose num_computed grows
+        by the chunk's length. The chunks must not be empty, but in a group: there all ranks step together, and `batch` is the number of
+        tokens that none of them exceeds in this step. Pages and slots of the sequences may be read and written until `collect` returns,
+        whatever becomes of the sequences meanwhile. When it raises nothing is under way, and no sequence has changed."""
+        ...
+
+    def may_lead(self, launched: Launched) -> bool:
+        """Whether another step may be launched before this one is collected."""
+        ...
+
+    def collect(self, launched: Launched) -> list[ChunkResult]:
+        """Wait for the step, append the tokens, set finish_reason where one is the last. Results in the order of the chunks; those of
+        sequences that had ended before are left out: that they would was not known when the step was launched. When it returns or raises
+        the step has ended: all that it writes to pages and slots is there, for whoever reads them next."""
+        ...
+
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
-        """Results in the order of the chunks, which must not be empty, but in a group: there all ranks step together, and `batch` is
-        the number of tokens that none of them exceeds in this step. When it returns, all that the step writes to pages and slots
-        is there, for whoever reads them next."""
+        """Launch and collect."""
         ...
 
 
@@ -59,6 +89,12 @@ def finish_reason_of(sequence: Sequence, eos_token_id: int) -> FinishReason | No
     if token in sampling.stop_token_ids or (token == eos_token_id and not sampling.ignore_eos):
         return FinishReason.STOP
     return FinishReason.LENGTH if sequence.num_output_tokens >= sampling.max_tokens else None
+
+
+def fed_rows(chunks: list[Chunk], before: Launched | None) -> list[int]:
+    """For each chunk the row of the step before, not collected yet, whose token is its last one; -1: its tokens are known."""
+    rows = {id(chunk.sequence): row for row, chunk in enumerate(before.chunks)} if before is not None else {}
+    return [rows[id(chunk.sequence)] if chunk.end > len(chunk.sequence.token_ids) else -1 for chunk in chunks]
 
 
 class ModelRunner:
@@ -75,6 +111,8 @@ class ModelRunner:
         if max_decode and on_gpu:
             widths = width_buckets(loaded.engine.max_model_len)
             self._graphs = DecodeGraphs(loaded.network, self._caches, batch_buckets(max_decode), widths)
+        self._overlaps = loaded.engine.overlap == "on"
+        self._newest: Launched | None = None
         self.arena = self._caches.arena
         self.layout = loaded.layout
         self.vocab_size = loaded.model.vocab_size
@@ -83,44 +121,72 @@ class ModelRunner:
     def clear_slot(self, slot_id: int) -> None:
         self._caches.clear_slot(slot_id)
 
+    def may_lead(self, launched: Launched) -> bool:
+        """Not if a token depends on those before it in ways that the host computes: its successor must know it."""
+        return self._overlaps and not any(needs_history(chunk.sequence.request.sampling) for chunk in launched.chunks)
+
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
+        return self.collect(self.launch(chunks, batch))
+
+    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
         if self._loaded.share is not None:
             self._loaded.share.begin_step(batch)
         else:
             assert chunks, "a step needs at least one chunk"
+        rows = fed_rows(chunks, self._newest)
         if self._graphs is not None and self._graphs.holds(chunks):
-            logits = self._graphs.run(chunks, batch)
+            launched = self._with_tokens(chunks, self._graphs.run(chunks, batch))
         elif not chunks:
             self._loaded.network.join()
-            return []
+            launched = Launched(chunks)
         else:
-            logits = self._loaded.network.forward(build_batch(chunks, self._loaded.device), self._caches)
+            feedback = None if self._newest is None or self._newest.tokens is None else Feedback(self._newest.tokens, rows)
+            batch_of = build_batch(chunks, self._loaded.device, feedback)
+            launched = self._with_tokens(chunks, self._loaded.network.forward(batch_of, self._caches))
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+        self._newest = launched
+        return launched
+
+    def collect(self, launched: Launched) -> list[ChunkResult]:
+        if launched is self._newest:
+            self._newest = None
+        tokens = [] if launched.tokens is None else launched.tokens.tolist()
+        if self._loaded.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        results = []
+        for place, (chunk, token) in enumerate(zip(launched.chunks, tokens, strict=True)):
+            sequence = chunk.sequence
+            if sequence.finish_reason is not None:
+                continue
+            prompt = launched.prompt_logprobs.get(place, ())
+            if token < 0:
+                results.append(ChunkResult(sequence, None, None, prompt, chunk.start + 1))
+                continue
+            sequence.token_ids.append(token)
+            sequence.finish_reason = finish_reason_of(sequence, self._loaded.model.eos_token_id)
+            results.append(ChunkResult(sequence, token, launched.logprobs.get(place), prompt, chunk.start + 1))
+        return results
+
+    def _with_tokens(self, chunks: list[Chunk], logits: torch.Tensor) -> Launched:
+        """Sampled by the host, which waits for the logits."""
         ends, row = [], 0
         for chunk in chunks:
             row += {"last": 1, "all": chunk.length, "none": 0}[chunk.logits]
             ends.append(row)
-        due = [i for i, chunk in enumerate(chunks) if chunk.start + chunk.length == len(chunk.sequence.token_ids)]
-        sampled = dict(zip(due, sample(logits[[ends[i] - 1 for i in due]], [chunks[i].sequence for i in due]), strict=True))
-        results = []
+        due = [place for place, chunk in enumerate(chunks) if chunk.end >= len(chunk.sequence.token_ids)]
+        sequences, positions = [chunks[place].sequence for place in due], [chunks[place].end for place in due]
+        sampled = dict(zip(due, sample(logits[[ends[place] - 1 for place in due]], sequences, positions), strict=True))
+        logprobs, prompt_logprobs = {}, {}
         for place, chunk in enumerate(chunks):
-            sequence, start = chunk.sequence, chunk.start
-            prompt: tuple[TokenLogprobs, ...] = ()
-            wanted = sequence.request.sampling.num_prompt_logprobs
-            if chunk.logits == "all" and wanted is not None:
+            sampling = chunk.sequence.request.sampling
+            if place in sampled and sampling.num_logprobs is not None:
+                row_of = logits[ends[place] - 1 : ends[place]]
+                logprobs[place] = logprobs_of(row_of, [sampled[place]], sampling.num_logprobs)[0]
+            if chunk.logits == "all" and sampling.num_prompt_logprobs is not None:
                 # The row of token t predicts token t + 1; past the prompt's end there is nothing to report.
-                targets = sequence.token_ids[start + 1 : min(start + chunk.length + 1, sequence.request.prompt_len)]
+                targets = chunk.sequence.token_ids[chunk.start + 1 : min(chunk.end + 1, chunk.sequence.request.prompt_len)]
                 first = ends[place] - chunk.length
-                prompt = logprobs_of(logits[first : first + len(targets)], targets, wanted)
-            sequence.num_computed += chunk.length
-            token, logprobs = None, None
-            if place in sampled:
-                token = sampled[place]
-                sequence.token_ids.append(token)
-                sequence.finish_reason = finish_reason_of(sequence, self._loaded.model.eos_token_id)
-                if sequence.request.sampling.num_logprobs is not None:
-                    row_of = logits[ends[place] - 1 : ends[place]]
-                    logprobs = logprobs_of(row_of, [token], sequence.request.sampling.num_logprobs)[0]
-            results.append(ChunkResult(sequence, token, logprobs, prompt, start + 1))
-        if self._loaded.device.type == "cuda" and not due:
-            torch.cuda.current_stream().synchronize()  # a sampled token has waited for the step; chunks without one have not
-        return results
+                prompt_logprobs[place] = logprobs_of(logits[first : first + len(targets)], targets, sampling.num_prompt_logprobs)
+        tokens = torch.tensor([sampled.get(place, -1) for place in range(len(chunks))], dtype=torch.int64, device=self._loaded.device)
+        return Launched(chunks, tokens, logprobs, prompt_logprobs)

@@ -22,9 +22,16 @@ from engine.philox import uniforms
 from engine.sequence import Sequence
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """logits: fp32 [S, V], for the token after each sequence's last; not changed. Returns one token id a sequence. Raises
-    InternalError naming the requests whose largest logit is not a finite number."""
+def needs_history(params: SamplingParams) -> bool:
+    """Whether a token depends on those before it by more than the logits, or on tables as wide as the vocabulary: then the host draws it,
+    and must know them."""
+    return bool(params.logit_bias) or _has_penalties(params)
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence], positions: list[int] | None = None) -> list[int]:
+    """logits: fp32 [S, V], for the tokens at `positions` of the sequences; not changed. None: for those after each sequence's last, as it
+    must be where `needs_history`. Returns one token id a sequence. Raises InternalError naming the requests whose largest logit is not a
+    finite number."""
     if not sequences:
         return []
     tokens: list[int] = logits.argmax(dim=1).tolist()  # the first maximum, or the first NaN
@@ -34,7 +41,8 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         raise InternalError(f"the logits of {', '.join(names)} are not finite")
     rest = [row for row, sequence in enumerate(sequences) if not _is_plain_greedy(sequence.request.sampling)]
     if rest:
-        chosen = _choose(logits[rest].double(), [sequences[row] for row in rest])
+        places = [len(sequences[row].token_ids) if positions is None else positions[row] for row in rest]
+        chosen = _choose(logits[rest].double(), [sequences[row] for row in rest], places)
         for row, token in zip(rest, chosen, strict=True):
             tokens[row] = token
     return tokens
@@ -84,14 +92,14 @@ def draws_of(sequences: list[Sequence], vocab_size: int, device: torch.device | 
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:
-    return params.is_greedy and not params.logit_bias and not _has_penalties(params)
+    return params.is_greedy and not needs_history(params)
 
 
 def _has_penalties(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
-def _choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+def _choose(logits: torch.Tensor, sequences: list[Sequence], positions: list[int]) -> list[int]:
     """logits: float64 [R, V], overwritten."""
     for row, sequence in enumerate(sequences):
         _add_bias(logits[row], sequence.request.sampling)
@@ -101,8 +109,7 @@ def _choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         params = [sequences[row].request.sampling for row in drawn]
         tempered = temper(logits[drawn], params)
         keep_only_likely(tempered, params)
-        positions = [len(sequences[row].token_ids) for row in drawn]
-        u = uniforms([p.seed for p in params], positions, logits.shape[1], logits.device)
+        u = uniforms([p.seed for p in params], [positions[row] for row in drawn], logits.shape[1], logits.device)
         logits[drawn] = tempered - torch.log(-torch.log(u))
     chosen: list[int] = logits.argmax(dim=1).tolist()
     return chosen

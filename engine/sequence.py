@@ -2,7 +2,8 @@
 
 token_ids   [ prompt ............... | output ....... ]
               0 ....... computed ......... len
-tokens [0, num_computed) have their KV state in `page_ids` and `slot_id`.
+tokens [0, num_computed) have their KV state in `page_ids` and `slot_id`, or will have it when the step that is launched has ended. Then
+num_computed may be as large as len: the token after is being computed, and the step that takes it in may be launched, too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Sequence:
 
     request: Request
     token_ids: list[int]
-    """Prompt and output so far; grows by one per decode step."""
+    """Prompt and output so far; grows by one when a decode step is collected."""
     num_computed: int = 0
     page_ids: list[int] = field(default_factory=list)
     """Page i holds tokens [256 i, 256 (i + 1)). Owned by the PageAllocator's record of `request_id`."""
@@ -36,8 +37,13 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens whose state is not computed yet."""
+        """Known tokens whose state is not computed yet, and is not being computed."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_steps_left(self) -> int:
+        """Decode steps that max_tokens allows, beside those launched."""
+        return self.request.prompt_len + self.request.sampling.max_tokens - 1 - self.num_computed
 
     @property
     def num_output_tokens(self) -> int:

@@ -62,8 +62,9 @@ class Steps(Protocol):
         """`wake()` is called from another thread whenever `agreed` may have another answer, `stuck(reason)` when a step does not end."""
         ...
 
-    def agreed(self, wanted: int) -> int | None:
-        """The budget of the step to be taken now; None: not yet. `wanted`: tokens that this rank would compute. Raises GroupLost."""
+    def agreed(self, wanted: int, is_computing: bool = False) -> int | None:
+        """The budget of the step to be taken now; None: not yet. `wanted`: tokens that this rank would compute. `is_computing`: the last
+        step that was begun has not ended. Raises GroupLost."""
         ...
 
     def begin(self, next_wanted: int) -> None:
@@ -84,7 +85,7 @@ class SoloSteps:
     def start(self, wake: Callable[[], None], stuck: Callable[[str], None]) -> None:
         pass
 
-    def agreed(self, wanted: int) -> int | None:
+    def agreed(self, wanted: int, is_computing: bool = False) -> int | None:
         return self._budget if wanted else None
 
     def begin(self, next_wanted: int) -> None:
@@ -129,9 +130,10 @@ class GroupSteps:
         self._thread = threading.Thread(target=self._read, args=(wake, stuck), name="votes", daemon=True)
         self._thread.start()
 
-    def agreed(self, wanted: int) -> int | None:
+    def agreed(self, wanted: int, is_computing: bool = False) -> int | None:
         with self._lock:
-            self._stepping_since = None
+            if not is_computing:
+                self._stepping_since = None
             if self._lost:
                 raise GroupLost(self._lost)
             if self.is_ending:

@@ -22,6 +22,9 @@ class DecodePlanner:
 
     When no page is free the youngest sequence of all gives way, at worst the one in need itself. The oldest is never preempted while
     another one holds pages, so there is always progress.
+
+    A step may be planned while the one before it computes: sequences that then have all the tokens they may are passed over. What a step
+    under way writes to is nobody else's, so who leads must see first that it `has_room`.
     """
 
     def __init__(self, *, max_running: int) -> None:
@@ -29,16 +32,15 @@ class DecodePlanner:
         self._max_running = max_running
 
     def plan(self, running: list[Sequence], pages: PageAllocator, budget: int | None = None) -> DecodePlan:
-        """running: oldest first, each with exactly one token to compute. Moves pages in the allocator and in the sequences. `budget`:
-        fewer sequences than `max_running` for this step."""
-        limit = self._max_running if budget is None else min(budget, self._max_running)
+        """running: oldest first, each with exactly one token to compute, or none but the one that is on its way. Moves pages in the
+        allocator and in the sequences. `budget`: fewer sequences than `max_running` for this step."""
         chunks: list[Chunk] = []
         preempted: list[Sequence] = []
-        alive = list(running)
-        while len(chunks) < min(len(alive), limit):
+        alive = [sequence for sequence in running if sequence.num_steps_left > 0]
+        while len(chunks) < min(len(alive), self._limit(budget)):
             sequence = alive[len(chunks)]
-            assert sequence.num_remaining == 1, f"{sequence.request_id}: {sequence.num_remaining} tokens to compute"
-            missing = max(0, sequence.num_computed // PAGE_TOKENS + 1 - len(sequence.page_ids))
+            assert sequence.num_remaining in (0, 1), f"{sequence.request_id}: {sequence.num_remaining} tokens to compute"
+            missing = _missing(sequence)
             while missing > pages.num_free and alive[-1] is not sequence:
                 preempted.append(_preempt(alive.pop(), pages))
             ids = pages.allocate(sequence.request_id, missing)
@@ -48,6 +50,19 @@ class DecodePlanner:
             sequence.page_ids += ids
             chunks.append(Chunk(sequence, 1, "last"))
         return DecodePlan(chunks, preempted)
+
+    def has_room(self, running: list[Sequence], pages: PageAllocator, budget: int | None = None) -> bool:
+        """Whether `plan` would preempt nobody."""
+        alive = [sequence for sequence in running if sequence.num_steps_left > 0]
+        return sum(_missing(sequence) for sequence in alive[: self._limit(budget)]) <= pages.num_free
+
+    def _limit(self, budget: int | None) -> int:
+        return self._max_running if budget is None else min(budget, self._max_running)
+
+
+def _missing(sequence: Sequence) -> int:
+    """Pages that its next token needs."""
+    return max(0, sequence.num_computed // PAGE_TOKENS + 1 - len(sequence.page_ids))
 
 
 def _preempt(sequence: Sequence, pages: PageAllocator) -> Sequence:

@@ -13,9 +13,8 @@ import pytest
 
 from core.request import SamplingParams
 from decode_worker.config import DecodeConfig
-from engine.batch import Chunk
 from engine.null import NullRunner
-from engine.runner import ChunkResult
+from engine.runner import ChunkResult, Launched
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from tests.support.serving import Serving
@@ -124,10 +123,10 @@ class GatedRunner(NullRunner):
         super().__init__(num_pages=NUM_PAGES, num_slots=NUM_SLOTS, vocab_size=900, max_model_len=4096)
         self.gate, self.is_stepping = threading.Event(), threading.Event()
 
-    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
+    def collect(self, launched: Launched) -> list[ChunkResult]:
         self.is_stepping.set()
         assert self.gate.wait(30), "the test opens it"
-        return super().step(chunks)
+        return super().collect(launched)
 
 
 def test_a_decode_rank_that_dies_before_its_first_step_costs_a_transfer_and_no_prefill() -> None:

@@ -28,9 +28,9 @@ def whole(count: int) -> dict[str, list[int]]:
     return tokens_of_one_engine(requests()[:count])
 
 
-def serving_in_groups(prefill: int, decode: int) -> Serving:
+def serving_in_groups(prefill: int, decode: int, overlap: str) -> Serving:
     return Serving(
-        engine=dataclasses.replace(ENGINE, rebalance_interval_s=0.5),
+        engine=dataclasses.replace(ENGINE, rebalance_interval_s=0.5, overlap=overlap),
         prefill=PrefillConfig(ranks_per_replica=prefill, num_pages=32, num_slots=4, redundant_experts=2 * (prefill > 2)),
         decode=DecodeConfig(ranks_per_replica=decode, num_pages=64, num_slots=8, max_running=4),
     )
@@ -58,10 +58,10 @@ def have_stepped_alike(serving: Serving, role: str, size: int) -> bool:
 
 
 @pytest.mark.parametrize("count", [SHORT, pytest.param(NUM_PROMPTS, marks=pytest.mark.slow)], ids=["a part of the set", "the whole set"])
-@pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (1, 4), (4, 1)])
-def test_groups_give_the_tokens_of_one_engine(prefill: int, decode: int, count: int) -> None:
+@pytest.mark.parametrize(("prefill", "decode", "overlap"), [(2, 2, "off"), (1, 4, "on"), (4, 1, "on")])
+def test_groups_give_the_tokens_of_one_engine(prefill: int, decode: int, overlap: str, count: int) -> None:
     wanted = requests()[:count]
-    with serving_in_groups(prefill, decode) as serving:
+    with serving_in_groups(prefill, decode, overlap) as serving:
         assert len(serving.members) == prefill + decode
         assert len({member.fingerprint for member in serving.members.values()}) == 1
         crowded = serve(serving, wanted, at_once=16)
@@ -77,6 +77,8 @@ def test_groups_give_the_tokens_of_one_engine(prefill: int, decode: int, count: 
             assert (sum(joined for joined, _ in steps) > 0) == (size > 1) and all(worked for _, worked in steps), f"{role}: {steps}"
             for rank in range(size if size > 1 else 0):  # each token has two experts in each of five layers
                 computed = serving.workers[f"{role}/0.{rank}"].load().tokens_total
-                assert 2 * 5 * computed == sum(samples(serving, f"{role}/0.{rank}", "expert_tokens_total"))
+                counted = sum(samples(serving, f"{role}/0.{rank}", "expert_tokens_total"))
+                # Overlapped decode steps may compute a token for a sequence that ends, in vain.
+                assert counted >= 2 * 5 * computed if (role, overlap) == ("decode", "on") else counted == 2 * 5 * computed
                 assert sum(samples(serving, f"{role}/0.{rank}", "expert_moves_total")) > 0, "no expert has moved"
         assert serving.deaths == []

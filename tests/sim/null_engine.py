@@ -11,7 +11,7 @@ from typing import Any
 
 from core.request import SamplingParams
 from engine.batch import Chunk
-from engine.runner import ChunkResult, finish_reason_of
+from engine.runner import ChunkResult, Launched, finish_reason_of
 from engine.sequence import Sequence
 
 PAGE_TOKENS = 4
@@ -51,27 +51,40 @@ def continuation(prompt: tuple[int, ...], sampling: SamplingParams) -> list[int]
 
 
 class SimRunner:
-    """Its memory is two lists. `busy_s`: how long the steps taken since it was last looked at would have taken."""
+    """Its memory is two lists. `busy_s`: how long the steps taken since it was last looked at would have taken. With `overlap` a step may
+    be launched before the last one is collected. Memory is read and written when a step is collected, as late as may be."""
 
     vocab_size, max_model_len = VOCAB_SIZE, 1000
     layout: Any = SimLayout()
 
-    def __init__(self, num_pages: int, num_slots: int, step_s: float) -> None:
+    def __init__(self, num_pages: int, num_slots: int, step_s: float, overlap: bool) -> None:
         self.pages: list[int | None] = [None] * num_pages
         self.slots: list[int | None] = [None] * num_slots
         self.arena = types.SimpleNamespace(pages=self.pages, slots=self.slots)
-        self._step_s = step_s
+        self._step_s, self._overlap = step_s, overlap
         self.busy_s = 0.0
 
     def clear_slot(self, slot_id: int) -> None:
         self.slots[slot_id] = 0
 
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
-        self.busy_s += self._step_s
-        return [self._run(chunk.sequence, chunk.start + chunk.length) for chunk in chunks]
+        return self.collect(self.launch(chunks, batch))
 
-    def _run(self, sequence: Sequence, end: int) -> ChunkResult:
-        start, ids = sequence.num_computed, sequence.token_ids
+    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+        return Launched(chunks)
+
+    def may_lead(self, launched: Launched) -> bool:
+        return self._overlap
+
+    def collect(self, launched: Launched) -> list[ChunkResult]:
+        self.busy_s += self._step_s
+        results = [self._run(chunk.sequence, chunk.start, chunk.end) for chunk in launched.chunks]
+        return [result for result in results if result is not None]
+
+    def _run(self, sequence: Sequence, start: int, end: int) -> ChunkResult | None:
+        ids = sequence.token_ids
         if start:
             held = [self.pages[page] for page in sequence.page_ids[: -(-start // PAGE_TOKENS)]]
             assert held == page_contents(ids[:start]), f"{sequence.request_id} found foreign bytes in its pages {sequence.page_ids}"
@@ -81,7 +94,8 @@ class SimRunner:
         for page, content in zip(sequence.page_ids, page_contents(ids[:end]), strict=False):
             self.pages[page] = content
         self.slots[sequence.slot_id] = hash(tuple(ids[:end]))
-        sequence.num_computed = end
+        if sequence.finish_reason is not None:
+            return None
         if end < len(ids):
             return ChunkResult(sequence)
         ids.append(next_token(ids, sequence.request.sampling))

@@ -31,7 +31,7 @@ from router.members import Members
 from router.relay import Relay
 from router.service import Service
 from tests.sim.network import LIVENESS_S, Process
-from tests.sim.null_engine import SimRunner
+from tests.sim.null_engine import PAGE_TOKENS, SimRunner
 from tests.sim.threads import NOTHING, SimThread
 from tests.sim.wire import WIRE_S, Host, SimTransport, Tag, TaggedWrite
 
@@ -64,7 +64,8 @@ class Rank(Host):
         self.member = Member(
             role=role, replica=replica, rank=0, address=address, incarnation=incarnation, fingerprint="f", max_model_len=1000
         )
-        self.runner = SimRunner(num_pages, num_slots, step_s=0.04 if role == "prefill" else 0.03)
+        overlap = role == "decode" and world.decode_overlaps
+        self.runner = SimRunner(num_pages, num_slots, step_s=0.04 if role == "prefill" else 0.03, overlap=overlap)
         self.transport = SimTransport(world.wire, self)
         self.regions = Region(address=0, num_pieces=num_pages, piece_bytes=100), Region(address=0, num_pieces=num_slots, piece_bytes=40)
         self.is_draining = False
@@ -163,15 +164,20 @@ class DecodeRank(Rank):
         return self.engine.is_idle and not self.receiver._state.num_open
 
     def _check(self) -> None:
-        self.engine._reservations.check_integrity()
+        reservations, flight = self.engine._reservations, self.engine._flight
+        reservations.check_integrity()
+        for chunk in flight.launched.chunks if flight is not None else ():
+            needed, name = chunk.sequence.page_ids[: -(-chunk.end // PAGE_TOKENS)], chunk.sequence.request_id
+            is_its_own = len(needed) * PAGE_TOKENS >= chunk.end and set(needed) <= set(reservations.pages.owned_by(name))
+            assert is_its_own, f"{self.name} computes token {chunk.end} of {name} in pages {needed}, which are not its own any more"
         overdue = self.now() - LATE_S
-        for held in self.engine._reservations._held.values():
+        for held in reservations._held.values():
             if held.lease_until <= overdue and self.resumed_at <= overdue:
                 is_waiting = held.state in (State.RESERVED, State.RECEIVING)
                 assert not is_waiting, f"{held.request.request_id} holds pages of {self.name} beyond its lease"
 
     def _engine_quiet_until(self) -> float:
-        if self.engine._running:
+        if self.engine._running or self.engine._flight is not None:
             return 0.0
         held = self.engine._reservations._held.values()
         return min((min(one.lease_until, one.deadline) for one in held), default=math.inf)

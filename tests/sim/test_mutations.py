@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 from core.errors import BatonError
 from core.request import Reservation
 from decode_worker import reservations
+from decode_worker.loop import Flight
 from decode_worker.reservations import Held, Reservations, State
+from engine.scheduler.decode import DecodePlanner
 from kv_transfer import receiver as rx
 from kv_transfer import sender as tx
 from kv_transfer.receiving import KVReceiver
 from prefill_worker.job import Job
 from prefill_worker.loop import PrefillLoop
 from router.session import RankSession
+from tests.sim import world
 from tests.sim.many import run_many
 from tests.sim.null_engine import PAGE_TOKENS
 
@@ -180,6 +184,16 @@ def keep_pages_that_never_came(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Reservations, "quiesced", quiesced)
 
 
+def give_back_under_a_step(patch: pytest.MonkeyPatch) -> None:
+    """Pages of a sequence that ends are free though a step that was launched with it has not ended."""
+    patch.setattr(Flight, "holds", lambda self, sequence: False)
+
+
+def preempt_under_a_step(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(world, "DECODE", dataclasses.replace(world.DECODE, expected_output=0.1))  # so that it happens often
+    patch.setattr(DecodePlanner, "has_room", lambda self, *args: True)
+
+
 MUTATIONS: dict[str, tuple[Mutate, str]] = {
     "quarantine": (drop_quarantine, "landed in"),
     "quarantine of lost senders": (shorten_quarantine, "landed in"),
@@ -196,6 +210,8 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
     "names of pages": (name_pages_by_their_first_token, "found foreign bytes"),
     "only filled pages are kept": (keep_pages_that_never_came, "found foreign bytes"),
     "revoke of what is committed": (free_on_commit, "is not idle"),
+    "pages of a step under way": (give_back_under_a_step, "not its own any more"),
+    "preemption between steps": (preempt_under_a_step, "not its own any more"),
 }
 
 

@@ -45,6 +45,8 @@ class World(Network):
         super().__init__(seed)
         self._make = set_up or World.set_up
         self.seed, self._tell = seed, tell
+        self.decode_overlaps = seed % 2 == 0
+        """Whether decode steps are launched ahead of the tokens of those before them."""
         self.wire = Wire(self)
         self.ranks: dict[str, Rank] = {}
         """By address: who lives there, or lived there last."""

@@ -150,6 +150,27 @@ class TestDecode:
         pages.allocate("arriving", 1)
         assert names(DecodePlanner(max_running=8).plan([alone], pages).preempted) == ["a"]
 
+    def test_who_has_all_tokens_that_it_may_is_passed_over(self) -> None:
+        pages, planner = PageAllocator(10), DecodePlanner(max_running=2)
+        sequences = [running(pages, name, 10) for name in "abc"]
+        sequences[0].num_computed = 11 + 10_000 - 1  # what is launched computes the last
+        sequences[1].num_computed += 1  # its next token is on its way
+        assert [sequence.num_steps_left for sequence in sequences] == [0, 9_999, 10_000]
+        plan = planner.plan(sequences, pages)
+        assert [(chunk.sequence.request_id, chunk.start) for chunk in plan.chunks] == [("b", 11), ("c", 10)]
+
+    def test_room_is_what_keeps_everybody_running(self, rng: random.Random) -> None:
+        found = set()
+        for _ in range(300):
+            pages, planner = PageAllocator(rng.randint(4, 9)), DecodePlanner(max_running=rng.randint(1, 4))
+            counts = [rng.choice((10, 255, 256, 300, 512)) for _ in range(rng.randint(1, 4))]
+            sequences = [running(pages, str(n), count) for n, count in enumerate(counts) if -(-count // 256) <= pages.num_free]
+            budget = rng.choice((None, 1, 2, 4))
+            has_room = planner.has_room(sequences, pages, budget)
+            assert has_room == (not planner.plan(sequences, pages, budget).preempted)
+            found.add(has_room)
+        assert found == {True, False}
+
     def test_random_growth_always_ends_and_leaks_nothing(self, rng: random.Random) -> None:
         for _ in range(60):
             pages = PageAllocator(rng.randint(4, 12))

@@ -213,7 +213,8 @@ def test_a_stuck_rank_is_named_after_the_deadline() -> None:
     run_group(3, rank, Limits(start_s=20.0, step_s=LIMIT_S))
 
 
-def test_a_step_that_does_not_end_is_noticed_while_the_rank_is_in_it() -> None:
+@pytest.mark.parametrize("asks_for_the_next", [False, True])
+def test_a_step_that_does_not_end_is_noticed_while_the_rank_is_in_it(asks_for_the_next: bool) -> None:
     over = threading.Event()
 
     def rank(group: Group) -> list[str]:
@@ -225,6 +226,8 @@ def test_a_step_that_does_not_end_is_noticed_while_the_rank_is_in_it() -> None:
         while steps.agreed(1) is None and time.monotonic() < end:
             time.sleep(0.005)
         steps.begin(1)
+        if asks_for_the_next:
+            steps.agreed(1, is_computing=True)
         clock.advance(2.9)
         if group.rank == 1:
             clock.advance(0.2)

@@ -1,0 +1,112 @@
+"""Steps that are launched before the tokens of those before them are known give the same tokens, log-probabilities and ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import random
+from typing import Any
+
+import pytest
+
+from core.request import FinishReason, Request, SamplingParams
+from engine.batch import Chunk
+from engine.config import EngineConfig
+from engine.engine import Engine, LoadedModel
+from engine.null import NullRunner
+from engine.runner import ChunkResult, Launched, ModelRunner
+from engine.sequence import Sequence
+
+VOCAB = 512
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"seed": 7},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 2**63},
+    {"temperature": 0.0, "num_logprobs": 2, "num_prompt_logprobs": 0},
+]
+HISTORIES: list[dict[str, Any]] = [
+    {"presence_penalty": 0.5, "frequency_penalty": 0.3, "seed": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "logit_bias": ((9, 3.0),)},
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(small_checkpoint: pathlib.Path) -> LoadedModel:
+    return LoadedModel.load(small_checkpoint, EngineConfig(device="cpu", max_model_len=1024))
+
+
+def overlapped(loaded: LoadedModel) -> LoadedModel:
+    return dataclasses.replace(loaded, engine=dataclasses.replace(loaded.engine, overlap="on"))
+
+
+def new_request(rng: random.Random, name: str, sampling: dict[str, Any]) -> Request:
+    length = rng.choice((1, 4, 9, 33, 127))
+    ids = tuple(rng.randrange(2, VOCAB) for _ in range(length))
+    stops = tuple(rng.sample(range(VOCAB), 100))  # some of what is drawn ends the sequence
+    params = SamplingParams(max_tokens=rng.randint(1, 9), stop_token_ids=stops, ignore_eos=rng.random() < 0.5, **sampling)
+    return Request(request_id=name, token_ids=ids, prompt_len=length, sampling=params)
+
+
+class Watch:
+    """Counts the steps of a runner that were launched with another one under way, and the rows of ended sequences."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_led = self.num_dropped = self._under_way = 0
+        launch, collect = engine._runner.launch, engine._runner.collect
+
+        def watched_launch(chunks: list[Chunk], batch: int = 0) -> Launched:
+            self.num_led += self._under_way
+            self._under_way += 1
+            assert self._under_way <= 2
+            return launch(chunks, batch)
+
+        def watched_collect(launched: Launched) -> list[ChunkResult]:
+            results = collect(launched)
+            self._under_way -= 1
+            self.num_dropped += len(launched.chunks) - len(results)
+            return results
+
+        monkeypatch.setattr(engine._runner, "launch", watched_launch)
+        monkeypatch.setattr(engine._runner, "collect", watched_collect)
+
+
+def test_tokens_and_ends_are_those_of_steps_one_at_a_time(loaded: LoadedModel, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_led, num_dropped, ends = 0, 0, set[FinishReason | None]()
+    for schedule in range(3):
+        choices = SAMPLINGS if schedule else SAMPLINGS + HISTORIES
+        requests = [new_request(rng, f"r{n}", rng.choice(choices)) for n in range(6)]
+        sizes = {"num_pages": rng.randint(4, 12), "num_slots": 6, "max_running": rng.randint(2, 6), "chunk_tokens": rng.choice((40, 256))}
+        expected = Engine(loaded, **sizes).generate(requests)
+        engine = Engine(overlapped(loaded), **sizes)
+        watch = Watch(engine, monkeypatch)
+        assert engine.generate(requests) == expected, f"{schedule=}"
+        num_led, num_dropped = num_led + watch.num_led, num_dropped + watch.num_dropped
+        ends |= {generation.finish_reason for generation in expected}
+    assert num_led > 15 and num_dropped > 2 and ends == {FinishReason.STOP, FinishReason.LENGTH}, f"{num_led=} {num_dropped=}"
+
+
+@pytest.mark.parametrize("sampling", HISTORIES, ids=lambda sampling: next(reversed(sampling)))
+def test_who_needs_the_tokens_before_waits_for_them(loaded: LoadedModel, sampling: dict[str, Any]) -> None:
+    runner, rng = ModelRunner(overlapped(loaded), 2, 2), random.Random(1)
+    sequences = [Sequence.from_request(new_request(rng, "free", SAMPLINGS[1])), Sequence.from_request(new_request(rng, "bound", sampling))]
+    for number, sequence in enumerate(sequences):
+        sequence.page_ids, sequence.slot_id = [number], number
+        runner.clear_slot(number)
+    assert runner.may_lead(Launched([Chunk(sequences[0], 1)]))
+    assert not runner.may_lead(Launched([Chunk(sequence, 1) for sequence in sequences]))
+
+
+def test_a_step_launched_for_an_ended_sequence_gives_it_nothing() -> None:
+    runner = NullRunner(num_pages=1, num_slots=1, overlap=True)
+    request = Request(request_id="r", token_ids=(5, 6, 7), prompt_len=3, sampling=SamplingParams(max_tokens=9, ignore_eos=True))
+    first = runner.next_token([5, 6, 7], request.sampling)
+    stopping = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, stop_token_ids=(first,)))
+    sequence = Sequence.from_request(stopping)
+    sequence.page_ids, sequence.slot_id = [0], 0
+    runner.clear_slot(0)
+    one = runner.launch([Chunk(sequence, 3)])
+    two = runner.launch([Chunk(sequence, 1)])
+    (result,) = runner.collect(one)
+    assert result.token == first and sequence.finish_reason is FinishReason.STOP
+    assert runner.collect(two) == [] and sequence.token_ids == [5, 6, 7, first]
