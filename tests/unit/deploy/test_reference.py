@@ -44,7 +44,9 @@ def test_the_tables_cover_everything() -> None:
 
 def test_paths_that_readmes_name_exist() -> None:
     tops = {path.name for path in ROOT.iterdir() if path.is_dir()}
-    texts = {path: path.read_text() for path in [*ROOT.glob("*.md"), *(path for top in PACKAGES for path in (ROOT / top).rglob("*.md"))]}
+    folders = [ROOT / top for top in (*PACKAGES, "tests")]
+    assert all((folder / "README.md").exists() for folder in folders)
+    texts = {path: path.read_text() for path in [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]}
     named = [(path, found) for path, text in texts.items() for found in re.findall(r"`([\w.-]+/[\w./-]*)`", text)]
     wanted = [(path, found) for path, found in named if found.partition("/")[0] in tops]
     assert len(wanted) > 30
