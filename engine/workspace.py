@@ -22,9 +22,16 @@ MARGIN = 1.1
 MARGIN_BYTES = 512 << 20
 
 
+def warm_lengths(most: int) -> list[int]:
+    """Chunks up to `most` tokens, the longest last, whose steps need every kernel that one of another length needs."""
+    steps = {size for power in range(most.bit_length()) for size in (1 << power, 3 << power) if size < most}
+    return [*sorted(steps), most]
+
+
 def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -> int:
     """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence, and for decode graphs of `max_decode` sequences
-    (0: none). Compiles what such steps need. Raises torch.OutOfMemoryError if not even one page fits beside it."""
+    (0: none). Compiles what these and shorter chunks need, so that no request waits for it. Raises
+    torch.OutOfMemoryError if not even one page fits beside it."""
     device, longest = loaded.device, loaded.engine.max_model_len
     gc.collect()
     torch.cuda.empty_cache()
@@ -33,11 +40,12 @@ def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -
     torch.cuda.synchronize(device)
     own = before - torch.cuda.mem_get_info(device)[0]
     if chunk_tokens:
-        length = min(chunk_tokens, longest)
         request = Request(request_id="workspace", token_ids=(0,) * longest, prompt_len=longest, sampling=SamplingParams(max_tokens=1))
         sequence = Sequence.from_request(request)
-        sequence.slot_id, sequence.page_ids, sequence.num_computed = 0, [0] * -(-longest // PAGE_TOKENS), longest - length
-        loaded.network.forward(build_batch([Chunk(sequence, length)], device), caches)
+        sequence.slot_id, sequence.page_ids = 0, [0] * -(-longest // PAGE_TOKENS)
+        for length in warm_lengths(min(chunk_tokens, longest)):
+            sequence.num_computed = longest - length
+            loaded.network.forward(build_batch([Chunk(sequence, length)], device), caches)
     graphs = DecodeGraphs(loaded.network, caches, [max_decode], width_buckets(longest)[-1:]) if max_decode else None
     torch.cuda.synchronize(device)
     taken = before - own - torch.cuda.mem_get_info(device)[0]

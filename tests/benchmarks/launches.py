@@ -14,7 +14,7 @@ import inspect
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from core.kv_layout import PAGE_TOKENS
-from engine.batch import Batch, TokenPlaces
+from core.request import Request, SamplingParams
+from engine.batch import Batch, Chunk, TokenPlaces, build_batch
 from engine.cache.arena import Arena, ModelCaches
 from engine.cache.layout import build_layout
 from engine.config import EngineConfig, ModelConfig
@@ -32,6 +33,7 @@ from engine.model.weights import dummy_weights
 from engine.ops.names import OP_NAMES
 from engine.ops.registry import BoundOps, get_op, load_backend
 from engine.parallel.experts import ExpertShare, Sharing
+from engine.sequence import Sequence as Tokens
 
 SHAPE = pathlib.Path(__file__).parents[2] / "deploy" / "model_shapes" / "v4_flash" / "config.json"
 SMALL: dict[str, Any] = {
@@ -41,10 +43,14 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 PAGES = 32
 """The narrowest decode graph's: longer than the indexer's top-k."""
+FORWARD = inspect.unwrap(DeepseekV4.forward)
+"""In inference mode torch would show composite operations whole."""
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_local_scalar_dense")
 
 Launches = dict[str, collections.Counter[str]]
 """Part of the step -> launches by name."""
+Key = tuple[str, tuple[object, ...]]
+"""What a kernel is compiled anew for: constants and options, and of each argument what Triton specialises for."""
 
 
 class Recorder(TorchDispatchMode):
@@ -53,6 +59,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Launches = {}
+        self.keys: set[Key] = set()
+        """Of the kernels launched."""
         self.part = "before the layers"
 
     def note(self, name: str) -> None:
@@ -120,32 +128,75 @@ def decode_batch(size: int) -> Batch:
 def noting_kernels(recorder: Recorder) -> Iterator[None]:
     def launch(kernel: JITFunction[Any], *args: Any, **kwargs: Any) -> None:
         recorder.note(kernel.__name__)
+        recorder.keys.add(key_of(kernel, args, kwargs))
 
     with mock.patch.object(JITFunction, "run", launch):
         yield
 
 
-def count(ranks: int, batch: int) -> Launches:
-    """Of one decode step of `batch` sequences."""
-    recorder, device = Recorder(), torch.device("cpu")
+def key_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    special: list[object] = []
+    for parameter, value in zip(kernel.params, args, strict=False):
+        if isinstance(value, torch.Tensor):
+            special.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif isinstance(value, int):
+            special.append(parameter.do_not_specialize or (value == 1, value % 16 == 0))
+    constants = (f"{name}={value}" for name, value in kwargs.items() if name not in ("grid", "warmup"))
+    return kernel.__name__, (*special, *sorted(constants))
+
+
+def small_model(ranks: int, batch: int, recorder: Recorder, is_decode: bool, num_layers: int = 6) -> tuple[DeepseekV4, ModelCaches]:
+    """Of rank 0, on the CPU with the Triton backends bound, for up to `batch` sequences of PAGES pages."""
+    device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / "config.json").write_text(json.dumps(json.loads(SHAPE.read_text()) | SMALL))
+        (pathlib.Path(folder) / "config.json").write_text(
+            json.dumps(json.loads(SHAPE.read_text()) | SMALL | {"num_hidden_layers": num_layers})
+        )
         model = ModelConfig.from_folder(pathlib.Path(folder))
     engine, ops = EngineConfig(device="cpu", load="dummy", max_model_len=PAGES * PAGE_TOKENS), triton_ops()
     group: Any = StandIn(ranks, recorder)
-    share = ExpertShare.open(Sharing(group=group, max_tokens=batch, is_latency_bound=True), model, ops, device) if ranks > 1 else None
+    sharing = Sharing(group=group, max_tokens=batch, is_latency_bound=is_decode)
+    share = None if ranks == 1 else ExpertShare.open(sharing, model, ops, device)
     weights = dummy_weights(model, device)
     network = DeepseekV4(model, engine, weights if share is None else weights.only(share.is_wanted), ops, share)
-    caches = ModelCaches(Arena(build_layout(model, engine, "launches"), PAGES, batch, device), model)
+    return network, ModelCaches(Arena(build_layout(model, engine, "launches"), PAGES, batch, device), model)
+
+
+def count(ranks: int, batch: int) -> Launches:
+    """Of one decode step of `batch` sequences."""
+    recorder = Recorder()
+    network, caches = small_model(ranks, batch, recorder, is_decode=True)
+    model = network._model
     for number, layer in enumerate(network._layers):
         routing = "hash" if number < model.num_hash_layers else "score"
         layer.forward = _in_part(recorder, f"layer of ratio {model.compress_ratios[number]}, {routing}", layer.forward)  # type: ignore[method-assign]
-    step, forward = decode_batch(batch), inspect.unwrap(DeepseekV4.forward)  # in inference mode torch would show composite operations whole
+    step = decode_batch(batch)
     with torch.no_grad(), noting_kernels(recorder), recorder:
         for _ in range(2):  # the first one also makes tables that are kept
             recorder.found, recorder.part = {}, "before the layers"
-            forward(network, step, caches)
+            FORWARD(network, step, caches)
     return recorder.found
+
+
+def prefill_keys(lengths: Sequence[int]) -> dict[int, set[Key]]:
+    """Of prefill steps of one chunk of so many tokens, at the end of the longest sequence: what their kernels are compiled for."""
+    recorder, found = Recorder(), {}
+    network, caches = small_model(1, 1, recorder, is_decode=False, num_layers=3)
+    with torch.no_grad(), noting_kernels(recorder):
+        for length in lengths:
+            recorder.keys = set()
+            with recorder:
+                FORWARD(network, prefill_batch(length), caches)
+            found[length] = recorder.keys
+    return found
+
+
+def prefill_batch(length: int) -> Batch:
+    longest = PAGES * PAGE_TOKENS
+    request = Request(request_id="0", token_ids=(0,) * longest, prompt_len=longest, sampling=SamplingParams(max_tokens=1))
+    sequence = Tokens.from_request(request)
+    sequence.slot_id, sequence.page_ids, sequence.num_computed = 0, [0] * PAGES, longest - length
+    return build_batch([Chunk(sequence, length)])
 
 
 def _in_part(recorder: Recorder, part: str, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ class PackedGroups:
     """fp32 [G, N / 128, K / 128]."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def grouped_linear_kernel(
     x_ptr, codes_ptr, scale_ptr, out_ptr, num_tokens, token_stride, groups, rows, columns,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,

@@ -9,7 +9,7 @@ import triton.language as tl
 STREAMS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def hc_post_kernel(y_ptr, h_ptr, post_ptr, comb_ptr, out_ptr, tokens, dim, BC: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)

@@ -164,7 +164,7 @@ def _balance_token(
     tl.store(out + 15, c33)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_splits"])
 def project_kernel(
     h_ptr, y_ptr, more_ptr, post_ptr, comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, num_splits,
     N: tl.constexpr, PADDED_ROWS: tl.constexpr, POST: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
@@ -223,7 +223,7 @@ def project_kernel(
     tl.store(partial_ptr + (row[:, None] * num_splits + split) * WIDTH + column, out, mask=alive[:, None] & (column <= N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_splits", "balance_blocks"])
 def finish_kernel(
     h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, tokens, dim, num_splits, balance_blocks,
     norm_eps, hc_eps, iterations,

@@ -17,7 +17,7 @@ def ceil_exponent(scale):
     return (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def kv_store_kernel(
     kv_ptr, weight_ptr, cos_ptr, sin_ptr, data_ptr, scale_ptr, units_ptr, rows_ptr, out_ptr, tokens, eps,
     kv_stride, unit_stride, row_stride, scale_unit_stride, scale_row_stride,

@@ -10,7 +10,7 @@ TILE = 4096
 """Elements of a program, where a row is shorter."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, width, row_stride, eps, ROWS: tl.constexpr, PADDED_WIDTH: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, PADDED_WIDTH)

@@ -10,7 +10,7 @@ ROWS = 32
 """Rows that a program takes at a time."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def sparse_attn_prefill_kernel(
     q_ptr, kv_ptr, indices_ptr, sink_ptr, out_ptr, num_heads, num_rows, scale,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
