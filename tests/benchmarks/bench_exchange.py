@@ -101,7 +101,7 @@ def bare_deepep(exchange: Any, load: Load, group: Group, device: torch.device) -
 
         buffer.combine(rows, buffer.dispatch(x, **layout, topk_idx=ids, topk_weights=weights)[4])
         return normal
-    shape = (exchange._experts, exchange._room, load.hidden)
+    shape = (exchange._experts, exchange._max_tokens * group.size, load.hidden)
     rows = torch.zeros(shape, dtype=torch.bfloat16, device=device)
 
     def low_latency() -> None:

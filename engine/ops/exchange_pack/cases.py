@@ -11,7 +11,7 @@ REASON = "bits are moved"
 TOP_K = 6
 
 
-def _draw(tokens: int, width: int, experts: int, redundant: int = 0, dtype: torch.dtype = torch.bfloat16, top_k: int = TOP_K) -> Draw:
+def draw_tokens(tokens: int, width: int, experts: int, redundant: int = 0, dtype: torch.dtype = torch.bfloat16, top_k: int = TOP_K) -> Draw:
     """On rank 1 of four, or of two; every fifth row is a filler."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
@@ -35,19 +35,19 @@ def _case(name: str, draw: Draw, small: bool = False) -> Case:
 
 
 CASES = (
-    _case("no tokens", _draw(0, 64, 8), small=True),
-    _case("one token", _draw(1, 64, 8), small=True),
-    _case("fillers and copies", _draw(13, 96, 8, redundant=4), small=True),
-    _case("odd sizes in fp32", _draw(7, 33, 9, top_k=5, redundant=3, dtype=torch.float32), small=True),
-    _case("Flash", _draw(1, 4096, 256)),
-    _case("Flash batch with copies", _draw(131, 4096, 256, redundant=32)),
-    _case("Pro batch", _draw(256, 7168, 384)),
+    _case("no tokens", draw_tokens(0, 64, 8), small=True),
+    _case("one token", draw_tokens(1, 64, 8), small=True),
+    _case("fillers and copies", draw_tokens(13, 96, 8, redundant=4), small=True),
+    _case("odd sizes in fp32", draw_tokens(7, 33, 9, top_k=5, redundant=3, dtype=torch.float32), small=True),
+    _case("Flash", draw_tokens(1, 4096, 256)),
+    _case("Flash batch with copies", draw_tokens(131, 4096, 256, redundant=32)),
+    _case("Pro batch", draw_tokens(256, 7168, 384)),
 )
 
 
 def _bench(tokens: int, width: int, experts: int) -> Bench:
     num_bytes = tokens * (2 * width * 2 + TOP_K * (8 + 4 + 8 + 8 + 4 + 4))
-    return Bench(f"T={tokens} d={width}", _draw(tokens, width, experts), num_bytes)
+    return Bench(f"T={tokens} d={width}", draw_tokens(tokens, width, experts), num_bytes)
 
 
 BENCH = (_bench(1, 4096, 256), _bench(32, 4096, 256), _bench(128, 4096, 256), _bench(128, 7168, 384))

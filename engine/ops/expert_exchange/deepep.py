@@ -18,7 +18,6 @@ import torch
 
 from core.errors import ConfigError, GroupLost
 from core.log import get_logger
-from engine.model.quantized import FP8_BLOCK
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import SlotChoice
@@ -116,14 +115,15 @@ class LowLatencyExchange(_Buffer):
     """What arrives lies in a buffer [experts, room, d], mostly empty; `dispatch` takes the rows together, into as many as there can be
     at most, and `combine` puts the results back to where theirs came from. Other ranks bring as many rows, or at most `rows`."""
 
-    def __init__(self, group: Group, shape: ExchangeShape) -> None:
+    def __init__(self, group: Group, shape: ExchangeShape, ops: BoundOps) -> None:
         if shape.hidden_size not in HIDDEN_SIZES:
             raise _misfit(f"hidden sizes {', '.join(map(str, HIDDEN_SIZES))} in low-latency mode", f"the model has {shape.hidden_size}")
         if group.size >= NVLINK_PEERS and group.size % NVLINK_PEERS:
             raise _misfit(f"groups below {NVLINK_PEERS} ranks, or of a multiple of it", f"{group.seat.name} has {group.size}")
+        self._ops = ops
         self._num_slots, self._experts = shape.num_slots, shape.num_slots // group.size
         self._max_tokens = -(-shape.max_tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
-        self._room, self._size = self._max_tokens * group.size, group.size
+        self._size = group.size
         needed = 2 * (self._max_tokens + 1)
         os.environ["NVSHMEM_QP_DEPTH"] = str(max(1024, 1 << (needed - 1).bit_length()))  # DeepEP asks for that many, through this
         hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(self._max_tokens, shape.hidden_size, group.size, shape.num_slots)
@@ -132,27 +132,19 @@ class LowLatencyExchange(_Buffer):
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
         """weights stay at home: `Arrived.weights` are ones, and `combine` applies them. Rows that only fill up go nowhere."""
         assert len(x) <= self._max_tokens, f"{len(x)} tokens; the buffers are for {self._max_tokens}"
-        slots = torch.where(positions[:, None] >= 0, choice.counted(ids, positions), -1)
+        slots = self._ops.exchange_slots(ids, positions, choice.table, choice.turns, choice.load)
         (codes, scales), counts, handle, _, _ = self._buffer.low_latency_dispatch(
             x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )
         most = max(len(x), self.rows) * self._size * min(slots.shape[1], self._experts)
-        ends = counts.long().cumsum(0)
-        number = torch.arange(most, device=x.device)
-        # Past the last row, the last row again: it is read and written twice, with the same result.
-        source = torch.minimum(number, ends[-1] - 1).clamp(min=0)
-        expert = torch.searchsorted(ends, source, right=True).clamp(max=self._experts - 1)
-        place = source - (ends - counts)[expert]
-        found = codes.view(torch.uint8)[expert, place].view(codes.dtype)
-        values = found.to(x.dtype).unflatten(1, (-1, FP8_BLOCK)) * scales[expert, place].to(x.dtype)[..., None]
-        ids_here = torch.where(number < ends[-1], expert, -1)[:, None]
+        rows, experts, places = self._ops.exchange_take(codes, scales, counts, most)
         ones = torch.ones(most, 1, dtype=torch.float32, device=x.device)
-        return Arrived(values.flatten(1), ids_here, ones, (handle, slots, weights, source, expert, place))
+        return Arrived(rows, experts, ones, (handle, slots, weights, places))
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        handle, slots, weights, source, expert, place = arrived.way_back
+        handle, slots, weights, places = arrived.way_back
         buffer: Any = self._buffer.get_next_low_latency_combine_buffer(handle)
-        buffer[expert, place] = rows.bfloat16()[source]
+        self._ops.exchange_put(rows, places, buffer)
         # With zero_copy the rows are read from that buffer. Its rows lie apart, and the first argument must be contiguous all the same: it
         # says shape and dtype, and nothing is read from it.
         experts, room, width = buffer.shape
@@ -167,4 +159,4 @@ def _misfit(known: str, found: str) -> ConfigError:
 
 def run(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
     """As the reference."""
-    return LowLatencyExchange(group, shape) if shape.is_latency_bound else NormalExchange(group, shape)
+    return LowLatencyExchange(group, shape, ops) if shape.is_latency_bound else NormalExchange(group, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -39,7 +40,7 @@ def test_deepep_stands_beside_its_own_calls(monkeypatch: pytest.MonkeyPatch) -> 
     deepep = Impl("engine.ops.expert_exchange.deepep", lambda device: None)
     monkeypatch.setitem(get_op("expert_exchange").backends, "deepep", deepep)  # type: ignore[arg-type]  # a dict, though said to be fixed
     monkeypatch.setattr("tests.benchmarks.bench_exchange.REPEATS", 2)
-    monkeypatch.setattr("engine.ops.expert_exchange.deepep.HIDDEN_SIZES", (SIZES["hidden"],))
+    monkeypatch.setattr(importlib.import_module(deepep.module), "HIDDEN_SIZES", (SIZES["hidden"],))
     first, second = run_group(2, rank)
     assert first == second
     found = [(row["mode"], row["what"], row["beside"]) for row in first if "eep" in str(row["what"]).lower()]
