@@ -44,6 +44,7 @@ def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -
         sequence = Sequence.from_request(request)
         sequence.slot_id, sequence.page_ids = 0, [0] * -(-longest // PAGE_TOKENS)
         for length in warm_lengths(min(chunk_tokens, longest)):
+            torch.cuda.empty_cache()  # what shorter chunks leave behind is not needed by the longest
             sequence.num_computed = longest - length
             loaded.network.forward(build_batch([Chunk(sequence, length)], device), caches)
     graphs = DecodeGraphs(loaded.network, caches, [max_decode], width_buckets(longest)[-1:]) if max_decode else None
