@@ -21,6 +21,7 @@ import orjson
 
 from core.errors import InvalidRequest, ModelNotFound
 from core.request import FinishReason, SamplingParams
+from router.interleave import interleaved
 from router.sampling import boolean, number, sampling_params
 from router.service import Service
 
@@ -199,35 +200,14 @@ class Chat:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, ready to send."""
         request, response = self._request, self._dialect.response
-        async with self._service.admitted(self._dialect.name, request.n, len(request.prompt) * request.n):
-            queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue(maxsize=256)
-
-            async def run(index: int) -> None:
-                try:
-                    async with aclosing(self._chunks(index)) as chunks:
-                        async for chunk in chunks:
-                            await queue.put((index, chunk))
-                    await queue.put((index, None))
-                except Exception as error:  # handed to the reader, who raises it
-                    await queue.put((index, error))
-
-            tasks = [asyncio.create_task(run(index)) for index in range(request.n)]
-            try:
-                left = request.n
-                while left:
-                    index, chunk = await queue.get()
-                    if isinstance(chunk, BaseException):
-                        raise chunk
-                    if chunk is None:
-                        left -= 1
-                        continue
-                    text = self._event_text(index, chunk)
-                    if text is not None:
-                        yield sse(text, response.sse_event_name(chunk))
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        async with (
+            self._service.admitted(self._dialect.name, request.n, len(request.prompt) * request.n),
+            aclosing(interleaved(self._chunks(index) for index in range(request.n))) as chunks,
+        ):
+            async for index, chunk in chunks:
+                text = self._event_text(index, chunk)
+                if text is not None:
+                    yield sse(text, response.sse_event_name(chunk))
         if self._dialect is CHAT and request.include_usage:
             yield sse(orjson.dumps({**self._last_envelope(), "choices": [], "usage": self._total_usage()}))
         done = response.sse_done_data()

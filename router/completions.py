@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 import uuid
@@ -13,6 +12,7 @@ from typing import Any
 
 from core.errors import InvalidRequest
 from core.request import FinishReason, SamplingParams, TokenLogprobs
+from router.interleave import interleaved
 from router.relay import Output
 from router.sampling import MAX_LOGPROBS, boolean, number, sampling_params, text_list
 from router.service import Service
@@ -187,36 +187,18 @@ class Completion:
     async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
         """Items of `choices`, interleaved over all sequences. Raises the first error of any; closing it cancels the rest."""
         request = self._request
-        queue: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue(maxsize=256)
         jobs = [(p * request.n + k, prompt, k) for p, prompt in enumerate(request.prompts) for k in range(request.n)]
+        async with (
+            self._service.admitted("completions", len(jobs), self.num_prompt_tokens * request.n),
+            aclosing(interleaved(self._one(_Choice(index), prompt, self._sampling(k)) for index, prompt, k in jobs)) as items,
+        ):
+            async for _, item in items:
+                yield item
 
-        async def run(index: int, prompt: tuple[int, ...], k: int) -> None:
-            sampling = dataclasses.replace(request.sampling, seed=(request.sampling.seed + k) % 2**64)
-            try:
-                async with aclosing(self._one(_Choice(index), prompt, sampling)) as items:
-                    async for item in items:
-                        await queue.put(item)
-                await queue.put(None)
-            except Exception as error:  # handed to the reader, who raises it
-                await queue.put(error)
-
-        tokens = self.num_prompt_tokens * request.n
-        async with self._service.admitted("completions", len(jobs), tokens):
-            tasks = [asyncio.create_task(run(*job)) for job in jobs]
-            try:
-                left = len(tasks)
-                while left:
-                    item = await queue.get()
-                    if isinstance(item, BaseException):
-                        raise item
-                    if item is None:
-                        left -= 1
-                    else:
-                        yield item
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+    def _sampling(self, k: int) -> SamplingParams:
+        """Of a prompt's k-th choice."""
+        sampling = self._request.sampling
+        return dataclasses.replace(sampling, seed=(sampling.seed + k) % 2**64)
 
     async def _one(self, choice: _Choice, prompt: tuple[int, ...], sampling: SamplingParams) -> AsyncGenerator[dict[str, Any], None]:
         request, codec = self._request, self._service.codec
