@@ -38,6 +38,8 @@ from tests.benchmarks.bench_ops import ceilings
 from tests.benchmarks.step_profile import profile_step
 
 NUM_REPLAYS = 20
+FILLED_TOKENS = 512
+"""Of the prompt that fills the caches, in one step, for which an exchange needs room."""
 
 
 def cut_shape(folder: pathlib.Path, layers: int | None, into: pathlib.Path) -> pathlib.Path:
@@ -61,11 +63,11 @@ def new_sequence(number: int, length: int, page_ids: list[int]) -> Sequence:
 
 
 def fill(loaded: LoadedModel, caches: ModelCaches) -> None:
-    """Every page and slot holds what a prompt of 512 tokens leaves there."""
+    """Every page and slot holds what a prompt of FILLED_TOKENS leaves there."""
     caches.clear_slot(0)
-    sequence = new_sequence(0, 511, [0, 1])
+    sequence = new_sequence(0, FILLED_TOKENS - 1, [0, 1])
     sequence.num_computed = 0
-    loaded.network.forward(build_batch([Chunk(sequence, 512)], loaded.device), caches)
+    loaded.network.forward(build_batch([Chunk(sequence, FILLED_TOKENS)], loaded.device), caches)
     caches.arena.pages[2:] = caches.arena.pages[1]
     caches.arena.slots[1:] = caches.arena.slots[0]
 
@@ -228,7 +230,8 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     if arguments.ranks > 1:
         seat = Seat(rank=rank, size=arguments.ranks, name="bench/0", host="127.0.0.1", rendezvous=rendezvous)
         group = Group.join(seat, Limits(start_s=300, step_s=90))
-        sharing = Sharing(group=group, max_tokens=max(arguments.batches, default=1), is_latency_bound=not arguments.prompts)
+        most = max([FILLED_TOKENS, *arguments.batches, *(batch for batch, _ in arguments.also)])
+        sharing = Sharing(group=group, max_tokens=most, is_latency_bound=not arguments.prompts)
     engine = EngineConfig(device="cuda", load="dummy", max_model_len=1 << 20, ops=dict(pair.split("=") for pair in arguments.ops))
     with tempfile.TemporaryDirectory() as folder:
         shape = cut_shape(arguments.model, arguments.layers, pathlib.Path(folder))

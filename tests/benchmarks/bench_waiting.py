@@ -36,7 +36,7 @@ from engine.graphs import PAGES_STEP, DecodeGraphs
 from engine.ops.expert_exchange import Arrived, ExpertExchange
 from engine.parallel.experts import ExpertShare, LayerShare, Sharing
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
-from tests.benchmarks.bench_engine import commit, cut_shape, fill, new_sequence
+from tests.benchmarks.bench_engine import FILLED_TOKENS, commit, cut_shape, fill, new_sequence
 from tests.benchmarks.bench_exchange import slowest_of
 from tests.benchmarks.bench_serving import table
 from tests.benchmarks.step_profile import profile_step
@@ -186,7 +186,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         torch.cuda.set_device(rank)
     seat = Seat(rank=rank, size=arguments.ranks, name="bench/0", host="127.0.0.1", rendezvous=rendezvous)
     group = Group.join(seat, Limits(start_s=600, step_s=90))
-    sharing = Sharing(group=group, max_tokens=max(arguments.batches), is_latency_bound=True)
+    sharing = Sharing(group=group, max_tokens=max([FILLED_TOKENS, *arguments.batches]), is_latency_bound=True)
     ops = dict(pair.split("=") for pair in arguments.ops)
     engine = EngineConfig(device=arguments.device, load="dummy", max_model_len=arguments.context + 256, ops=ops)
     with tempfile.TemporaryDirectory() as folder:
