@@ -45,6 +45,11 @@ class Output:
     prompt_start: int = 0
     finish_reason: FinishReason | None = None
 
+    def scored_after(self, num_scored: int) -> Output:
+        """Its log-probabilities but those of the prompt's first so many scored tokens (from token 1 on: the first has none)."""
+        start = max(self.prompt_start, num_scored + 1)
+        return Output(prompt_logprobs=self.prompt_logprobs[start - self.prompt_start :], prompt_start=start)
+
 
 @dataclass(slots=True)
 class Journey:
@@ -73,8 +78,14 @@ class Journey:
         """Runs repeated on other ranks."""
         return max(self.attempts - 1 - self.hand_ons - self.num_preemptions, 0)
 
-    def add(self, stage: str, seconds: float) -> None:
-        self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+    def may_run_again(self, max_attempts: int) -> bool:
+        """Being given up for want of pages is no failure, and counts for nothing."""
+        return self.num_runs - self.num_preemptions < max_attempts
+
+    def add(self, stages: dict[str, float]) -> None:
+        """Seconds by stage."""
+        for stage, seconds in stages.items():
+            self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
 
 @dataclass(slots=True)
@@ -115,7 +126,7 @@ class Relay:
         """Yield the outputs of a request until one carries a finish_reason. Raises the error that ended it, if it cannot be mended.
         Closing the generator cancels the request everywhere."""
         produced: list[int] = []
-        scored = 0
+        num_scored = 0  # prompt tokens whose log-probabilities the client has: another run scores them again
         avoid: list[tuple[str, int]] = []
         pause = RETRY_S
         deadline = journey.began + self._config.request_timeout_s
@@ -131,10 +142,8 @@ class Relay:
                 async with aclosing(self._attempt(attempt, journey, avoid, deadline)) as outputs:
                     async for output in outputs:
                         if output.prompt_logprobs:
-                            new = output.prompt_logprobs[max(0, scored + 1 - output.prompt_start) :]
-                            start = max(output.prompt_start, scored + 1)
-                            scored = max(scored, output.prompt_start + len(output.prompt_logprobs) - 1)
-                            output = Output(prompt_logprobs=new, prompt_start=start)
+                            output = output.scored_after(num_scored)
+                            num_scored += len(output.prompt_logprobs)
                         produced += output.token_ids
                         journey.num_output_tokens = len(produced)
                         yield output
@@ -146,8 +155,7 @@ class Relay:
                 journey.num_preemptions += 1
                 log.info("relay.preempted", request_id=attempt.request_id, num_tokens=len(produced))
             except BatonError as error:
-                is_last = journey.num_runs - journey.num_preemptions >= self._config.max_attempts
-                if not error.retryable or is_last or self._clock.now() > deadline:
+                if not error.retryable or not journey.may_run_again(self._config.max_attempts) or self._clock.now() > deadline:
                     raise
                 log.warning("relay.retried", request_id=attempt.request_id, num_tokens=len(produced), error=f"{error.code}: {error}")
                 await asyncio.sleep(pause)
@@ -160,7 +168,7 @@ class Relay:
         events: Events = asyncio.Queue()
         began = self._clock.now()
         prefill, decode, reservation = await self._reserver.reserve(request, events, avoid, deadline)
-        journey.add("reserve", self._clock.now() - began)
+        journey.add({"reserve": self._clock.now() - began})
         journey.ranks += [prefill.member.name, decode.member.name]
         run = _Run(request, prefill, decode, request.request_id)
         left_s = max(deadline - self._clock.now(), 0.0)
@@ -180,7 +188,7 @@ class Relay:
                 if isinstance(event, PromptScored):
                     yield Output(prompt_logprobs=event.logprobs, prompt_start=event.start)
                 elif isinstance(event, FirstToken):
-                    self._add_stages(journey, event.stages)
+                    journey.add(event.stages)
                     has_first = True
                     held.insert(0, _output(event))
                 elif isinstance(event, Decoded):
@@ -188,7 +196,7 @@ class Relay:
                     held.append(_output(event))
                 elif isinstance(event, (HandedOff, Finished)):
                     run.has_landed = True
-                    self._add_stages(journey, event.stages)
+                    journey.add(event.stages)
                 elif isinstance(event, HandOffFailed):
                     run.is_kept = True
                     if not run.has_landed:
@@ -226,8 +234,8 @@ class Relay:
         avoid.append(key_of(run.decode))
         if run.is_handed_on:
             avoid.append(key_of(run.prefill))
-        is_last = journey.num_runs - journey.num_preemptions >= self._config.max_attempts
-        if run.has_decoded or run.is_handed_on or is_last or not isinstance(error, (MemberLost, TransferFailed)):
+        is_too_late = run.has_decoded or run.is_handed_on or not journey.may_run_again(self._config.max_attempts)
+        if is_too_late or not isinstance(error, (MemberLost, TransferFailed)):
             raise error
         run.leave(run.decode)
         journey.attempts += 1
@@ -246,10 +254,6 @@ class Relay:
         journey.hand_ons += 1
         journey.ranks.append(run.decode.member.name)
         log.warning("relay.handed_on", request_id=request.request_id, decode=run.decode.member.name, error=f"{error.code}: {error}")
-
-    def _add_stages(self, journey: Journey, stages: dict[str, float]) -> None:
-        for stage, seconds in stages.items():
-            journey.add(stage, seconds)
 
 
 def _output(event: FirstToken | Decoded) -> Output:

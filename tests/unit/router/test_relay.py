@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 
 from core.errors import MemberLost, Preempted
-from core.request import Request
-from router.session import Failed
+from core.request import Request, Reservation, TokenLogprobs
+from router.session import Failed, PromptScored
 from tests.support.scripted_ranks import (
     EXPECTED,
     PROMPT,
@@ -122,3 +123,29 @@ def test_ranks_that_are_lost_before_they_worked_for_a_request_do_not_use_up_its_
     journey = new_journey()
     assert asyncio.run(tokens_of(new_relay([prefill, decode], max_attempts=2), journey)) == EXPECTED
     assert (journey.attempts, journey.num_runs, len(prefill.requests)) == (4, 1, 1)
+
+
+def test_log_probabilities_of_the_prompt_reach_the_client_once_though_two_runs_score_it() -> None:
+    class Scoring(FakePrefill):
+        """Scores the first `self.num_scored` tokens but one, a token each, before it computes."""
+
+        num_scored = 2
+
+        def run(self, request: Request, reservation: Reservation) -> None:
+            for position in range(1, self.num_scored):
+                self.listeners[request.request_id](PromptScored(position, (TokenLogprobs(logprob=-float(position)),)))
+            if len(self.requests) == 0:
+                self.requests.append(request)
+                self.listeners[request.request_id](Failed("prefill", MemberLost("gone")))
+                self.num_scored = len(PROMPT)
+            else:
+                super().run(request, reservation)
+
+    decode = FakeRank("decode")
+    relay = new_relay([Scoring([decode]), decode])
+
+    async def read() -> list[tuple[int, float]]:
+        async with aclosing(relay.generate(new_request(), new_journey())) as outputs:
+            return [(out.prompt_start + n, found.logprob) async for out in outputs for n, found in enumerate(out.prompt_logprobs)]
+
+    assert asyncio.run(read()) == [(1, -1.0), (2, -2.0)]
