@@ -72,6 +72,7 @@ CASES = (
     _case("one query", [(99, 1)], small=True),
     _case("a step with a filler row", [(300, 1), (2, 1)], fillers=1, small=True),
     _case("runs of several pages", [(2000, 1), (4, 1), (700, 1)], fillers=1, num_entries=512, small=True),
+    _case("runs of two pages", [(2000, 1), (700, 1)], num_entries=512, small=True),
     _case("two prompts", [(0, 10), (250, 20)], small=True),
     _case("fp32 decode", [(300, 1), (17, 1)], "fp32", small=True),
     _case("fp32 prefill", [(120, 9)], "fp32", small=True),

@@ -53,13 +53,17 @@ def _score(keys, query, weights, FORM: tl.constexpr):
 
 
 @triton.jit
-def _run_of_pages(positions_ptr, num_entries, num_tokens, num_runs, PADDED_TOKENS: tl.constexpr):
+def _run_of_pages(positions_ptr, num_entries, num_tokens, num_programs, num_runs, PADDED_TOKENS: tl.constexpr):
     """(query, first page, end) of this program; a query of num_tokens or more: there is nothing to do. The pages of all queries make
-    at most num_runs runs, and one more a query; those of one query are equally long, but for the last."""
+    num_programs runs of equal length if they divide so, else num_runs at most, and one more a query; then those of one query are made
+    equally long, but for the last."""
     every = tl.arange(0, PADDED_TOKENS)
     position = tl.load(positions_ptr + every, mask=every < num_tokens, other=-1)
     pages = ((tl.minimum((position + 1) // 4, num_entries) + 63) // 64).to(tl.int32)
-    longest = tl.maximum((tl.sum(pages, 0) + num_runs - 1) // num_runs, 1)
+    total = tl.sum(pages, 0)
+    longest = tl.maximum((total + num_programs - 1) // num_programs, 1)
+    fits = tl.sum((pages + longest - 1) // longest, 0) <= num_programs
+    longest = tl.where(fits, longest, (total + num_runs - 1) // num_runs)
     runs = (pages + longest - 1) // longest
     ends = tl.cumsum(runs, 0)
     token = tl.sum((ends <= tl.program_id(0)).to(tl.int32), 0)
@@ -70,14 +74,14 @@ def _run_of_pages(positions_ptr, num_entries, num_tokens, num_runs, PADDED_TOKEN
     return token, first, tl.minimum(first + length, own_pages)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_entries", "num_tokens", "num_runs"])
+@triton.jit(do_not_specialize=["table_stride", "num_entries", "num_tokens", "num_programs", "num_runs"])
 def decode_logits_kernel(
     data, q_ptr, weights_ptr, scale_ptr, positions_ptr, sequences_ptr, table_ptr, scores_ptr,
-    scale_stride, table_stride, scores_stride, num_entries, num_tokens, num_runs,
+    scale_stride, table_stride, scores_stride, num_entries, num_tokens, num_programs, num_runs,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr, PADDED_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """data: descriptor of the pages' rows, a block of which is a page."""
-    number_of, first, end = _run_of_pages(positions_ptr, num_entries, num_tokens, num_runs, PADDED_TOKENS)
+    number_of, first, end = _run_of_pages(positions_ptr, num_entries, num_tokens, num_programs, num_runs, PADDED_TOKENS)
     if number_of < num_tokens:
         token = number_of.to(tl.int64)
         visible = tl.minimum((tl.load(positions_ptr + token) + 1) // 4, num_entries).to(tl.int32)
@@ -174,8 +178,8 @@ def run(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlac
     if places.is_decode:
         num_runs = max(PROGRAMS - tokens, PROGRAMS // 4)
         descriptor = TensorDescriptor(data, list(data.shape), list(data.stride()), [1, ROWS, data.shape[2]])
-        decode_logits_kernel[(min(num_runs + tokens, tokens * triton.cdiv(num_entries, ROWS)),)](
-            descriptor, *arguments, scale.stride(0), table.stride(0), scores.stride(0), num_entries, tokens, num_runs,
+        decode_logits_kernel[(min(max(PROGRAMS, num_runs + tokens), tokens * triton.cdiv(num_entries, ROWS)),)](
+            descriptor, *arguments, scale.stride(0), table.stride(0), scores.stride(0), num_entries, tokens, PROGRAMS, num_runs,
             HEADS=heads, WIDTH=width, FORM=form, STAGES=STAGES, PADDED_TOKENS=max(16, triton.next_power_of_2(tokens)),
         )  # fmt: skip
     else:
@@ -188,7 +192,7 @@ def run(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlac
 
 _TYPES = {"weights_ptr": "*fp32", "positions_ptr": "*i64", "sequences_ptr": "*i64", "table_ptr": "*i32", "scores_ptr": "*fp32"}
 _TYPES |= {"scale_stride": "i32:16", "table_stride": "i32", "scores_stride": "i32:16", "num_entries": "i32"}
-_NUMBERS = {"num_tokens": "i32", "num_runs": "i32"}
+_NUMBERS = {"num_tokens": "i32", "num_programs": "i32", "num_runs": "i32"}
 _FORMS = (("fp8", "fp8e4nv", "fp8e4nv", "fp32", 128), ("fp4", "bf16", "u8", "u8", 64), ("bf16", "bf16", "bf16", "bf16", 128))
 AOT = [
     (
