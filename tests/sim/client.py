@@ -66,7 +66,7 @@ class Client:
         """A router may have too much to do. That all attempts fail, or so many that time is up, takes more than a few faults."""
         has_failed = isinstance(error, Unavailable) and not isinstance(error, NoMembers)
         is_late = isinstance(error, DeadlineExceeded) and self.journey is not None and self.journey.attempts >= MANY_ATTEMPTS
-        is_worn_out = "fails" in self.world.faults and (has_failed or is_late)
+        is_worn_out = bool({"fails", "loses"} & set(self.world.faults)) and (has_failed or is_late)
         assert is_worn_out or isinstance(error, Overloaded), f"{self.name} ended with {error.code}: {error}"
 
     def check(self) -> None:
