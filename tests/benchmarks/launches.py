@@ -1,4 +1,5 @@
 """Count what a decode step launches on a GPU, layer by layer, without one: `python -m tests.benchmarks.launches [--ranks 2] [--batch 1]`.
+With them step_model.py, whose other figures were measured, says how long a step of V4-Flash would take on as many H200s.
 
 A small model with V4-Flash's structure takes one step on the CPU with the Triton backends bound. Their kernels are noted in place of being
 run (what they would write stays zero), collectives too, and each torch operation that computes or moves data counts as one launch,
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import inspect
 import json
 import pathlib
@@ -34,6 +36,9 @@ from engine.ops.names import OP_NAMES
 from engine.ops.registry import BoundOps, get_op, load_backend
 from engine.parallel.experts import ExpertShare, Sharing
 from engine.sequence import Sequence as Tokens
+from tests.benchmarks.hardware import AS_MEASURED, H200
+from tests.benchmarks.scaling_model import work_of
+from tests.benchmarks.step_model import decode_parts
 
 SHAPE = pathlib.Path(__file__).parents[2] / "deploy" / "model_shapes" / "v4_flash" / "config.json"
 SMALL: dict[str, Any] = {
@@ -45,6 +50,8 @@ PAGES = 32
 """The narrowest decode graph's: longer than the indexer's top-k."""
 FORWARD = inspect.unwrap(DeepseekV4.forward)
 """In inference mode torch would show composite operations whole."""
+PRODUCTS = ("fp8_linear_few_kernel", "linear_few_kernel", "grouped_linear_kernel", "moe_hidden_kernel", "moe_out_kernel")
+"""Kernels that read weights."""
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_local_scalar_dense")
 
 Launches = dict[str, collections.Counter[str]]
@@ -199,6 +206,18 @@ def prefill_batch(length: int) -> Batch:
     return build_batch([Chunk(sequence, length)])
 
 
+def launches_of_flash(found: Launches) -> tuple[float, float]:
+    """(those of a layer that multiply no weights, those that do), on average over V4-Flash's layers; two of attention, four of
+    hyper-connections and two of the exchange are beside these."""
+    config = json.loads(SHAPE.read_text())
+    names = [f"layer of ratio {ratio}, {'hash' if number < 3 else 'score'}" for number, ratio in enumerate(config["compress_ratios"][:43])]
+    totals, products = (
+        sum(sum(number for name, number in found[layer].items() if is_meant(name)) for layer in names) / len(names)
+        for is_meant in (lambda name: True, PRODUCTS.__contains__)
+    )
+    return totals - products - 2 - 4 - (2 if any("gather" in name for name in found[names[0]]) else 0), products
+
+
 def _in_part(recorder: Recorder, part: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         recorder.part = part
@@ -215,11 +234,17 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
-    for part, launches in count(arguments.ranks, arguments.batch).items():
+    found = count(arguments.ranks, arguments.batch)
+    for part, launches in found.items():
         torch_ones = sum(number for name, number in launches.items() if name.startswith("torch."))
         print(f"{part}: {launches.total()}, of them {torch_ones} of torch")
         for name, number in launches.most_common():
             print(f"    {number:3} {name}")
+    small, products = launches_of_flash(found)
+    software = dataclasses.replace(AS_MEASURED, small_launches=small, products=products)
+    for name, one in (("as measured", AS_MEASURED), ("with these launches", software)):
+        parts = decode_parts(work_of("v4_flash"), H200, one, ranks=arguments.ranks, batch=arguments.batch, context=8192)
+        print(f"{name}: {sum(parts.values()) * 1e3:.2f} ms", {part: round(seconds * 1e3, 2) for part, seconds in parts.items()})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.benchmarks.launches import count
+from tests.benchmarks.launches import count, launches_of_flash
 
 MOST = {
     "before the layers": 3,
@@ -25,6 +25,8 @@ def test_a_step_of_a_group_launches_no_more_than_it_did() -> None:
     assert totals.keys() == MOST.keys()
     assert {part: total for part, total in totals.items() if total > MOST[part]} == {}, found
     layers = [launches for part, launches in found.items() if part.startswith("layer")]
+    small, products = launches_of_flash(found)
+    assert 9 <= products <= 12 and small + products + 8 == pytest.approx((29 + 28 + 37 + 20 * 36 + 20 * 29) / 43, abs=0.1)
     assert len(layers) == 6 and all(launches["all-gather"] == launches["reduce-scatter"] == 1 for launches in layers)
 
 
