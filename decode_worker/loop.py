@@ -13,7 +13,6 @@ is certain to end, by max_tokens, is not launched again; and nobody is preempted
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from core.clock import Clock
 from core.codec import encode_failure, encode_reservation, encode_stages, encode_tokens
@@ -23,12 +22,13 @@ from core.log import get_logger
 from core.request import Load, Member, Request, Reservation, Tokens
 from core.session import Outbox
 from decode_worker.config import DecodeConfig
+from decode_worker.job import Flight, Job
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.reservations import Reservations
 from engine.batch import Chunk
 from engine.limits import check_fits
 from engine.parallel.lockstep import Steps
-from engine.runner import ChunkResult, Launched, Runner
+from engine.runner import ChunkResult, Runner
 from engine.scheduler.decode import DecodePlanner
 from engine.sequence import Sequence
 from kv_transfer.receiver import Committed, Quiesced, Renewed, SenderLost
@@ -44,33 +44,6 @@ IDLE_S = 0.25
 
 CHECK_S = 1.0
 """How often an idle rank counts its pages: that takes milliseconds when there are many, and is not to be on a request's way."""
-
-
-@dataclass(slots=True)
-class Job:
-    """A request that this rank has accepted, in any state of its reservation."""
-
-    request: Request
-    outbox: Outbox
-    arrived: float
-    sequence: Sequence | None = None
-    """Set when its pages are here."""
-    ready: float = 0.0
-    started: float = 0.0
-    stages: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Flight:
-    """A step that is launched and not collected."""
-
-    launched: Launched
-    began: float
-    leaving: list[Job] = field(default_factory=list)
-    """Ended since; what they hold is given free when the step has ended."""
-
-    def holds(self, sequence: Sequence | None) -> bool:
-        return any(chunk.sequence is sequence for chunk in self.launched.chunks)
 
 
 class DecodeLoop:
@@ -215,13 +188,7 @@ class DecodeLoop:
             if held is None:
                 self._receiver.revoke(event.epoch)
                 return
-            job = self._jobs[held.request.request_id]
-            sequence = Sequence.from_request(held.request)
-            sequence.num_computed = len(sequence.token_ids)
-            sequence.token_ids.append(held.first_token)
-            sequence.page_ids, sequence.slot_id = list(held.page_ids), held.slot_id
-            job.sequence, job.ready = sequence, self._clock.now()
-            job.stages["reserved"] = job.ready - job.arrived
+            sequence = self._jobs[held.request.request_id].receive(held, self._clock.now())
             self._running[sequence.request_id] = sequence
 
     def _step(self, budget: int) -> None:

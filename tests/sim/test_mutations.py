@@ -11,7 +11,7 @@ import pytest
 from core.errors import BatonError
 from core.request import Reservation
 from decode_worker import reservations
-from decode_worker.loop import Flight
+from decode_worker.job import Flight
 from decode_worker.reservations import Held, Reservations, State
 from engine.scheduler.decode import DecodePlanner
 from kv_transfer import receiver as rx
