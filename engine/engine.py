@@ -26,6 +26,7 @@ from engine.model.quantized import Weight
 from engine.model.shards import checkpoint_identity
 from engine.model.weights import dummy_weights, open_weights
 from engine.ops.registry import BoundOps, bind
+from engine.ops.sample import Draws
 from engine.parallel.experts import ExpertShare, Sharing
 from engine.runner import ChunkResult, Launched, ModelRunner
 from engine.scheduler.decode import DecodePlanner
@@ -71,6 +72,11 @@ class LoadedModel:
         for line in ops.table().splitlines():
             log.info("engine.op", choice=line)
         return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops, share), layout, ops, device, share, everything)
+
+    @property
+    def device_sample(self) -> Callable[[torch.Tensor, Draws], torch.Tensor] | None:
+        """The op that draws tokens in decode graphs; None: the host does."""
+        return None if self.engine.overlap == "off" else self.ops.sample
 
     def memory_plan(self, num_pages: int, num_slots: int, workspace_bytes: int = 0) -> MemoryPlan:
         weights_bytes = tensor_bytes(self.network)

@@ -12,18 +12,27 @@ from core.request import TokenLogprobs
 def logprobs_of(logits: torch.Tensor, targets: list[int], num_top: int) -> tuple[TokenLogprobs, ...]:
     """logits: fp32 [n, V]; targets: n token ids. Each result has `num_top` alternatives, most likely first, lowest id on ties;
     reduced in float64."""
-    if not targets:
-        return ()
+    return logprobs_from(*logprob_tensors(logits, torch.tensor(targets, device=logits.device), num_top)) if targets else ()
+
+
+def logprob_tensors(logits: torch.Tensor, targets: torch.Tensor, num_top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as tensors: of the targets, int64 [n], float64 [n]; ids and logarithms of the alternatives, int64 and float64
+    [num_top, n]."""
     logs = torch.log_softmax(logits.double(), dim=1)
-    chosen = logs.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0].tolist()
+    chosen = logs.gather(1, targets[:, None])[:, 0]
     # Repeated argmax, unlike topk, says which of equals it takes: the first. It writes over logs, which nobody needs any more.
-    top_ids, top_logprobs = [], []
-    for _ in range(min(num_top, logs.shape[1])):
-        values, ids = logs.max(dim=1)
-        top_ids.append(ids.tolist())
-        top_logprobs.append(values.tolist())
-        logs.scatter_(1, ids[:, None], -math.inf)
+    num_top = min(num_top, logs.shape[1])
+    top_ids = torch.empty(num_top, len(targets), dtype=torch.int64, device=logits.device)
+    top_logprobs = torch.empty(num_top, len(targets), dtype=torch.float64, device=logits.device)
+    for place in range(num_top):
+        torch.max(logs, dim=1, out=(top_logprobs[place], top_ids[place]))
+        logs.scatter_(1, top_ids[place][:, None], -math.inf)
+    return chosen, top_ids, top_logprobs
+
+
+def logprobs_from(chosen: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch.Tensor) -> tuple[TokenLogprobs, ...]:
+    """From what `logprob_tensors` gives."""
+    ids, values = top_ids.T.tolist(), top_logprobs.T.tolist()
     return tuple(
-        TokenLogprobs(logprob=chosen[row], top_ids=tuple(ids[row] for ids in top_ids), top_logprobs=tuple(v[row] for v in top_logprobs))
-        for row in range(len(targets))
+        TokenLogprobs(logprob=one, top_ids=tuple(ids[row]), top_logprobs=tuple(values[row])) for row, one in enumerate(chosen.tolist())
     )

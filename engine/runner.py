@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from core.errors import InternalError
 from core.kv_layout import KVLayout
 from core.request import FinishReason, TokenLogprobs
 from engine.batch import Chunk, Feedback, build_batch
 from engine.cache.arena import Arena
-from engine.graphs import DecodeGraphs, batch_buckets, width_buckets
+from engine.graphs import DecodeGraphs, Drawn, batch_buckets, width_buckets
 from engine.logprobs import logprobs_of
 from engine.sampler import needs_history, sample
 from engine.sequence import Sequence
@@ -46,6 +47,8 @@ class Launched:
     chunks: list[Chunk]
     tokens: torch.Tensor | None = None
     """int64, one a chunk, on the device; -1 where the chunk does not reach the end of its sequence."""
+    drawn: Drawn | None = None
+    """In place of `tokens` and `logprobs`: they are drawn by the device, and on their way."""
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """By chunk, where wanted."""
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
@@ -110,8 +113,8 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         if max_decode and on_gpu:
             widths = width_buckets(loaded.engine.max_model_len)
-            self._graphs = DecodeGraphs(loaded.network, self._caches, batch_buckets(max_decode), widths)
-        self._overlaps = loaded.engine.overlap == "on"
+            self._graphs = DecodeGraphs(loaded.network, self._caches, batch_buckets(max_decode), widths, loaded.device_sample)
+        self._overlaps = loaded.engine.overlap == "on" or (loaded.engine.overlap == "auto" and self._graphs is not None)
         self._newest: Launched | None = None
         self.arena = self._caches.arena
         self.layout = loaded.layout
@@ -122,7 +125,10 @@ class ModelRunner:
         self._caches.clear_slot(slot_id)
 
     def may_lead(self, launched: Launched) -> bool:
-        """Not if a token depends on those before it in ways that the host computes: its successor must know it."""
+        """Not if a token depends on those before it in ways that the host computes: its successor must know it. Graphs find tokens only
+        where graphs have drawn them."""
+        if self._graphs is not None:
+            return launched.drawn is not None
         return self._overlaps and not any(needs_history(chunk.sequence.request.sampling) for chunk in launched.chunks)
 
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
@@ -135,7 +141,7 @@ class ModelRunner:
             assert chunks, "a step needs at least one chunk"
         rows = fed_rows(chunks, self._newest)
         if self._graphs is not None and self._graphs.holds(chunks):
-            launched = self._with_tokens(chunks, self._graphs.run(chunks, batch))
+            launched = self._replayed(self._graphs, chunks, batch, rows)
         elif not chunks:
             self._loaded.network.join()
             launched = Launched(chunks)
@@ -151,9 +157,17 @@ class ModelRunner:
     def collect(self, launched: Launched) -> list[ChunkResult]:
         if launched is self._newest:
             self._newest = None
-        tokens = [] if launched.tokens is None else launched.tokens.tolist()
-        if self._loaded.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        logprobs = launched.logprobs
+        if launched.drawn is not None:
+            tokens, logprobs = launched.drawn.read()
+            sequences = [chunk.sequence for chunk, token in zip(launched.chunks, tokens, strict=True) if token < 0]
+            lost = [sequence.request_id for sequence in sequences if sequence.finish_reason is None]
+            if lost:
+                raise InternalError(f"the logits of {', '.join(lost)} are not finite")
+        else:
+            tokens = [] if launched.tokens is None else launched.tokens.tolist()
+            if self._loaded.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
         results = []
         for place, (chunk, token) in enumerate(zip(launched.chunks, tokens, strict=True)):
             sequence = chunk.sequence
@@ -165,8 +179,14 @@ class ModelRunner:
                 continue
             sequence.token_ids.append(token)
             sequence.finish_reason = finish_reason_of(sequence, self._loaded.model.eos_token_id)
-            results.append(ChunkResult(sequence, token, launched.logprobs.get(place), prompt, chunk.start + 1))
+            results.append(ChunkResult(sequence, token, logprobs.get(place), prompt, chunk.start + 1))
         return results
+
+    def _replayed(self, graphs: DecodeGraphs, chunks: list[Chunk], batch: int, rows_before: list[int]) -> Launched:
+        """The device draws the tokens, unless a step must wait for the last one anyway."""
+        if self._overlaps and not any(needs_history(chunk.sequence.request.sampling) for chunk in chunks):
+            return Launched(chunks, drawn=graphs.draw(chunks, batch, rows_before))
+        return self._with_tokens(chunks, graphs.run(chunks, batch, rows_before))
 
     def _with_tokens(self, chunks: list[Chunk], logits: torch.Tensor) -> Launched:
         """Sampled by the host, which waits for the logits."""
@@ -189,4 +209,4 @@ class ModelRunner:
                 first = ends[place] - chunk.length
                 prompt_logprobs[place] = logprobs_of(logits[first : first + len(targets)], targets, sampling.num_prompt_logprobs)
         tokens = torch.tensor([sampled.get(place, -1) for place in range(len(chunks))], dtype=torch.int64, device=self._loaded.device)
-        return Launched(chunks, tokens, logprobs, prompt_logprobs)
+        return Launched(chunks, tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)

@@ -28,6 +28,15 @@ def needs_history(params: SamplingParams) -> bool:
     return bool(params.logit_bias) or _has_penalties(params)
 
 
+def has_filters(params: SamplingParams) -> bool:
+    return not params.is_greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0)
+
+
+def signed(seed: int) -> int:
+    """The 64 bits of a seed as int64 holds them."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def sample(logits: torch.Tensor, sequences: list[Sequence], positions: list[int] | None = None) -> list[int]:
     """logits: fp32 [S, V], for the tokens at `positions` of the sequences; not changed. None: for those after each sequence's last, as it
     must be where `needs_history`. Returns one token id a sequence. Raises InternalError naming the requests whose largest logit is not a
@@ -83,7 +92,7 @@ def draws_of(sequences: list[Sequence], vocab_size: int, device: torch.device | 
         bias = bias.to(device)
     return Draws(
         column([p.temperature for p in params]),
-        whole([p.seed - 2**64 if p.seed >= 2**63 else p.seed for p in params]),
+        whole([signed(p.seed) for p in params]),
         whole([len(sequence.token_ids) for sequence in sequences]),
         None if top_k is top_p is min_p is None else Filters(top_k, top_p, min_p),
         penalties,

@@ -47,7 +47,7 @@ def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -
             torch.cuda.empty_cache()  # what shorter chunks leave behind is not needed by the longest
             sequence.num_computed = longest - length
             loaded.network.forward(build_batch([Chunk(sequence, length)], device), caches)
-    graphs = DecodeGraphs(loaded.network, caches, [max_decode], width_buckets(longest)[-1:]) if max_decode else None
+    graphs = DecodeGraphs(loaded.network, caches, [max_decode], width_buckets(longest)[-1:], loaded.device_sample) if max_decode else None
     torch.cuda.synchronize(device)
     taken = before - own - torch.cuda.mem_get_info(device)[0]
     del graphs, caches

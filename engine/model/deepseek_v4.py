@@ -95,6 +95,7 @@ class DeepseekV4:
         self._embed = embed.to(dtype)
         build = Build(model, ops, weights, dtype, share, (SideStream(embed.device), SideStream(embed.device)))
         self._model, self._ops, self._dtype = model, ops, dtype
+        self.vocab_size = model.vocab_size
         self._new_step = StepMaker(model, ops, self._embed.device)
         self._layers = [Block(build, layer, ratio, layer < model.num_hash_layers) for layer, ratio in enumerate(model.compress_ratios)]
         self._head_fn = ops.pack["hc_head"](build.tensor("hc_head_fn"))
