@@ -44,6 +44,7 @@ step() {  # step NAME SECONDS ARGUMENTS OF PYTHON...
 new="exchange_pack or exchange_unpack or page_rows or index_logits or step_tables or hc_post_pre or kv_store or compress or rms_norm or swiglu"
 step parity_new 150 -m pytest -q -n 4 -m gpu tests/parity/test_ops.py tests/parity/test_dot_scaled.py -k "$new or dot_scaled"
 step parity_model 150 -m pytest -q -s tests/parity/test_gpu_model.py
+step parity_steps 120 -m pytest -q tests/parity/test_gpu_steps.py
 if [ "$gpus" -ge 2 ]; then
     step parity_exchange 120 -m pytest -q tests/parity/test_exchange_gpus.py -k "gather or reference"
     engine="-m tests.benchmarks.bench_engine --ranks 2 --ops expert_exchange=gather --profile"
@@ -60,6 +61,7 @@ step prefill 180 $engine --prompts 8192,131072 --out "$out/prefill.json"
 step prefill_16k 150 $engine --prompts 8192 --chunk 16384 --out "$out/prefill_16k.json"
 ops=exchange_pack,exchange_unpack,page_rows,step_tables,index_logits,fp8_linear,grouped_linear,hc_post_pre
 step ops_latency 150 -m tests.benchmarks.bench_ops --ops "$ops" --out "$out/ops_latency.json"
+step steps 150 -m tests.benchmarks.bench_steps --layers 8 --out "$out/steps.json"
 step ops_experts 150 -m tests.benchmarks.bench_ops --ops moe_experts --out "$out/ops_experts.json"
 if [ "$gpus" -ge 2 ]; then
     step transfer 120 -m tests.benchmarks.bench_transfer --devices cuda:0,cuda:1 --out "$out/transfer.json"
@@ -67,4 +69,4 @@ if [ "$gpus" -ge 2 ]; then
     step timeline 240 -m tests.benchmarks.timeline --devices cuda:0,cuda:1 --model deploy/model_shapes/v4_flash --layers 16 --out "$out/timeline"
     step exchange 90 -m tests.benchmarks.bench_exchange --out "$out/exchange.json"
 fi
-step parity_rest 300 -m pytest -q -n 4 -m gpu tests/parity -k "not ($new) and not test_gpu_model and not test_exchange"
+step parity_rest 300 -m pytest -q -n 4 -m gpu tests/parity -k "not ($new) and not test_gpu_model and not test_gpu_steps and not test_exchange"
