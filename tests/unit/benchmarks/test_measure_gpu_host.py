@@ -25,7 +25,7 @@ def test_every_command_can_be_meant() -> None:
         tools.add(words[2])
         source = (ROOT / words[2].replace(".", "/")).with_suffix(".py").read_text()
         assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == [], line
-    named = {"bench_engine", "bench_ops", "bench_transfer", "bench_exchange", "timeline"}
+    named = {"bench_engine", "bench_ops", "bench_steps", "bench_transfer", "bench_exchange", "timeline"}
     assert tools == {f"tests.benchmarks.{name}" for name in named}
 
 
@@ -40,5 +40,5 @@ def test_a_step_that_fails_or_comes_too_late_is_said_and_the_next_one_has_its_tu
     command = ["sh", SCRIPT, str(out), str(minutes)]
     subprocess.run(command, cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)}, capture_output=True, timeout=30, check=True)
     summary = (out / "summary.txt").read_text().splitlines()
-    assert len(summary) == 8 and all(ended in line for line in summary), summary
+    assert len(summary) == 10 and all(ended in line for line in summary), summary
     assert (out / "decode.log").exists() == (minutes > 0)
