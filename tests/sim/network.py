@@ -30,6 +30,8 @@ class Process:
         """On its own clock: when it was stopped last, the end of that."""
         self.clock_offset = world.rng.random() * 1000
         self.links: list[Link] = []
+        self.learns_until = 0.0
+        """Until then it may be about to learn that a connection of it broke."""
 
     def now(self) -> float:
         """Seconds on the process's own monotonic clock."""
@@ -139,6 +141,7 @@ class Link:
             return
         cut_for = self.network.cuts.get(frozenset((mine.process, other.process)), 0.0) - self.network.loop._now
         delay = RESET_S if cut_for <= 0 else min(cut_for, LIVENESS_S)
+        other.process.learns_until = max(other.process.learns_until, self.network.loop._now + delay)
         other.process.later(delay, self._lose, other, reason)
 
     def silence(self, process: Process, seconds: float) -> None:
@@ -152,6 +155,7 @@ class Link:
         """The connection breaks; both ends notice."""
         for end in self.ends:
             if end.is_open:
+                end.process.learns_until = self.network.loop._now + 2 * RESET_S
                 end.process.later(RESET_S * (1 + self.network.rng.random()), self._lose, end, reason)
 
     def _lose(self, end: End, reason: str) -> None:

@@ -212,6 +212,7 @@ class World(Network):
         if isinstance(rank, PrefillRank):
             state = rank.sender._state
             had_faults = any(link.lost for link in state._links.values()) or len(state._links) != len(rank.sender._sessions)
+            had_faults = had_faults or self.loop._now < rank.learns_until
             if not had_faults and self.rng.random() < 0.4:  # not both at once: see Limits in kv_transfer/README.md
                 self.loop.at(rank.stopped_until, functools.partial(self._resume_carelessly, rank))
 
