@@ -25,7 +25,9 @@ LIBRARY = re.compile(r"/lib(ucp|ucs)[-.][^/]*$")
 ADDRESS = re.compile(r"0x[0-9a-f]+")
 NOT_ON_THE_WAY = {"counters", "keepalive", "memory_address"}
 
-_Visit = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
+_Visit = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+"""UCX calls it with (name, argument) and its own lock held. It must run no Python code: that might hand the interpreter's lock to another
+agent's thread, which would wait for UCX's with it, for ever. So it is a list's `append`, which takes the name and leaves the argument."""
 
 
 class _Lane(ctypes.Structure):
@@ -69,10 +71,10 @@ def endpoints() -> frozenset[int]:
     paths = ["/ucp/context"]
     while paths:
         path = paths.pop()
-        names: list[str] = []
-        visit = _Visit(lambda name, _, names=names: names.append(name.decode()))
-        if ucs.ucs_vfs_path_list_dir(path.encode(), visit, None) != OK:
+        found_here: list[bytes] = []
+        if ucs.ucs_vfs_path_list_dir(path.encode(), _Visit(found_here.append), None) != OK:
             continue  # a file
+        names = [name.decode() for name in found_here]
         if path.endswith("/ep"):
             found.update(int(name, 16) for name in names if ADDRESS.fullmatch(name))
         else:
