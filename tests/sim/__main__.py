@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ WORLDS_PER_BLOCK = 1000
 
 def run_worlds(seeds: range, num_processes: int) -> int:
     """The exit status. Prints what happened, and which seeds broke a rule as soon as they did."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as an exception: the pool ends its processes
     blocks = [seeds[start : start + WORLDS_PER_BLOCK] for start in range(0, len(seeds), WORLDS_PER_BLOCK)]
     tally, began = Tally(), time.monotonic()
     with multiprocessing.Pool(num_processes) as pool:
