@@ -28,10 +28,8 @@ dev:  ## make .venv with the tools for tests
 test: dev lint  ## what CI runs
 	@mkdir -p .cache
 	$(BIN)/python -m pytest -q -n 2 --durations=12 -m "not e2e" --basetemp=.cache/pytest
-	@# Clusters mostly wait; the simulation takes what they leave of the cores.
-	nice -n 19 $(BIN)/python -m tests.sim --worlds 100000 > .cache/worlds.txt 2>&1 & worlds=$$!; trap 'kill $$worlds' INT TERM; \
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=12 -m e2e --basetemp=.cache/pytest; clusters=$$?; \
-	wait $$worlds; worlds=$$?; cat .cache/worlds.txt; [ $$clusters = 0 ] && [ $$worlds = 0 ]
+	@# Two clusters at a time: they mostly wait.
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=12 -m e2e --basetemp=.cache/pytest
 
 lint: dev
 	$(BIN)/python -m ruff check .

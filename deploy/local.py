@@ -70,6 +70,8 @@ def launch(folder: ClusterFolder, spec: ClusterSpec, ray_dir: pathlib.Path) -> t
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # A rank takes its memory at the start; Ray is not to choose a victim when something else fills the machine.
         "RAY_memory_monitor_refresh_ms": "0",
+        # Ray would run ranks and routers at 15: whatever else this machine computes would come before tokens.
+        "RAY_worker_niceness": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
     }

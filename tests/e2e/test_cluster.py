@@ -128,6 +128,11 @@ def test_a_stranger_gets_nothing_from_the_controller(settled: Cluster) -> None:
     assert settled.status().desired_replicas["prefill"] == 1
 
 
+def test_ranks_and_routers_have_the_priority_of_whoever_started_them(settled: Cluster) -> None:
+    for name, row in settled.rows().items():
+        assert os.getpriority(os.PRIO_PROCESS, row.pid) == os.getpriority(os.PRIO_PROCESS, 0), name
+
+
 def test_status_shows_every_member_and_what_pages_travel_over(settled: Cluster) -> None:
     assert collect(settled, "Hello", 2)
     give_up_at = time.monotonic() + 10

@@ -54,7 +54,7 @@ class Cluster:
             "prefill: {num_pages: 64}\n"
             "decode: {num_pages: 128}\n"
             f"router: {{port: {self.port}, control_address: '127.0.0.1:{self.control_port}', default_thinking: false}}\n"
-            "placement: {cpus_per_rank: 0.2, health_timeout_s: 5, restart_backoff_s: 0.5, placement_timeout_s: 4}\n"
+            "placement: {cpus_per_rank: 0.2, health_timeout_s: 5, restart_backoff_s: 0.5, placement_timeout_s: 10}\n"
         )
         self.folder = ClusterFolder(home, name)
         self.shared_memory_before = left_over()
