@@ -28,7 +28,6 @@ dev:  ## make .venv with the tools for tests
 test: dev lint  ## what CI runs
 	@mkdir -p .cache
 	$(BIN)/python -m pytest -q -n 2 --durations=12 -m "not e2e" --basetemp=.cache/pytest
-	@# Two clusters at a time: they mostly wait.
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=12 -m e2e --basetemp=.cache/pytest
 
 lint: dev
