@@ -11,7 +11,7 @@ export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 export HF_HOME := $(CURDIR)/.cache/huggingface
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 
-.PHONY: up down env dev test lint check protos bench
+.PHONY: up down env dev test worlds lint check protos bench
 
 up: env  ## start the demo cluster and wait until it answers
 	@$(BIN)/python -m deploy up "$(CLUSTER)"
@@ -25,10 +25,13 @@ env:  ## make .venv
 dev:  ## make .venv with the tools for tests
 	@sh deploy/setup_env.sh dev
 
-test: dev lint  ## what CI runs
+test: dev lint  ## what CI runs first
 	@mkdir -p .cache
 	$(BIN)/python -m pytest -q -n 2 --durations=12 -m "not e2e" --basetemp=.cache/pytest
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=12 -m e2e --basetemp=.cache/pytest
+
+worlds: dev  ## and then: 100,000 simulated worlds on all cores; prints the seeds of those that break a rule, and fails
+	$(BIN)/python -m tests.sim --worlds 100000
 
 lint: dev
 	$(BIN)/python -m ruff check .

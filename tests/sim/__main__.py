@@ -34,8 +34,9 @@ def run_worlds(seeds: range, num_processes: int) -> int:
             for seed, rule in part.broken.items():
                 print(f"world {seed}: {rule}", file=sys.stderr)
             tally.add(part)
-            if number % 50 == 0:
-                print(f"{number * WORLDS_PER_BLOCK} of {len(seeds)} worlds, {time.monotonic() - began:.0f} s", file=sys.stderr)
+            if number % 10 == 0:
+                done = min(number * WORLDS_PER_BLOCK, len(seeds))
+                print(f"{done} of {len(seeds)} worlds, {time.monotonic() - began:.0f} s", file=sys.stderr)
         pool.close()
         pool.join()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
