@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pathlib
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -101,7 +102,9 @@ def test_steady_decode_waits_for_nothing_and_allocates_nothing(runner: ModelRunn
 
     steps(10)
     stats = torch.cuda.memory_stats()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         steps(100)
     finally:
