@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from core.errors import BatonError
 from core.log import get_logger, set_up_logging
@@ -86,7 +86,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
     return 0
 
 
-def die(reason: str) -> None:
-    """`on_death` of a rank that is a process of its own: whoever started it sees it end."""
+def die(reason: str) -> NoReturn:
+    """`on_death` of a rank that is a process of its own, or a router's that cannot go on: whoever started it sees it end."""
     log.error("process.failed", reason=reason)
     os._exit(1)

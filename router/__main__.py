@@ -6,10 +6,12 @@ import sys
 from dataclasses import dataclass, field
 
 from core.config import load_config
+from core.errors import Mismatch
 from core.model_section import ModelSection
-from core.process import OtherSections, new_parser, run, serve
+from core.process import OtherSections, die, new_parser, run, serve
 from router.addresses import Address, follow_addresses, wait_for_ranks
 from router.config import RouterConfig
+from router.members import Members
 from router.server import Router
 
 
@@ -28,13 +30,20 @@ async def main() -> None:
     sections = load_config(options.file, Sections, options.overrides)
     model = sections.model.relative_to(base)
     addresses = [Address("prefill", text) for text in options.prefill] + [Address("decode", text) for text in options.decode]
-    ranks = await wait_for_ranks(addresses)
+
+    async def watch(members: Members) -> None:
+        try:
+            ranks = await wait_for_ranks(addresses)
+        except Mismatch as error:
+            die(str(error))
+        router.learn_max_model_len(min(rank.max_model_len for rank in ranks))
+        await follow_addresses(addresses, members)
+
     router = Router(
         config=sections.router.relative_to(base),
         served_name=model.public_name,
         tokenizer_folder=model.tokenizer_folder,
-        max_model_len=min(rank.max_model_len for rank in ranks),
-        watch=lambda members: follow_addresses(addresses, members),
+        watch=watch,
     )
     await serve(router)
 

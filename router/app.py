@@ -240,7 +240,7 @@ def _model(service: Service, created: int) -> dict[str, Any]:
         "object": "model",
         "created": created,
         "owned_by": "baton",
-        "max_model_len": service.max_model_len,
+        "max_model_len": service.max_model_len or None,
     }
 
 

@@ -34,13 +34,14 @@ class Router:
         config: RouterConfig,
         served_name: str,
         tokenizer_folder: pathlib.Path,
-        max_model_len: int,
+        max_model_len: int = 0,
         watch: Callable[[Members], Coroutine[Any, Any, None]] | None = None,
         members: Sequence[Member] = (),
         is_port_shared: bool = False,
     ) -> None:
-        """`members`: those known at the start. `watch` keeps them up to date for as long as the router lives. `is_port_shared`: other
-        router processes of the same cluster listen there, too. Raises ConfigError for a bad tokenizer or key file."""
+        """`max_model_len`: longest sequence; 0 until `learn_max_model_len` says it. `members`: those known at the start. `watch` keeps
+        them up to date for as long as the router lives. `is_port_shared`: other router processes of the same cluster listen there, too.
+        Raises ConfigError for a bad tokenizer or key file."""
         self._config, self._served_name, self._max_model_len = config, served_name, max_model_len
         self._is_port_shared = is_port_shared
         self._follow, self._first_members = watch, members
@@ -81,6 +82,10 @@ class Router:
                 raise ConfigError(f"the HTTP server did not start: {self._serving.exception()}")
             await asyncio.sleep(0.01)
         log.info("router.ready", address=f"{config.host}:{self.port}", name=self.members.router_name)
+
+    def learn_max_model_len(self, num_tokens: int) -> None:
+        """What the ranks say, where nobody knew it before them; after `start`."""
+        self._service.max_model_len = num_tokens
 
     @property
     def num_requests(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 from core.clock import Clock
-from core.errors import BatonError, InvalidRequest, TooLarge
+from core.errors import BatonError, InvalidRequest, NoMembers, TooLarge
 from core.log import get_logger
 from core.request import Request, SamplingParams
 from router.admission import Admission
@@ -23,7 +23,9 @@ class Service:
     def __init__(
         self, config: RouterConfig, model: str, max_model_len: int, codec: TextCodec, relay: Relay, metrics: RouterMetrics, clock: Clock
     ) -> None:
-        self.config, self.model, self.max_model_len, self.codec, self.metrics = config, model, max_model_len, codec, metrics
+        self.config, self.model, self.codec, self.metrics = config, model, codec, metrics
+        self.max_model_len = max_model_len
+        """Longest sequence; 0 while the ranks have not said."""
         self._relay, self._clock = relay, clock
         self._admission = Admission(max_requests=config.max_requests, max_waiting_tokens=config.max_waiting_tokens, clock=clock)
 
@@ -33,7 +35,10 @@ class Service:
         return self._admission.num_requests
 
     def check_length(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """Tokens that may be generated: max_tokens, or what is left of the longest sequence. Raises InvalidRequest or TooLarge."""
+        """Tokens that may be generated: max_tokens, or what is left of the longest sequence. Raises InvalidRequest or TooLarge, and
+        NoMembers while the longest sequence is not known."""
+        if not self.max_model_len:
+            raise NoMembers("not every rank has answered since this router started: how long a sequence may be is not known yet")
         room = self.max_model_len - num_prompt_tokens
         if room < 1:
             raise TooLarge(f"the prompt has {num_prompt_tokens} tokens; sequences have at most {self.max_model_len}", param="prompt")
