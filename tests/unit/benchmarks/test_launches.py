@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from tests.benchmarks.launches import count, launches_of_flash
+from engine.ops import triton_early
+from tests.benchmarks.launches import FORWARD, Recorder, count, decode_batch, launches_of_flash, noting_kernels, small_model
 
 MOST = {
     "before the layers": 3,
@@ -34,3 +36,13 @@ def test_alone_nothing_is_exchanged() -> None:
     found = count(ranks=1, batch=1)
     assert not any("gather" in name or "scatter" in name for launches in found.values() for name in launches)
     assert all(launches["moe_sum_kernel"] == 1 for part, launches in found.items() if part.startswith("layer")), found
+
+
+def test_every_kernel_of_a_small_step_can_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_early, "MOST_ROWS", 8)
+    recorder = Recorder()
+    network, caches = small_model(1, 2, recorder, is_decode=True)
+    with torch.no_grad(), noting_kernels(recorder), recorder:
+        FORWARD(network, decode_batch(2), caches)
+    plain = {name for name, options in recorder.keys if "launch_pdl=True" not in options}
+    assert len(recorder.keys) > 20 and plain == set(), plain
