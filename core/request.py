@@ -8,6 +8,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+MAX_LOGIT_BIAS = 1024
+"""Entries of a request's logit_bias."""
+
 
 class FinishReason(enum.Enum):
     """Why a sequence ended. STOP: an end or stop token (or, set by the router, a stop string). LENGTH: max_tokens."""
@@ -41,7 +44,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens that occur in prompt or output; > 0."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, value added to its logit)."""
+    """(token id, value added to its logit), at most MAX_LOGIT_BIAS of them."""
     seed: int = 0
     """64-bit; the router draws one when the client gives none."""
     ignore_eos: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from core.errors import InvalidRequest
-from core.request import Request
+from core.request import MAX_LOGIT_BIAS, Request
 
 
 def check_fits(request: Request, vocab_size: int, max_model_len: int) -> None:
@@ -19,6 +19,8 @@ def check_fits(request: Request, vocab_size: int, max_model_len: int) -> None:
         bad = next((token for token in (min(ids, default=0), max(ids, default=0)) if not 0 <= token < vocab_size), None)
         if bad is not None:
             raise InvalidRequest(f"{param}: token id {bad} is out of range; the vocabulary has {vocab_size} ids", param=param)
+    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(f"logit_bias has {len(sampling.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed", param="logit_bias")
     if request.max_total_tokens > max_model_len:
         raise InvalidRequest(
             f"prompt of {request.prompt_len} tokens and max_tokens of {sampling.max_tokens} exceed the longest sequence, "

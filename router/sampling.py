@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.errors import InvalidRequest
-from core.request import SamplingParams
+from core.request import MAX_LOGIT_BIAS, SamplingParams
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -57,8 +57,8 @@ def logit_bias(body: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, flo
     value = body.get("logit_bias")
     if value is None:
         return ()
-    if not isinstance(value, dict) or len(value) > 1024:
-        raise InvalidRequest("logit_bias must be an object of at most 1024 token ids", param="logit_bias")
+    if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(f"logit_bias must be an object of at most {MAX_LOGIT_BIAS} token ids", param="logit_bias")
     pairs = []
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):

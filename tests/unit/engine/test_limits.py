@@ -29,6 +29,7 @@ def test_the_largest_request_that_fits_is_let_through() -> None:
         ({"sampling": SamplingParams(max_tokens=0)}, "max_tokens", "at least 1"),
         ({"sampling": SamplingParams(max_tokens=9)}, "max_tokens", "the longest sequence, 10 tokens"),
         ({"sampling": SamplingParams(max_tokens=8, logit_bias=((7, 1.0), (100, 1.0)))}, "logit_bias", "token id 100"),
+        ({"sampling": SamplingParams(max_tokens=8, logit_bias=((7, 1.0),) * 1025)}, "logit_bias", "1025 entries; at most 1024"),
     ],
 )
 def test_each_limit_is_named(change: dict[str, Any], param: str, message: str) -> None:
