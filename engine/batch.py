@@ -98,6 +98,11 @@ class Feedback:
     rows: list[int]
     """For each chunk of this step, the chunk before whose token is its last one; -1: the host knows all its tokens."""
 
+    def tokens_of_rows(self) -> list[int]:
+        """Waits for the step before."""
+        tokens = self.tokens.tolist()
+        return [-1 if row < 0 else tokens[row] for row in self.rows]
+
 
 def build_batch(chunks: list[Chunk], device: torch.device | str = "cpu", feedback: Feedback | None = None) -> Batch:
     """Each chunk's sequence must own a slot and pages for all its tokens up to the chunk's end."""

@@ -19,6 +19,7 @@ from core.request import FinishReason, Request, TokenLogprobs
 from engine.cache.arena import Arena, ModelCaches
 from engine.cache.layout import build_layout
 from engine.config import EngineConfig, ModelConfig
+from engine.graphs import Sample
 from engine.limits import check_fits
 from engine.memory_plan import MemoryPlan, tensor_bytes
 from engine.model.deepseek_v4 import DeepseekV4
@@ -26,7 +27,6 @@ from engine.model.quantized import Weight
 from engine.model.shards import checkpoint_identity
 from engine.model.weights import dummy_weights, open_weights
 from engine.ops.registry import BoundOps, bind
-from engine.ops.sample import Draws
 from engine.parallel.experts import ExpertShare, Sharing
 from engine.runner import ChunkResult, Launched, ModelRunner
 from engine.scheduler.decode import DecodePlanner
@@ -74,19 +74,25 @@ class LoadedModel:
         return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops, share), layout, ops, device, share, everything)
 
     @property
-    def device_sample(self) -> Callable[[torch.Tensor, Draws], torch.Tensor] | None:
+    def device_sample(self) -> Sample | None:
         """The op that draws tokens in decode graphs; None: the host does."""
         return None if self.engine.overlap == "off" else self.ops.sample
 
-    def memory_plan(self, num_pages: int, num_slots: int, workspace_bytes: int = 0) -> MemoryPlan:
-        weights_bytes = tensor_bytes(self.network)
+    def memory_plan(self, num_pages: int, num_slots: int, workspace_bytes: int = 0, history_bytes: int = 0) -> MemoryPlan:
         return MemoryPlan.of(
-            self.layout, num_pages, num_slots, weights_bytes=weights_bytes, device=self.device, workspace_bytes=workspace_bytes
+            self.layout,
+            num_pages,
+            num_slots,
+            weights_bytes=tensor_bytes(self.network),
+            device=self.device,
+            workspace_bytes=workspace_bytes,
+            history_bytes=history_bytes,
         )
 
-    def new_caches(self, num_pages: int, num_slots: int, workspace_bytes: int = 0) -> ModelCaches:
-        """num_pages 0: as many as fit beside `workspace_bytes`. Raises ConfigError naming the knobs if the memory is not there."""
-        plan = self.memory_plan(num_pages, num_slots, workspace_bytes)
+    def new_caches(self, num_pages: int, num_slots: int, workspace_bytes: int = 0, history_bytes: int = 0) -> ModelCaches:
+        """num_pages 0: as many as fit beside `workspace_bytes` and the slots' `history_bytes`. Raises ConfigError naming the knobs if the
+        memory is not there."""
+        plan = self.memory_plan(num_pages, num_slots, workspace_bytes, history_bytes)
         for line in plan.table().splitlines():
             log.info("engine.memory", plan=line)
         plan.check()

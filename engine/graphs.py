@@ -1,13 +1,13 @@
 """Decode steps as CUDA graphs: one for each bucket of batch size and context length, captured before the rank is ready.
 
 A step copies its tokens, positions, slots and page table into fixed memory and replays the graph of the smallest bucket that holds
-it; rows that are left over are fillers, for which nothing is stored. Another graph draws the tokens. Nothing is compiled, allocated or
-waited for in a step.
+it; rows that are left over are fillers, for which nothing is stored. Another graph draws the tokens, all kinds in one (but for filters).
+Nothing is compiled, allocated or waited for in a step.
 
     inputs   drawn      tokens of the step before, by its rows: written by the device
              known      tokens that the host knows            -.
              source     of each row: where among `drawn` and `known` its token is
-             position, slot; at, seed, top_k, temperature, top_p, min_p: of the draw    -' one copy from the host
+             position, slot; history, at, seed, top_k, temperature, top_p, min_p: of the draw    -' one copy from the host
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from core.log import get_logger
 from core.request import TokenLogprobs
 from engine.batch import Batch, Chunk, TokenPlaces
 from engine.cache.arena import ModelCaches
+from engine.histories import SlotHistories
 from engine.logprobs import logprob_tensors, logprobs_from
 from engine.model.deepseek_v4 import DeepseekV4
-from engine.ops.sample import Draws, Filters
+from engine.ops.sample import Draws, Filters, Histories
 from engine.recorder import CudaRecorder, Graph, Recorder
 from engine.sampler import has_filters, signed
 
@@ -56,7 +57,9 @@ def width_buckets(max_model_len: int) -> list[int]:
     return [*(width for width in WIDTHS if width < most), most]
 
 
-_DRAWN, _KNOWN, _SOURCE, _POSITION, _SLOT, _AT, _SEED, _TOP_K, _TEMPERATURE, _TOP_P, _MIN_P, _NUM_ROWS = range(12)
+_DRAWN, _KNOWN, _SOURCE, _POSITION, _SLOT, _HISTORY, _AT, _SEED, _TOP_K, _TEMPERATURE, _TOP_P, _MIN_P, _NUM_ROWS = range(13)
+Sample = Callable[[torch.Tensor, Draws, Histories | None], torch.Tensor]
+"""The op `sample`."""
 _ALIGNED = 32
 """Rows begin at multiples of so many numbers."""
 
@@ -86,7 +89,7 @@ class DecodeGraphs:
         caches: ModelCaches,
         sizes: list[int],
         widths: list[int],
-        sample: Callable[[torch.Tensor, Draws], torch.Tensor] | None = None,
+        sample: Sample | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         """`sizes`, `widths`: ascending, sequences of a step and pages of a sequence. Captures every bucket, the largest first; the memory
@@ -95,11 +98,14 @@ class DecodeGraphs:
         self._recorder = recorder or CudaRecorder()
         most, device = -(-sizes[-1] // _ALIGNED) * _ALIGNED, caches.arena.pages.device
         self._inputs = torch.zeros(_NUM_ROWS, most, dtype=torch.int64, device=device)
-        self._inputs[_POSITION] = -1
+        self._inputs[_POSITION] = self._inputs[_HISTORY] = -1
         self._sequences = torch.arange(most, device=device)
         self._tables = {width: torch.full((sizes[-1], width), -1, dtype=torch.int32, device=device) for width in self._widths}
         self._logits = torch.zeros(sizes[-1], network.vocab_size, device=device)
         self._tokens = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
+        self._histories: SlotHistories | None = None
+        if sample is not None:
+            self._histories = SlotHistories(len(caches.arena.slots), network.vocab_size, device, self._recorder)
         began = time.monotonic()
         before = _free_bytes(device)
         record = self._recorder.record
@@ -130,7 +136,10 @@ class DecodeGraphs:
 
     def draw(self, chunks: list[Chunk], least: int = 0, rows_before: list[int] | None = None) -> Drawn:
         """As `run`, and draws the tokens; waits for nothing."""
-        logits = self.run(chunks, least, rows_before)
+        assert self._histories is not None
+        histories = [self._histories.slot_of(chunk.sequence, chunk.end) for chunk in chunks]
+        graph, logits = self.fill(chunks, least, rows_before, histories)
+        graph.replay()
         logprobs: dict[int, tuple[torch.Tensor, ...]] = {}
         if chunks:
             is_filtered = any(has_filters(chunk.sequence.request.sampling) for chunk in chunks)
@@ -143,15 +152,20 @@ class DecodeGraphs:
         tokens = self._recorder.fetch(self._tokens[: len(chunks)])
         return Drawn(self._recorder.mark(), tokens, logprobs)
 
-    def fill(self, chunks: list[Chunk], least: int = 0, rows_before: list[int] | None = None) -> tuple[Graph, torch.Tensor]:
-        """Copy a step's inputs in; its graph, to be replayed, and the logits that it will write."""
+    def fill(
+        self, chunks: list[Chunk], least: int = 0, rows_before: list[int] | None = None, histories: list[int] | None = None
+    ) -> tuple[Graph, torch.Tensor]:
+        """Copy a step's inputs in; its graph, to be replayed, and the logits that it will write. `histories`: for each chunk what
+        `SlotHistories.slot_of` says, if tokens are to be drawn."""
         size = self._size(len(chunks), least)
         most_pages = max((len(chunk.sequence.page_ids) for chunk in chunks), default=0)
         width = self._widths[bisect.bisect_left(self._widths, most_pages)]
         most = self._inputs.shape[1]
         inputs = np.zeros((_NUM_ROWS, most), dtype=np.int64)
         floats = inputs.view(np.float64)
-        inputs[_POSITION], inputs[_SOURCE], floats[_TOP_P] = -1, most + np.arange(most), 1.0
+        inputs[_POSITION], inputs[_SOURCE], inputs[_HISTORY], floats[_TOP_P] = -1, most + np.arange(most), -1, 1.0
+        if histories is not None:
+            inputs[_HISTORY, : len(chunks)] = histories
         table = np.full((size, width), -1, dtype=np.int32)
         for row, chunk in enumerate(chunks):
             sequence, before = chunk.sequence, -1 if rows_before is None else rows_before[row]
@@ -195,10 +209,11 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _draw(self, size: int, is_filtered: bool) -> None:
         """What the graph after it does. A row without finite logits feeds on token 0: its request fails before anybody sees more."""
-        assert self._sample is not None
+        assert self._sample is not None and self._histories is not None
         row, number = self._inputs[:, :size], self._inputs.view(torch.float64)[:, :size]
         filters = Filters(row[_TOP_K], number[_TOP_P], number[_MIN_P]) if is_filtered else None
-        tokens = self._sample(self._logits[:size], Draws(number[_TEMPERATURE], row[_SEED], row[_AT], filters))
+        draws = Draws(number[_TEMPERATURE], row[_SEED], row[_AT], filters, row[_HISTORY])
+        tokens = self._sample(self._logits[:size], draws, self._histories.memory)
         self._tokens[:size].copy_(tokens)
         torch.clamp(tokens, min=0, out=self._inputs[_DRAWN, :size])
 

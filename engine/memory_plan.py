@@ -1,4 +1,4 @@
-"""What a rank's memory goes into, said before it is taken: weights, workspace, slots, pages."""
+"""What a rank's memory goes into, said before it is taken: weights, workspace, slots and their histories, pages."""
 
 from __future__ import annotations
 
@@ -29,26 +29,36 @@ class MemoryPlan:
     """For all but the weights. None where the system does not say."""
     workspace_bytes: int = 0
     """For the largest step and the graphs, on a GPU."""
+    history_bytes: int = 0
+    """Of each slot beside it: what the device needs to draw tokens of requests with penalties or a logit bias, where it does."""
 
     @staticmethod
     def of(
-        layout: KVLayout, num_pages: int, num_slots: int, *, weights_bytes: int, device: torch.device, workspace_bytes: int = 0
+        layout: KVLayout,
+        num_pages: int,
+        num_slots: int,
+        *,
+        weights_bytes: int,
+        device: torch.device,
+        workspace_bytes: int = 0,
+        history_bytes: int = 0,
     ) -> MemoryPlan:
         """num_pages 0: as many as fit, on a GPU. Raises ConfigError if that is less than one, or the device is none."""
-        available = available_bytes(device)
+        available, slot_bytes = available_bytes(device), layout.slot_bytes + history_bytes
         if not num_pages:
             if device.type != "cuda" or available is None:
                 raise ConfigError("num_pages is 0, which fits pages to the memory of a GPU; without one, say how many")
-            num_pages = max(0, available - workspace_bytes - num_slots * layout.slot_bytes) // layout.page_bytes
+            num_pages = max(0, available - workspace_bytes - num_slots * slot_bytes) // layout.page_bytes
             if not num_pages:
                 raise ConfigError(
                     f"no page fits: {_size(available).strip()} are free beside the weights, the largest step takes "
-                    f"{_size(workspace_bytes).strip()} and num_slots={num_slots} of {layout.slot_bytes} bytes the rest; lower num_slots, "
+                    f"{_size(workspace_bytes).strip()} and num_slots={num_slots} of {slot_bytes} bytes the rest; lower num_slots, "
                     f"chunk_tokens, max_running or engine.max_model_len"
                 )
         return MemoryPlan(
             weights_bytes=weights_bytes,
             workspace_bytes=workspace_bytes,
+            history_bytes=history_bytes,
             num_pages=num_pages,
             page_bytes=layout.page_bytes,
             num_slots=num_slots,
@@ -58,16 +68,17 @@ class MemoryPlan:
 
     @property
     def cache_bytes(self) -> int:
-        return self.num_pages * self.page_bytes + self.num_slots * self.slot_bytes
+        return self.num_pages * self.page_bytes + self.num_slots * (self.slot_bytes + self.history_bytes)
 
     def table(self) -> str:
-        """A line each for weights, pages and slots, and what stays free."""
-        pages, slots = self.num_pages * self.page_bytes, self.num_slots * self.slot_bytes
+        """A line each for weights, pages, slots and histories, and what stays free."""
+        pages, slots, histories = self.num_pages * self.page_bytes, self.num_slots * self.slot_bytes, self.num_slots * self.history_bytes
         lines = [
             f"weights  {_size(self.weights_bytes)}",
             *([f"steps    {_size(self.workspace_bytes)}  for the largest step, and graphs"] if self.workspace_bytes else []),
             f"pages    {_size(pages)}  {self.num_pages} x {self.page_bytes} B ({self.num_pages * PAGE_TOKENS} tokens)",
             f"slots    {_size(slots)}  {self.num_slots} x {self.slot_bytes} B ({self.num_slots} sequences)",
+            *([f"history  {_size(histories)}  {self.num_slots} x {self.history_bytes} B (penalties and bias)"] if histories else []),
         ]
         if self.available_bytes is not None:
             free = self.available_bytes - self.workspace_bytes - self.cache_bytes
@@ -78,10 +89,10 @@ class MemoryPlan:
         """Raise ConfigError, naming the sizes and what would fit, if pages and slots need more than there is."""
         if self.available_bytes is None or self.cache_bytes <= self.available_bytes - self.workspace_bytes:
             return
-        room = self.available_bytes - self.workspace_bytes
-        fitting = max(0, room - self.num_slots * self.slot_bytes) // self.page_bytes
+        room, slot_bytes = self.available_bytes - self.workspace_bytes, self.slot_bytes + self.history_bytes
+        fitting = max(0, room - self.num_slots * slot_bytes) // self.page_bytes
         raise ConfigError(
-            f"num_pages={self.num_pages} of {self.page_bytes} bytes and num_slots={self.num_slots} of {self.slot_bytes} bytes need "
+            f"num_pages={self.num_pages} of {self.page_bytes} bytes and num_slots={self.num_slots} of {slot_bytes} bytes need "
             f"{_size(self.cache_bytes).strip()}, and {_size(room).strip()} are free: lower num_pages (with so many slots "
             f"{fitting} would fit) or num_slots"
         )

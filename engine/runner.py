@@ -19,8 +19,9 @@ from core.request import FinishReason, TokenLogprobs
 from engine.batch import Chunk, Feedback, build_batch
 from engine.cache.arena import Arena
 from engine.graphs import DecodeGraphs, Drawn, batch_buckets, width_buckets
+from engine.histories import history_bytes
 from engine.logprobs import logprobs_of
-from engine.sampler import needs_history, sample
+from engine.sampler import sample
 from engine.sequence import Sequence
 from engine.workspace import measure_workspace
 
@@ -109,7 +110,8 @@ class ModelRunner:
         self._loaded = loaded
         on_gpu = loaded.device.type == "cuda"
         workspace = measure_workspace(loaded, chunk_tokens, max_decode) if on_gpu else 0
-        self._caches = loaded.new_caches(num_pages, num_slots, workspace)
+        has_histories = max_decode > 0 and on_gpu and loaded.device_sample is not None
+        self._caches = loaded.new_caches(num_pages, num_slots, workspace, history_bytes(loaded.model.vocab_size) if has_histories else 0)
         self._graphs: DecodeGraphs | None = None
         if max_decode and on_gpu:
             widths = width_buckets(loaded.engine.max_model_len)
@@ -125,11 +127,8 @@ class ModelRunner:
         self._caches.clear_slot(slot_id)
 
     def may_lead(self, launched: Launched) -> bool:
-        """Not if a token depends on those before it in ways that the host computes: its successor must know it. Graphs find tokens only
-        where graphs have drawn them."""
-        if self._graphs is not None:
-            return launched.drawn is not None
-        return self._overlaps and not any(needs_history(chunk.sequence.request.sampling) for chunk in launched.chunks)
+        """Graphs find tokens only where graphs have drawn them."""
+        return self._overlaps if self._graphs is None else launched.drawn is not None
 
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
         return self.collect(self.launch(chunks, batch))
@@ -148,7 +147,7 @@ class ModelRunner:
         else:
             feedback = None if self._newest is None or self._newest.tokens is None else Feedback(self._newest.tokens, rows)
             batch_of = build_batch(chunks, self._loaded.device, feedback)
-            launched = self._with_tokens(chunks, self._loaded.network.forward(batch_of, self._caches))
+            launched = self._with_tokens(chunks, self._loaded.network.forward(batch_of, self._caches), feedback)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
         self._newest = launched
@@ -183,20 +182,21 @@ class ModelRunner:
         return results
 
     def _replayed(self, graphs: DecodeGraphs, chunks: list[Chunk], batch: int, rows_before: list[int]) -> Launched:
-        """The device draws the tokens, unless a step must wait for the last one anyway."""
-        if self._overlaps and not any(needs_history(chunk.sequence.request.sampling) for chunk in chunks):
+        """The device draws the tokens, unless a step waits for the last one anyway."""
+        if self._overlaps:
             return Launched(chunks, drawn=graphs.draw(chunks, batch, rows_before))
         return self._with_tokens(chunks, graphs.run(chunks, batch, rows_before))
 
-    def _with_tokens(self, chunks: list[Chunk], logits: torch.Tensor) -> Launched:
-        """Sampled by the host, which waits for the logits."""
+    def _with_tokens(self, chunks: list[Chunk], logits: torch.Tensor, feedback: Feedback | None = None) -> Launched:
+        """Sampled by the host, which waits for the logits. `feedback`: where tokens are that the sequences do not have yet."""
         ends, row = [], 0
         for chunk in chunks:
             row += {"last": 1, "all": chunk.length, "none": 0}[chunk.logits]
             ends.append(row)
         due = [place for place, chunk in enumerate(chunks) if chunk.end >= len(chunk.sequence.token_ids)]
-        sequences, positions = [chunks[place].sequence for place in due], [chunks[place].end for place in due]
-        sampled = dict(zip(due, sample(logits[[ends[place] - 1 for place in due]], sequences, positions), strict=True))
+        fed = [-1] * len(chunks) if feedback is None else feedback.tokens_of_rows()
+        last_rows, sequences = [ends[place] - 1 for place in due], [chunks[place].sequence for place in due]
+        sampled = dict(zip(due, sample(logits[last_rows], sequences, [fed[place] for place in due]), strict=True))
         logprobs, prompt_logprobs = {}, {}
         for place, chunk in enumerate(chunks):
             sampling = chunk.sequence.request.sampling

@@ -42,7 +42,8 @@ class Case:
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Formats of the arguments: a backend that does not suit them is left out."""
     written: tuple[int, ...] = ()
-    """Arguments that the op writes to: compared after it, beside what it returns; a RowPool as its data, then its scales."""
+    """Arguments that the op writes to: compared after it, beside what it returns; a RowPool as its data, then its scales, Histories
+    as their words."""
     check: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None] | None = None
     """In place of the comparison by tolerance: (outputs, outputs of the reference); raises AssertionError."""
 

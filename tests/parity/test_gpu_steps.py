@@ -28,6 +28,9 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 2**63},
     {"temperature": 1.3, "min_p": 0.02, "seed": 3},
     {"temperature": 0.0, "num_logprobs": 2},
+    {"frequency_penalty": 0.7, "presence_penalty": 0.4, "seed": 4},
+    {"temperature": 0.0, "repetition_penalty": 1.2},
+    {"temperature": 0.9, "top_p": 0.95, "logit_bias": ((9, 5.0), (300, 5.0)), "frequency_penalty": 0.3, "seed": 5},
 ]
 PAGES = 4
 
@@ -70,8 +73,7 @@ def check_tokens_and_feedback(runner: ModelRunner, rng: random.Random, num_steps
         assert runner.may_lead(launched)
         if before is not None:
             collected, its_logits = before
-            params = [chunk.sequence for chunk in collected.chunks], [chunk.end for chunk in collected.chunks]
-            expected = sample(its_logits.cpu(), *params)
+            expected = sample(its_logits.cpu(), [chunk.sequence for chunk in collected.chunks])
             results = runner.collect(collected)
             assert [result.token for result in results] == expected, f"{step=}"
             assert all((r.logprobs is None) == (r.sequence.request.sampling.num_logprobs is None) for r in results)
@@ -90,7 +92,7 @@ def test_tokens_drawn_by_the_device_are_the_samplers_and_feed_the_next_step(runn
 
 
 def test_steady_decode_waits_for_nothing_and_allocates_nothing(runner: ModelRunner, rng: random.Random) -> None:
-    sequences = decoding(runner, SAMPLINGS[:4], rng)
+    sequences = decoding(runner, SAMPLINGS[:4] + SAMPLINGS[5:], rng)
     before = runner.launch([Chunk(sequence, 1) for sequence in sequences])
 
     def steps(count: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from engine.cache.arena import RowPool
 from engine.ops.cases import Case, prepared, relative_error
 from engine.ops.registry import Op
+from engine.ops.sample import Histories
 
 
 def outputs_of(op: Op, backend: str, case: Case, device: torch.device, seed: int) -> list[torch.Tensor]:
@@ -19,7 +20,7 @@ def outputs_of(op: Op, backend: str, case: Case, device: torch.device, seed: int
     written: list[torch.Tensor] = []
     for index in case.written:
         arg = args[index]
-        written += (arg.data, arg.scale) if isinstance(arg, RowPool) else (arg,)
+        written += (arg.data, arg.scale) if isinstance(arg, RowPool) else (arg.words,) if isinstance(arg, Histories) else (arg,)
     return [*returned, *written]
 
 

@@ -1,7 +1,8 @@
 """Logits to tokens without the host: `engine.sampler.sample` for parameters that are tensors on the device.
 
-What a batch asks for decides which tensors there are, so a step's shape is known when it is captured: a batch without filters,
-penalties and bias is one pass over the logits, any other may sort. Nothing here waits for the device.
+What a batch asks for decides which tensors there are, so a step's shape is known when it is captured: a batch without filters is one
+pass over the logits, any other may sort. Penalties and logit bias are read from memory that belongs to the sequence's slot, where the token
+drawn is counted, too. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core.request import MAX_LOGIT_BIAS
 from engine.ops import requires
 from engine.ops.registry import Impl, Op
 from engine.philox import uniforms_of
@@ -28,23 +30,21 @@ class Filters:
     """float64 [S]."""
 
 
-@dataclass(frozen=True, slots=True)
-class Penalties:
-    presence: torch.Tensor
-    """float64 [S]."""
-    frequency: torch.Tensor
-    """float64 [S]."""
-    repetition: torch.Tensor
-    """float64 [S]."""
-    counts: torch.Tensor
-    """int32 [S, V]: occurrences of each token in the output so far."""
-    seen: torch.Tensor
-    """bool [S, V]: whether it occurs in prompt or output."""
+COUNT_MASK = (1 << 20) - 1
+SEEN = 1 << 20
+BIAS_SHIFT = 21
+NUM_TERMS = 3 + MAX_LOGIT_BIAS
 
-    def add(self, tokens: torch.Tensor) -> None:
-        """Take in one more output token of each sequence, int64 [S]."""
-        self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens, dtype=torch.int32)[:, None])
-        self.seen.scatter_(1, tokens[:, None], True)
+
+@dataclass(frozen=True, slots=True)
+class Histories:
+    """Penalties, logit bias and what they depend on, by slot. The memory lasts: only what sequences with such parameters hold is read."""
+
+    words: torch.Tensor
+    """int32 [slots, V], contiguous: how often each token occurs in the output so far (20 bits), SEEN if it occurs in the prompt, and from
+    BIAS_SHIFT on the number of its bias, from 1 on; 0: none."""
+    terms: torch.Tensor
+    """float64 [slots, NUM_TERMS], contiguous: penalties for presence, frequency and repetition, then the biases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,34 +58,45 @@ class Draws:
     position: torch.Tensor
     """int64 [S]: of the token to be drawn."""
     filters: Filters | None = None
-    penalties: Penalties | None = None
-    bias: torch.Tensor | None = None
-    """float64 [S, V], added to the logits."""
+    slot: torch.Tensor | None = None
+    """int64 [S]: whose history is the sequence's, all different; -1: it has neither penalties nor bias. None: nobody has."""
 
 
-def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+def sample(logits: torch.Tensor, draws: Draws, histories: Histories | None = None) -> torch.Tensor:
     """logits: fp32 [S, V], not changed. Returns int64 [S], the tokens that `engine.sampler.sample` gives, and -1 for a row whose largest
-    logit is not a finite number."""
+    logit is not a finite number. `histories`: there if `draws.slot` is; the tokens are counted in its words."""
     greedy = draws.temperature == 0
-    values = logits.double()
-    if draws.bias is not None:
-        values = values + draws.bias
-    if draws.penalties is not None:
-        values = _penalised(values, draws.penalties)
+    adjusted = logits if draws.slot is None or histories is None else _adjusted(logits, draws.slot, histories)
+    values = adjusted.double()
     temperature = torch.where(greedy, 1.0, draws.temperature)[:, None]
     tempered = (values - values.amax(dim=1, keepdim=True)) / temperature
     if draws.filters is not None:
         tempered = _filtered(tempered, draws.filters)
     noise = -torch.log(-torch.log(uniforms_of(draws.seed, draws.position, logits.shape[1])))
     tokens = torch.where(greedy[:, None], values, tempered + noise).argmax(dim=1)
-    return torch.where(logits.amax(dim=1).isfinite(), tokens, -1)
+    tokens = torch.where(logits.amax(dim=1).isfinite(), tokens, -1)
+    if draws.slot is not None and histories is not None:
+        is_counted = (draws.slot >= 0) & (tokens >= 0)
+        places = torch.where(is_counted, draws.slot * logits.shape[1] + tokens, 0)
+        histories.words.view(-1).index_add_(0, places, is_counted.int())
+    return tokens
 
 
-def _penalised(values: torch.Tensor, penalties: Penalties) -> torch.Tensor:
-    repetition = penalties.repetition[:, None]
+def as_logits(values: torch.Tensor) -> torch.Tensor:
+    """float64 -> fp32, nearest; what is beyond fp32's range becomes its end."""
+    most = torch.finfo(torch.float32).max
+    return values.clamp(-most, most).float()
+
+
+def _adjusted(logits: torch.Tensor, slot: torch.Tensor, histories: Histories) -> torch.Tensor:
+    words, terms = (of_slots[slot.clamp(min=0)] for of_slots in (histories.words, histories.terms))
+    presence, frequency, repetition = (terms[:, column : column + 1] for column in range(3))
+    counts, bias = words & COUNT_MASK, (words >> BIAS_SHIFT) & 0x7FF
+    values = logits.double() + torch.where(bias > 0, terms.gather(1, (2 + bias).long()), 0.0)
     repeated = torch.where(values > 0, values / repetition, values * repetition)
-    values = torch.where(penalties.seen, repeated, values)
-    return values - (penalties.presence[:, None] * (penalties.counts > 0) + penalties.frequency[:, None] * penalties.counts)
+    values = torch.where((words & (SEEN | COUNT_MASK)) > 0, repeated, values)
+    values = values - (presence * (counts > 0) + frequency * counts)
+    return torch.where((slot >= 0)[:, None] & (words != 0) & logits.isfinite(), as_logits(values), logits)
 
 
 def _filtered(tempered: torch.Tensor, filters: Filters) -> torch.Tensor:

@@ -197,6 +197,15 @@ class TestMemory:
         dataclasses.replace(plan, num_pages=7).check()
         dataclasses.replace(plan, available_bytes=None).check()
 
+    def test_histories_of_slots_count_as_slots_do(self) -> None:
+        plan = MemoryPlan(
+            weights_bytes=0, num_pages=9, page_bytes=1000, num_slots=2, slot_bytes=500, available_bytes=8999, history_bytes=300
+        )
+        with pytest.raises(ConfigError, match=r"num_slots=2 of 800 bytes .* 7 would fit"):
+            plan.check()
+        dataclasses.replace(plan, num_pages=7).check()
+        assert "history  " in plan.table() and "history  " not in dataclasses.replace(plan, history_bytes=0).table()
+
     def test_table_counts_what_was_loaded(self, loaded: LoadedModel) -> None:
         plan = loaded.memory_plan(3, 2)
         assert plan.weights_bytes == tensor_bytes(loaded.network) > 10**6

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine, LoadedModel
 from engine.graphs import DecodeGraphs
 from engine.null import NullRunner
-from engine.runner import ChunkResult, Launched, ModelRunner
+from engine.runner import ChunkResult, Launched
 from engine.sequence import Sequence
 from tests.support.eager_recorder import EagerGraph, EagerRecorder
 
@@ -32,6 +32,8 @@ HISTORIES: list[dict[str, Any]] = [
     {"presence_penalty": 0.5, "frequency_penalty": 0.3, "seed": 3},
     {"temperature": 0.0, "repetition_penalty": 1.3},
     {"temperature": 0.0, "logit_bias": ((9, 3.0),)},
+    {"temperature": 0.0, "logit_bias": ((9, 4.0), (11, 4.1)), "frequency_penalty": 1.0, "num_logprobs": 1},
+    {"repetition_penalty": 0.7, "frequency_penalty": -0.5, "top_p": 0.8, "seed": 11},
 ]
 
 
@@ -49,7 +51,8 @@ def new_request(rng: random.Random, name: str, sampling: dict[str, Any], num_sto
     ids = tuple(rng.randrange(2, VOCAB) for _ in range(length))
     stops = tuple(rng.sample(range(VOCAB), num_stops))  # some of what is drawn ends the sequence
     params = SamplingParams(max_tokens=rng.randint(1, 9), stop_token_ids=stops, ignore_eos=rng.random() < 0.5, **sampling)
-    return Request(request_id=name, token_ids=ids, prompt_len=length, sampling=params)
+    before = ids[:1] * rng.randrange(params.max_tokens)  # what it has produced elsewhere
+    return Request(request_id=name, token_ids=ids + before, prompt_len=length, sampling=params)
 
 
 class Watch:
@@ -78,8 +81,7 @@ class Watch:
 def test_tokens_and_ends_are_those_of_steps_one_at_a_time(loaded: LoadedModel, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     num_led, num_dropped, ends = 0, 0, set[FinishReason | None]()
     for schedule in range(3):
-        choices = SAMPLINGS if schedule else SAMPLINGS + HISTORIES
-        requests = [new_request(rng, f"r{n}", rng.choice(choices)) for n in range(6)]
+        requests = [new_request(rng, f"r{n}", rng.choice(SAMPLINGS + HISTORIES)) for n in range(6)]
         sizes = {"num_pages": rng.randint(4, 12), "num_slots": 6, "max_running": rng.randint(2, 6), "chunk_tokens": rng.choice((40, 256))}
         expected = Engine(loaded, **sizes).generate(requests)
         engine = Engine(overlapped(loaded), **sizes)
@@ -90,15 +92,15 @@ def test_tokens_and_ends_are_those_of_steps_one_at_a_time(loaded: LoadedModel, r
     assert num_led > 10 and num_dropped > 0 and ends == {FinishReason.STOP, FinishReason.LENGTH}, f"{num_led=} {num_dropped=}"
 
 
-@pytest.mark.parametrize("sampling", HISTORIES, ids=lambda sampling: next(reversed(sampling)))
-def test_who_needs_the_tokens_before_waits_for_them(loaded: LoadedModel, sampling: dict[str, Any]) -> None:
-    runner, rng = ModelRunner(overlapped(loaded), 2, 2), random.Random(1)
-    sequences = [Sequence.from_request(new_request(rng, "free", SAMPLINGS[1])), Sequence.from_request(new_request(rng, "bound", sampling))]
-    for number, sequence in enumerate(sequences):
-        sequence.page_ids, sequence.slot_id = [number], number
-        runner.clear_slot(number)
-    assert runner.may_lead(Launched([Chunk(sequences[0], 1)]))
-    assert not runner.may_lead(Launched([Chunk(sequence, 1) for sequence in sequences]))
+def test_who_depends_on_the_tokens_before_is_launched_before_they_are_known(
+    loaded: LoadedModel, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [new_request(rng, f"r{n}", sampling, num_stops=0) for n, sampling in enumerate(HISTORIES)]
+    sizes = {"num_pages": 10, "num_slots": 5}
+    for engine in (Engine(overlapped(loaded), **sizes), with_graphs(Engine(overlapped(loaded), **sizes))):
+        watch = Watch(engine, monkeypatch)
+        assert engine.generate(requests) == Engine(loaded, **sizes).generate(requests)
+        assert watch.num_led > 3
 
 
 def with_graphs(engine: Engine) -> Engine:
@@ -111,13 +113,13 @@ def with_graphs(engine: Engine) -> Engine:
 def test_tokens_that_the_device_draws_and_feeds_on_are_those_of_the_host(
     loaded: LoadedModel, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = [new_request(rng, f"r{n}", SAMPLINGS[n % 4] if n < 8 else HISTORIES[0], num_stops=30) for n in range(9)]
+    requests = [new_request(rng, f"r{n}", (SAMPLINGS + HISTORIES)[n % 9], num_stops=30) for n in range(18)]
     sizes = {"num_pages": 12, "num_slots": 6, "max_running": 6, "chunk_tokens": 256}
     engine = with_graphs(Engine(overlapped(loaded), **sizes))
     watch, drawn = Watch(engine, monkeypatch), list[int]()
     draw = DecodeGraphs.draw
     monkeypatch.setattr(DecodeGraphs, "draw", lambda self, *args: (drawn.append(sum(row >= 0 for row in args[2])), draw(self, *args))[1])
-    for some in (requests[:8], requests[6:]):
+    for some in (requests[:12], requests[6:]):
         assert engine.generate(some) == Engine(loaded, **sizes).generate(some)
     assert sum(drawn) > 3 and watch.num_led > 2, f"{drawn=} {watch.num_led=}"
 
