@@ -27,18 +27,22 @@ from engine.sequence import Sequence
 from tests.benchmarks.bench_engine import commit, cut_shape, fill, time_replays
 
 NUM_STEPS = 100
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "drawn": {"seed": 5},
-    "filtered": {"seed": 5, "temperature": 0.8, "top_k": 50, "top_p": 0.9},
+PENALISED: dict[str, Any] = {"seed": 5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((9, 1.0),)}
+SAMPLINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": ({"temperature": 0.0}, {"temperature": 0.0}),
+    "drawn": ({"seed": 5}, {"seed": 5}),
+    "one penalised": (PENALISED, {"seed": 5}),
+    "penalised": (PENALISED, PENALISED),
+    "filtered": ({"seed": 5, "temperature": 0.8, "top_k": 50, "top_p": 0.9}, {"seed": 5, "temperature": 0.8, "top_k": 50, "top_p": 0.9}),
 }
+"""Of the first sequence, and of the others."""
 
 
-def decoding(batch: int, context: int, sampling: dict[str, Any]) -> list[Sequence]:
+def decoding(batch: int, context: int, first: dict[str, Any], others: dict[str, Any]) -> list[Sequence]:
     """Sequences in the midst of their output, all of which share the pages of one."""
     found, pages = [], list(range(-(-(context + 4 * NUM_STEPS) // PAGE_TOKENS)))
     for number in range(batch):
-        params = SamplingParams(max_tokens=10 * NUM_STEPS, ignore_eos=True, **sampling)
+        params = SamplingParams(max_tokens=10 * NUM_STEPS, ignore_eos=True, **(others if number else first))
         ids = (*((7,) * context), 11 + number)
         sequence = Sequence.from_request(Request(request_id=str(number), token_ids=ids, prompt_len=context, sampling=params))
         sequence.slot_id, sequence.page_ids, sequence.num_computed = number, pages, context
@@ -84,8 +88,8 @@ def main() -> None:
         runner = ModelRunner(changed, 64, max(batches), max_decode=max(batches))
         fill(changed, runner._caches)
         for batch in batches:
-            for name, sampling in SAMPLINGS.items():
-                sequences = decoding(batch, arguments.context, sampling)
+            for name, samplings in SAMPLINGS.items():
+                sequences = decoding(batch, arguments.context, *samplings)
                 median, spread = step_ms(runner, sequences)
                 assert runner._graphs is not None
                 graph, _ = runner._graphs.fill([Chunk(sequence, 1) for sequence in sequences])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from engine.ops import triton_early
+from engine.ops.sample import NUM_TERMS, Draws, Filters, Histories
+from engine.ops.sample.triton import run
 from tests.benchmarks.launches import FORWARD, Recorder, count, decode_batch, launches_of_flash, noting_kernels, small_model
 
 MOST = {
@@ -46,3 +50,19 @@ def test_every_kernel_of_a_small_step_can_start_early(monkeypatch: pytest.Monkey
         FORWARD(network, decode_batch(2), caches)
     plain = {name for name, options in recorder.keys if "launch_pdl=True" not in options}
     assert len(recorder.keys) > 20 and plain == set(), plain
+
+
+def launches_of_draw(filters: Filters | None, histories: Histories | None) -> collections.Counter[str]:
+    recorder, numbers = Recorder(), torch.arange(4)
+    logits, draws = torch.zeros(4, 512), Draws(torch.ones(4).double(), numbers, numbers, filters, None if histories is None else numbers)
+    with noting_kernels(recorder), recorder:
+        run(logits, draws, histories)
+    return recorder.found["before the layers"]
+
+
+def test_drawing_is_two_launches_and_penalties_add_none() -> None:
+    histories = Histories(torch.zeros(4, 512, dtype=torch.int32), torch.zeros(4, NUM_TERMS, dtype=torch.float64))
+    assert launches_of_draw(None, None) == launches_of_draw(None, histories) == {"sample_blocks_kernel": 1, "sample_decide_kernel": 1}
+    filters = Filters(torch.full((4,), 5), torch.full((4,), 0.5).double(), None)
+    assert launches_of_draw(filters, None) == launches_of_draw(filters, histories)
+    assert launches_of_draw(filters, None)["sample_narrow_kernel"] > 10
