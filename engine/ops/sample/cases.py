@@ -111,12 +111,24 @@ CASES = (
 )
 
 
-def _bench(name: str, rows: int, temperature: float, filtered: str = "") -> Bench:
-    return Bench(f"S={rows} {name}", _draw(rows, VOCAB, (temperature,), filtered), rows * VOCAB * 4)
+def _bench(name: str, rows: int, temperature: float, filtered: str = "", penalised: str = "") -> Bench:
+    """penalised: "none" where the step is one that knows penalties, but no row has any; "some": two thirds have."""
+    draw = _draw(rows, VOCAB, (temperature,), filtered, bool(penalised))
+
+    def without(device: torch.device, seed: int) -> tuple[object, ...]:
+        arguments = draw(device, seed)
+        arguments[1].slot.fill_(-1)
+        return arguments
+
+    read = rows + rows * 2 // 3 if penalised == "some" else rows
+    return Bench(f"S={rows} {name}", without if penalised == "none" else draw, read * VOCAB * 4)
 
 
 BENCH = (
     *(_bench("greedy", rows, 0.0) for rows in (1, 32, 128)),
     *(_bench("drawn", rows, 1.0) for rows in (1, 32, 128)),
+    *(_bench("drawn, none penalised", rows, 1.0, penalised="none") for rows in (1, 32, 128)),
+    *(_bench("drawn, penalised", rows, 1.0, penalised="some") for rows in (3, 33, 129)),
     *(_bench("top-p", rows, 1.0, "p") for rows in (1, 32, 128)),
+    *(_bench("top-p, none penalised", rows, 1.0, "p", "none") for rows in (1, 32, 128)),
 )

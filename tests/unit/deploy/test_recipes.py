@@ -14,6 +14,7 @@ from deploy.placement import Node, Plan, Unplaceable, plan_replica
 from deploy.spec import ClusterSpec, load_spec
 from engine.cache.layout import build_layout
 from engine.config import ModelConfig
+from engine.histories import history_bytes
 from engine.model.weights import expected_tensors, published_format
 from engine.parallel.expert_placement import even_placement
 
@@ -103,5 +104,5 @@ def test_a_recipe_fits_into_the_memory_of_its_gpus(path: pathlib.Path) -> None:
     for role, section, share in (("prefill", spec.prefill, 0.9), ("decode", spec.decode, decode_share)):
         held = even_placement(model.n_routed_experts, section.ranks_per_replica, section.redundant_experts).slots_per_rank
         weights = rest + experts * held / model.n_routed_experts
-        caches = section.num_pages * layout.page_bytes + section.num_slots * layout.slot_bytes
+        caches = section.num_pages * layout.page_bytes + section.num_slots * (layout.slot_bytes + history_bytes(model.vocab_size))
         assert weights + caches <= share * GPU_BYTES, f"{role}: {weights / 1e9:.0f} + {caches / 1e9:.0f} GB"
