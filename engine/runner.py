@@ -159,6 +159,7 @@ class ModelRunner:
         logprobs = launched.logprobs
         if launched.drawn is not None:
             tokens, logprobs = launched.drawn.read()
+            self._check_group()
             sequences = [chunk.sequence for chunk, token in zip(launched.chunks, tokens, strict=True) if token < 0]
             lost = [sequence.request_id for sequence in sequences if sequence.finish_reason is None]
             if lost:
@@ -167,6 +168,7 @@ class ModelRunner:
             tokens = [] if launched.tokens is None else launched.tokens.tolist()
             if self._loaded.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
+            self._check_group()
         results = []
         for place, (chunk, token) in enumerate(zip(launched.chunks, tokens, strict=True)):
             sequence = chunk.sequence
@@ -181,6 +183,11 @@ class ModelRunner:
             results.append(ChunkResult(sequence, token, logprobs.get(place), prompt, chunk.start + 1))
         return results
 
+    def _check_group(self) -> None:
+        """The step has ended on the device: raises GroupLost if it did so without a rank of the group."""
+        if self._loaded.share is not None:
+            self._loaded.share.check()
+
     def _replayed(self, graphs: DecodeGraphs, chunks: list[Chunk], batch: int, rows_before: list[int]) -> Launched:
         """The device draws the tokens, unless a step waits for the last one anyway."""
         if self._overlaps:
@@ -189,6 +196,9 @@ class ModelRunner:
 
     def _with_tokens(self, chunks: list[Chunk], logits: torch.Tensor, feedback: Feedback | None = None) -> Launched:
         """Sampled by the host, which waits for the logits. `feedback`: where tokens are that the sequences do not have yet."""
+        if logits.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        self._check_group()
         ends, row = [], 0
         for chunk in chunks:
             row += {"last": 1, "all": chunk.length, "none": 0}[chunk.logits]

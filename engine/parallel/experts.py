@@ -99,6 +99,10 @@ class ExpertShare:
         """The ranks are about to take a step with so many rows at most each; 0: they have not agreed on a number."""
         self._exchange.rows = rows
 
+    def check(self) -> None:
+        """As ExpertExchange.check."""
+        self._exchange.check()
+
     def is_wanted(self, name: str) -> bool:
         """Whether this rank needs a tensor of the checkpoint: all but other ranks' experts."""
         found = _EXPERT.fullmatch(name)

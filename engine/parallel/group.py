@@ -69,6 +69,7 @@ class Group:
         self.seat, self.store, self.limits = seat, store, limits
         self._backends: dict[str, Any] = {}
         self._closers: list[Callable[[], None]] = []
+        self._mourners: list[Callable[[], None]] = []
         self._gathered = 0
 
     @staticmethod
@@ -127,6 +128,15 @@ class Group:
     def before_close(self, close: Callable[[], None]) -> None:
         """Have something closed that uses the group, the latest first."""
         self._closers.append(close)
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Have something called when a rank is known to be gone, from any thread: what waits for it on a device is to end."""
+        self._mourners.append(call)
+
+    def lose(self) -> None:
+        """A rank is gone, or stuck."""
+        for call in self._mourners:
+            call()
 
     def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
         """int64 [size] on the CPU: how many rows go to each rank -> how many come from each."""

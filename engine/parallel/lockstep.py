@@ -102,7 +102,7 @@ class GroupSteps:
 
     def __init__(self, group: Group, budget_of: Callable[[Sequence[int]], int], clock: Clock) -> None:
         """Connects; collective. Raises GroupLost."""
-        self._seat, self._limit_s, self._clock = group.seat, group.limits.step_s, clock
+        self._seat, self._limit_s, self._clock, self._lose = group.seat, group.limits.step_s, clock, group.lose
         self._lock = threading.Lock()
         self._step = 0
         self._voted: int | None = None
@@ -285,6 +285,7 @@ class GroupSteps:
                     self._send_all(_Kind.BYE, 0, value)
             elif not self.is_ending and not self._lost:
                 self._lost = f"{self._seat.member}: {self._seat.member_of(value)} of its group is gone or stuck"
+                self._lose()
                 if self._board is not None:
                     self._send_all(_Kind.LOST, 0, value)
 

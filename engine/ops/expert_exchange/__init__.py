@@ -64,6 +64,11 @@ class ExpertExchange(Protocol):
         """rows: fp32 [R, d], what `moe_experts` made of `arrived`. Returns fp32 [T, d]: for each token the sum over its experts."""
         ...
 
+    def check(self) -> None:
+        """Between a step's end on the device and the reading of its results: raises GroupLost if a rank did not answer in time, and the
+        device could only go on without it."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -115,6 +120,9 @@ class RowExchange:
         for place in back.row_of_place.unbind(1):
             out += home[place]
         return out.float()
+
+    def check(self) -> None:
+        """The process group has deadlines of its own."""
 
     def close(self) -> None:
         """The connections are the group's."""

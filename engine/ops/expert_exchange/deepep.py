@@ -69,6 +69,9 @@ class _Buffer:
         with group.working("the opening of DeepEP"):
             self._buffer = deep_ep.Buffer(None, *sizes, explicitly_destroy=True, comm=_Ranks(group), **options)
 
+    def check(self) -> None:
+        """DeepEP's kernels trap when a rank does not answer, which torch raises."""
+
     def close(self) -> None:
         """DeepEP's own end waits for all ranks, for ever: it is only begun when all are here. Else the process's end frees what is held."""
         try:

@@ -38,6 +38,9 @@ class GatherExchange:
             self._group.backend(rows.device)._reduce_scatter_base(out, rows).wait()
         return out
 
+    def check(self) -> None:
+        """The process group has deadlines of its own."""
+
     def close(self) -> None:
         """The connections are the group's."""
 
@@ -78,6 +81,9 @@ class PaddedGatherExchange:
         with self._group.working("the agreement on rows"):
             self._group.backend(most.device).allreduce([most], torch.distributed.ReduceOp.MAX).wait()
         return int(most)
+
+    def check(self) -> None:
+        """The process group has deadlines of its own."""
 
     def close(self) -> None:
         """The connections are the group's."""

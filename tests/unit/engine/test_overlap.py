@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.errors import InternalError
+from core.errors import GroupLost, InternalError
 from core.request import FinishReason, Request, SamplingParams
 from engine.batch import Chunk
 from engine.config import EngineConfig
@@ -101,6 +101,32 @@ def test_who_depends_on_the_tokens_before_is_launched_before_they_are_known(
         watch = Watch(engine, monkeypatch)
         assert engine.generate(requests) == Engine(loaded, **sizes).generate(requests)
         assert watch.num_led > 3
+
+
+class LostShare:
+    """A group that has lost a rank in the step."""
+
+    def begin_step(self, rows: int) -> None:
+        """It begins as any other."""
+
+    def check(self) -> None:
+        raise GroupLost("decode/0.0: a rank did not answer")
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], HISTORIES[0]], ids=["drawn by the device", "drawn by the host"])
+def test_what_ended_without_a_rank_is_the_groups_loss_and_no_token(
+    loaded: LoadedModel, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share: Any = LostShare()
+    engine = with_graphs(Engine(dataclasses.replace(overlapped(loaded), share=share), num_pages=2, num_slots=1))
+    forward = loaded.network.forward
+    monkeypatch.setattr(loaded.network, "forward", lambda *arguments: forward(*arguments) * float("nan"))
+    request = new_request(random.Random(1), "lost", sampling)
+    sequence = Sequence.from_request(request)
+    sequence.page_ids, sequence.slot_id, sequence.num_computed = [0], 0, len(request.token_ids) - 1
+    with pytest.raises(GroupLost):
+        engine._runner.step([Chunk(sequence, 1)])
+    assert sequence.num_output_tokens == 0
 
 
 def with_graphs(engine: Engine) -> Engine:

@@ -180,9 +180,10 @@ def test_an_idle_group_sleeps_and_new_work_on_any_rank_wakes_it() -> None:
     assert run_group(3, rank) == [3, 1, 1]  # at rank 0 two idle votes, then that of rank 2; its word to go at the others
 
 
-def test_a_dead_rank_is_named_on_every_other_rank() -> None:
+def test_a_dead_rank_is_named_on_every_other_rank_and_what_waits_on_a_device_is_told() -> None:
     def rank(group: Group) -> str:
-        woken = threading.Event()
+        woken, told = threading.Event(), threading.Event()
+        group.when_lost(told.set)
         steps = opened(group, SystemClock(), woken.set)
         if group.rank == 1:
             for link in steps._links.values():
@@ -190,6 +191,7 @@ def test_a_dead_rank_is_named_on_every_other_rank() -> None:
             return "dead"
         with pytest.raises(GroupLost, match=r"decode/0\.[02]: decode/0\.1 of its group is gone or stuck"):
             follow(steps, woken, 0)
+        assert told.is_set()
         return "noticed"
 
     assert run_group(3, rank) == ["noticed", "dead", "noticed"]
