@@ -138,6 +138,7 @@ OP = Op(
     expert_exchange,
     backends={
         "gather": Impl("engine.ops.expert_exchange.gather", requires.cuda),
+        "direct": Impl("engine.ops.expert_exchange.direct", requires.triton),
         "deepep": Impl("engine.ops.expert_exchange.deepep", requires.deep_ep),
     },
 )

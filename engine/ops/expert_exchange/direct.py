@@ -1,0 +1,148 @@
+"""Few tokens between GPUs of one host: a kernel that stores them straight into the memory of the ranks that need them, and one that brings
+the sums back the same way. What `gather` does in two kernels and two collectives, with the latency of two stores over NVLink.
+
+For decode steps of up to MOST_TOKENS tokens a rank; larger ones, where bandwidth counts, and prompts go as `gather` sends them. So does
+everything where the ranks cannot reach each other's memory: they try it when the exchange is opened, and all say why not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from core.errors import ConfigError, GroupLost
+from core.log import get_logger
+from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange.gather import GatherExchange, PaddedGatherExchange
+from engine.ops.expert_exchange.triton_direct import TOLD, combine, dispatch
+from engine.ops.registry import BoundOps
+from engine.parallel.expert_placement import SlotChoice, even_placement
+from engine.parallel.group import Group
+from engine.parallel.peer_memory import PeerMemory
+
+log = get_logger("exchange")
+
+MOST_RANKS = 8
+MOST_TOKENS = 128
+"""Of a rank. Beyond, kernels that wait would keep others' from running for longer than NCCL takes."""
+MOST_EXPERTS = 16
+"""Of a token."""
+LOOKS_A_SECOND = 4_000_000
+"""At an inbox, at most: a rank waits at least as long as it may."""
+
+
+class Inbox:
+    """Where the parts of an inbox begin, in bytes; triton_direct.py says what they are."""
+
+    def __init__(self, ranks: int, shape: ExchangeShape) -> None:
+        self.tokens = min(shape.max_tokens, MOST_TOKENS)
+        rows = ranks * self.tokens
+        self.labels_at = rows * shape.hidden_size * 4
+        self.sums_at = self.labels_at + rows * MOST_EXPERTS * 8
+        self.num_bytes = self.sums_at + rows * shape.hidden_size * 4
+
+
+class DirectExchange:
+    """A dispatch is followed by its combine, on the same stream, and all ranks bring the same number of tokens, as decode graphs do."""
+
+    rows = 0
+
+    def __init__(
+        self,
+        group: Group,
+        shape: ExchangeShape,
+        addresses: Sequence[int],
+        device: torch.device,
+        others: ExpertExchange,
+        memory: PeerMemory | None,
+    ) -> None:
+        """addresses: of the ranks' inboxes, as this one sees them; `others`: for larger steps; `memory`: what is to be closed."""
+        self._rank, self._slots_per_rank = group.rank, shape.num_slots // group.size
+        self._seat, self._others, self._memory = group.seat, others, memory
+        self._inbox = Inbox(group.size, shape)
+        self._inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._lost = [torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)]
+        """What dispatches say, and what combines say; each reads the other's."""
+        self._told = torch.zeros(TOLD, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._patience = min(int(group.limits.step_s * LOOKS_A_SECOND), 2**31 - 1)
+        group.when_lost(self.give_up)
+
+    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+        if len(x) > self._inbox.tokens:
+            arrived = self._others.dispatch(x, ids, weights, positions, choice)
+            return Arrived(arrived.x, arrived.ids, arrived.weights, arrived)
+        assert ids.shape[1] <= MOST_EXPERTS, f"{ids.shape[1]} experts a token; there is room for {MOST_EXPERTS}"
+        dispatched, combined = self._lost
+        rows = dispatch(
+            x, ids, weights, positions, (choice.table, choice.turns, choice.load), self._inboxes, self._inbox.labels_at,
+            (combined, dispatched, self._told), self._rank, self._slots_per_rank, self._patience,
+        )  # fmt: skip
+        return Arrived(*rows, None)
+
+    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+        if arrived.way_back is not None:
+            return self._others.combine(rows, arrived.way_back)
+        dispatched, combined = self._lost
+        flags = (dispatched, combined, self._told)
+        return combine(rows, self._inboxes, self._inbox.sums_at, flags, self._rank, self._patience)
+
+    def give_up(self) -> None:
+        """The group is lost: what waits on the GPU ends. From any thread."""
+        self._told.fill_(1)
+
+    def check(self) -> None:
+        if self._told[0]:
+            raise GroupLost(f"{self._seat.member}: a rank of its group did not send its tokens or sums in time")
+
+    def close(self) -> None:
+        self._others.close()
+        if self._memory is not None:
+            self._memory.close()
+
+
+def problem_of(exchange: DirectExchange, rank: int, ranks: int, shape: ExchangeShape, device: torch.device) -> str:
+    """What goes wrong with a token of each rank, sent around; "" if nothing does. Collective."""
+    value = torch.arange(shape.hidden_size, device=device).remainder(64).to(torch.bfloat16)
+    zeros = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    choice = SlotChoice(even_placement(ranks, ranks), rank, device)
+    arrived = exchange.dispatch((value + rank)[None], zeros, torch.ones(1, 1, device=device), zeros[0], choice)
+    sums = exchange.combine(arrived.x.float(), arrived)
+    try:
+        exchange.check()
+    except GroupLost:
+        return "what was stored did not arrive"
+    expected = torch.stack([value + other for other in range(ranks)])
+    is_right = torch.equal(arrived.x, expected) and torch.equal(sums, ranks * expected[rank : rank + 1].float())
+    return "" if is_right else "what arrived is not what was stored"
+
+
+def run(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
+    """As the reference."""
+    if not shape.is_latency_bound:
+        return PaddedGatherExchange(group, shape)
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.synchronize(device)  # makes the primary context current
+    return open_direct(group, shape, device, ctypes.CDLL("libcuda.so.1"), GatherExchange(group, shape, ops))
+
+
+def open_direct(group: Group, shape: ExchangeShape, device: torch.device, driver: Any, others: ExpertExchange) -> ExpertExchange:
+    """`others` where the ranks' memory is not within reach."""
+    try:
+        if group.size > MOST_RANKS:
+            raise ConfigError(f"{group.size} ranks; it is for up to {MOST_RANKS} on one host")
+        memory = PeerMemory(group, Inbox(group.size, shape).num_bytes, driver)
+    except ConfigError as error:
+        log.warning("exchange.gathers", member=group.seat.member, instead_of="direct", reason=error)
+        return others
+    exchange = DirectExchange(group, shape, memory.addresses, device, others, memory)
+    found = group.gather_bytes("direct", problem_of(exchange, group.rank, group.size, shape, device).encode())
+    reasons = [f"{group.seat.member_of(rank)}: {one.decode()}" for rank, one in enumerate(found) if one]
+    if reasons:
+        memory.close()
+        log.warning("exchange.gathers", member=group.seat.member, instead_of="direct", reason="; ".join(reasons))
+        return others
+    log.info("exchange.direct", member=group.seat.member, mib=round(Inbox(group.size, shape).num_bytes / 2**20, 1))
+    return exchange

@@ -1,0 +1,251 @@
+"""The kernels of `direct`: one sends a rank's tokens and takes in everybody's, one does the same with the experts' sums.
+
+Every rank has an inbox that all ranks have mapped:
+
+    values   [ranks, tokens, words of x]    int32
+    labels   [ranks, tokens, k]             int64: slot << 32 | bits of the weight
+    sums     [ranks, tokens, d]             int32: bits of fp32
+
+A word of an inbox that is EMPTY (all bits set) has not arrived. Its sender stores another value there, once; its owner reads it until it
+is another one, and makes it EMPTY again. So there are no flags, no fences between data and flags, and no counters that a replayed graph
+had to advance: a store of 32 or 64 aligned bits is seen whole or not at all, whatever order words travel in. Values that look EMPTY
+are NaN, of bf16 twice or of fp32, and are sent as another NaN. Slots are sent as -2 where there is none.
+
+Why one inbox is enough, and nothing is stored over what is not read yet. Take ranks p and r, whose exchanges are dispatch 1, combine 1,
+dispatch 2, ..., each a kernel, in this order on their streams, and each with at least one word from every rank to every rank.
+
+values, labels   p stores those of dispatch n + 1 after its combine n, which ended when it had r's sums n. r sent these in its combine n,
+                 which began when its dispatch n had ended, and with it all reading and emptying of what p's dispatch n had sent.
+sums             p stores those of combine n + 1 after its dispatch n + 1, which ended when it had r's values n + 1. r sent these in
+                 its dispatch n + 1, which began when its combine n had ended, and with it all reading and emptying of sums n.
+
+The number of tokens may change from one exchange to the next, and be 0: an exchange leaves the whole inbox EMPTY. Programs of a kernel
+send all they have to send before they wait, and there are never more than fit on the GPU at once, so none waits for one that has no
+room.
+
+A rank waits for so many looks at the inbox (`patience`), or until the host says in `told` that the group is lost. Then it says so itself,
+what it makes is NaN, and it sends nothing any more, so that no rank takes what it made of a missing word for a result. A kernel that is
+under way says so in `now`, and the next one finds it in `before`, which does not change while that one runs: all threads see the
+same. For the same reason words are looked at in blocks that leave no two threads with the same word, and the outcome is that of all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+PART = 512
+"""Words of a row that a program moves at a time."""
+MOST_PROGRAMS = 256
+"""Of a kernel: fewer than two a multiprocessor on the smallest GPU (132 of them), where four find room."""
+LOOKS = 1024
+"""Between two looks at what the host says, which is across PCIe."""
+TOLD = 512
+"""Words in which the host says it, all alike."""
+LEAST_BLOCK = 256
+"""Labels of one rank that a program looks at, most of them masked: no fewer than fill its threads."""
+
+
+@triton.jit
+def _boxes(inboxes_ptr, offset, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, kind: tl.constexpr):
+    """Where the area at `offset` (bytes) of each rank's inbox begins: pointers [PADDED_SIZE, 1]."""
+    rank = tl.arange(0, PADDED_SIZE)
+    address = tl.load(inboxes_ptr + rank, mask=rank < SIZE, other=0) + offset
+    return tl.multiple_of(tl.expand_dims(address.to(tl.pointer_type(kind)), 1), [16, 16])
+
+
+@triton.jit
+def _take(pointers, mask, now_ptr, told_ptr, patience, LOOKS: tl.constexpr, TOLD: tl.constexpr):
+    """What is at `pointers` as soon as all of it is there, which is EMPTY afterwards."""
+    words = tl.load(pointers, mask=mask, other=0, volatile=True)
+    missing = tl.max((words == -1).to(tl.int32))
+    while (missing > 0) & (patience > 0):
+        words = tl.load(pointers, mask=mask, other=0, volatile=True)
+        missing = tl.max((words == -1).to(tl.int32))
+        patience -= 1
+        if patience % LOOKS == 0:
+            told = tl.max(tl.load(told_ptr + tl.arange(0, TOLD), volatile=True))
+            patience = tl.where(told != 0, 0, patience)
+    if missing > 0:
+        tl.store(now_ptr, 1)
+        tl.store(told_ptr, 1)
+    tl.debug_barrier()  # all threads have their words
+    tl.store(pointers, tl.full(pointers.shape, -1, pointers.dtype.element_ty), mask=mask)
+    return words
+
+
+@triton.jit(do_not_specialize=["tokens", "copies", "first_slot", "num_slots", "me", "patience"])
+def direct_dispatch_kernel(
+    x_ptr, ids_ptr, weights_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, inboxes_ptr, before_ptr, now_ptr, told_ptr,
+    out_x_ptr, out_ids_ptr, out_weights_ptr, labels_at, width, tokens, copies, first_slot, num_slots, me, patience,
+    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, TOP_K: tl.constexpr, PADDED_K: tl.constexpr, PART: tl.constexpr,
+    LOOKS: tl.constexpr, TOLD: tl.constexpr,
+):  # fmt: skip
+    """x and the weights are 32-bit words, `width` of x in a row. The last part of a token is its labels."""
+    parts = tl.cdiv(width, PART)
+    items = tokens * (parts + 1)
+    source = tl.expand_dims(tl.arange(0, PADDED_SIZE), 1)
+    word = tl.expand_dims(tl.arange(0, PART), 0)
+    place = tl.expand_dims(tl.arange(0, PADDED_K), 0)
+    values = _boxes(inboxes_ptr, 0, SIZE, PADDED_SIZE, tl.int32)
+    labels = _boxes(inboxes_ptr, labels_at, SIZE, PADDED_SIZE, tl.int64)
+    is_alive = tl.load(before_ptr) == 0
+    tl.store(now_ptr, 1, mask=is_alive == 0)
+    patience = tl.where(is_alive, patience, 0)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        token, part = item // (parts + 1), item % (parts + 1)
+        row = me * tokens + token
+        if part < parts:
+            at = part * PART + word
+            words = tl.load(x_ptr + token * width + at, mask=at < width, other=0)
+            words = tl.where(words == -1, 0x7FFF7FFF, words)
+            tl.store(values + row * width + at, tl.broadcast_to(words, [PADDED_SIZE, PART]), mask=(source < SIZE) & (at < width) & is_alive)
+        else:
+            there = place < TOP_K
+            expert = tl.load(ids_ptr + token * TOP_K + place, mask=there, other=0)
+            weight = tl.load(weights_ptr + token * TOP_K + place, mask=there, other=0)
+            turn = token % tl.load(turns_ptr + expert, mask=there, other=1)
+            slot = tl.load(table_ptr + expert * copies + turn, mask=there, other=0)
+            counts = there & (tl.load(positions_ptr + token) >= 0)
+            label = (tl.where(counts, slot, -2) << 32) | (weight.to(tl.int64) & 0xFFFFFFFF)
+            goes = (source < SIZE) & there & is_alive
+            tl.store(labels + row * TOP_K + place, tl.broadcast_to(label, [PADDED_SIZE, PADDED_K]), mask=goes)
+            tl.atomic_add(load_ptr + expert, tl.full([1, PADDED_K], 1, tl.int64), mask=counts, sem="relaxed")
+    tl.debug_barrier()
+    inbox = tl.load(inboxes_ptr + me)
+    my_values = tl.multiple_of(inbox.to(tl.pointer_type(tl.int32)), 16)
+    my_labels = tl.multiple_of((inbox + labels_at).to(tl.pointer_type(tl.int64)), 16)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        token, part = item // (parts + 1), item % (parts + 1)
+        row = source * tokens + token
+        if part < parts:
+            at = part * PART + word
+            mask = (source < SIZE) & (at < width)
+            words = _take(my_values + row * width + at, mask, now_ptr, told_ptr, patience, LOOKS, TOLD)
+            tl.store(out_x_ptr + row * width + at, words, mask=mask)
+        else:
+            there = (source < SIZE) & (place < TOP_K)
+            label = _take(my_labels + row * TOP_K + place, there, now_ptr, told_ptr, patience, LOOKS, TOLD)
+            slot = label >> 32
+            here = (slot >= first_slot) & (slot < first_slot + num_slots)
+            tl.store(out_ids_ptr + row * TOP_K + place, tl.where(here, slot - first_slot, -1), mask=there)
+            tl.store(out_weights_ptr + row * TOP_K + place, label.to(tl.int32), mask=there)
+
+
+@triton.jit(do_not_specialize=["tokens", "me", "patience"])
+def direct_combine_kernel(
+    rows_ptr, inboxes_ptr, before_ptr, now_ptr, told_ptr, out_ptr, sums_at, width, tokens, me, patience,
+    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, PART: tl.constexpr, LOOKS: tl.constexpr, TOLD: tl.constexpr,
+):  # fmt: skip
+    """rows are the bits of fp32, those for rank r at [r * tokens, (r + 1) * tokens). Adds up in the order of ranks."""
+    parts = tl.cdiv(width, PART)
+    items = tokens * parts
+    source = tl.expand_dims(tl.arange(0, PADDED_SIZE), 1)
+    word = tl.expand_dims(tl.arange(0, PART), 0)
+    sums = _boxes(inboxes_ptr, sums_at, SIZE, PADDED_SIZE, tl.int32)
+    is_alive = tl.load(before_ptr) == 0
+    tl.store(now_ptr, 1, mask=is_alive == 0)
+    patience = tl.where(is_alive, patience, 0)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        token, at = item // parts, (item % parts) * PART + word
+        mask = (source < SIZE) & (at < width)
+        words = tl.load(rows_ptr + (source * tokens + token) * width + at, mask=mask, other=0)
+        words = tl.where(words == -1, 0x7FFF7FFF, words)
+        tl.store(sums + (me * tokens + token) * width + at, words, mask=mask & is_alive)
+    tl.debug_barrier()
+    my_sums = tl.multiple_of((tl.load(inboxes_ptr + me) + sums_at).to(tl.pointer_type(tl.int32)), 16)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        token, at = item // parts, (item % parts) * PART + word
+        mask = (source < SIZE) & (at < width)
+        words = _take(my_sums + (source * tokens + token) * width + at, mask, now_ptr, told_ptr, patience, LOOKS, TOLD)
+        found = words.to(tl.float32, bitcast=True)
+        total = tl.sum(tl.where(source == 0, found, 0.0), 0)
+        for rank in tl.static_range(1, SIZE):
+            total += tl.sum(tl.where(source == rank, found, 0.0), 0)
+        at_1 = (item % parts) * PART + tl.arange(0, PART)
+        tl.store(out_ptr + token * width + at_1, total, mask=at_1 < width)
+
+
+def _programs(items: int) -> tuple[int]:
+    return (min(items, MOST_PROGRAMS),)
+
+
+def dispatch(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    positions: torch.Tensor,
+    choice: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    inboxes: torch.Tensor,
+    labels_at: int,
+    flags: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    rank: int,
+    slots_per_rank: int,
+    patience: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, ids, weights, positions and choice (table, turns, load) as `exchange_pack` takes them, the results as those of `exchange_unpack`:
+    rows of rank 0, then 1, ... inboxes: int64 [ranks], addresses; labels_at: bytes from there; flags: int32 [1], [1] and [TOLD]
+    (before, now, told)."""
+    assert all(one.is_contiguous() for one in (x, ids, weights, positions, *choice)), f"{x.stride()=} {ids.stride()=}"
+    words, (tokens, top_k), size = x.view(torch.int32), ids.shape, len(inboxes)
+    out = torch.empty(size * tokens, words.shape[1], dtype=torch.int32, device=x.device)
+    out_ids = torch.empty(size * tokens, top_k, dtype=torch.int64, device=x.device)
+    out_weights = torch.empty(size * tokens, top_k, dtype=torch.float32, device=x.device)
+    if tokens:
+        parts = triton.cdiv(words.shape[1], PART)
+        direct_dispatch_kernel[_programs(tokens * (parts + 1))](
+            words, ids, weights.view(torch.int32), positions, *choice, inboxes, *flags,
+            out, out_ids, out_weights.view(torch.int32),
+            labels_at, words.shape[1], tokens, choice[0].shape[1], rank * slots_per_rank, slots_per_rank, rank, patience,
+            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), TOP_K=top_k, PADDED_K=max(LEAST_BLOCK, triton.next_power_of_2(top_k)),
+            PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4,
+        )  # fmt: skip
+    return out.view(x.dtype), out_ids, out_weights
+
+
+def combine(
+    rows: torch.Tensor,
+    inboxes: torch.Tensor,
+    sums_at: int,
+    flags: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    rank: int,
+    patience: int,
+) -> torch.Tensor:
+    """rows: fp32 [ranks * T, d], of the rows that `dispatch` has brought. Returns fp32 [T, d]."""
+    assert rows.is_contiguous() and rows.dtype == torch.float32, f"{rows.dtype} {rows.stride()}"
+    size, width = len(inboxes), rows.shape[1]
+    tokens = len(rows) // size
+    out = torch.empty(tokens, width, dtype=torch.float32, device=rows.device)
+    if tokens:
+        direct_combine_kernel[_programs(tokens * triton.cdiv(width, PART))](
+            rows.view(torch.int32), inboxes, *flags, out, sums_at, width, tokens, rank, patience,
+            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+_SIZES = [{"SIZE": size, "PADDED_SIZE": triton.next_power_of_2(size), "PART": PART, "LOOKS": LOOKS, "TOLD": TOLD} for size in (2, 3, 4, 8)]
+_FLAGS = dict.fromkeys(("before_ptr", "now_ptr", "told_ptr"), "*i32")
+_NUMBERS = dict.fromkeys(("tokens", "copies", "first_slot", "num_slots", "me", "patience"), "i32") | {"width": "i32:16"}
+_LONGS = ("ids_ptr", "positions_ptr", "table_ptr", "turns_ptr", "load_ptr", "inboxes_ptr", "out_ids_ptr")
+_WORDS = ("x_ptr", "weights_ptr", "out_x_ptr", "out_weights_ptr")
+AOT = [
+    (
+        direct_dispatch_kernel,
+        dict.fromkeys(_LONGS, "*i64") | dict.fromkeys(_WORDS, "*i32") | _FLAGS | _NUMBERS | {"labels_at": "i32:16"},
+        sizes | {"TOP_K": 6, "PADDED_K": LEAST_BLOCK},
+        {"num_warps": 4},
+    )
+    for sizes in _SIZES
+] + [
+    (
+        direct_combine_kernel,
+        {"rows_ptr": "*i32", "inboxes_ptr": "*i64", "out_ptr": "*fp32", "sums_at": "i32:16"}
+        | _FLAGS
+        | {name: _NUMBERS[name] for name in ("width", "tokens", "me", "patience")},
+        sizes,
+        {"num_warps": 4},
+    )
+    for sizes in _SIZES
+]  # fmt: skip

@@ -1,0 +1,119 @@
+"""`direct` without GPUs: its kernels between processes, interpreted; and how ranks open it, or agree that they cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import ConfigError
+from engine.ops.expert_exchange import ExchangeShape
+from engine.parallel.group import Group
+from engine.parallel.peer_memory import GRANULE, PeerMemory
+from tests.support.ranks import run_group
+
+RANKS = 3
+
+
+def test_tokens_arrive_and_sums_return_while_ranks_run_apart_until_one_falls_silent() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.support.direct_ranks", str(RANKS), "600"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [rank["problem"] for rank in ranks] == [None] * RANKS
+    assert all(rank["is_empty"] for rank in ranks), "what has been read is empty again"
+    told = {rank["rank"]: (rank["lost"], rank["nan"]) for rank in ranks}
+    assert told.pop(1) == ("", False)
+    assert told == {rank: (f"decode/0.{rank}: a rank of its group did not send its tokens or sums in time", True) for rank in (0, 2)}
+
+
+class Driver:
+    """libcuda of one rank: memory of rank r lies at r << 32 for itself, and 1 << 60 further for others."""
+
+    def __init__(self, rank: int, refuses: dict[str, int] | None = None) -> None:
+        self._rank, self._refuses = rank, refuses or {}
+        self.held: set[int] = set()
+        self.num_bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *arguments: self._refuses.get(name) or getattr(self, f"_{name}")(*(getattr(a, "_obj", a) for a in arguments)) or 0
+
+    def _cuMemAlloc_v2(self, address: Any, size: Any) -> None:
+        address.value, self.num_bytes = (self._rank + 1) << 32, size.value
+        self.held.add(address.value)
+
+    def _cuMemsetD8_v2(self, address: Any, value: Any, size: Any) -> None:
+        assert (address.value, value.value, size.value) == ((self._rank + 1) << 32, 0xFF, self.num_bytes)
+
+    def _cuCtxSynchronize(self) -> None:
+        """It is done."""
+
+    def _cuIpcGetMemHandle(self, handle: Any, address: Any) -> None:
+        text = b"\x00 %d \x00" % address.value
+        ctypes.memmove(ctypes.addressof(handle), text, len(text))
+
+    def _cuIpcOpenMemHandle_v2(self, address: Any, handle: Any, flags: Any) -> None:
+        assert ctypes.sizeof(handle) == 64 and flags.value == 1
+        address.value = int(ctypes.string_at(ctypes.addressof(handle), 64).strip(b"\x00 ")) + (1 << 60)
+        self.held.add(address.value)
+
+    def _cuIpcCloseMemHandle(self, address: Any) -> None:
+        self.held.remove(address.value)
+
+    def _cuMemFree_v2(self, address: Any) -> None:
+        assert self.held == {address.value}, "peers' memory is closed before"
+        self.held.clear()
+
+
+def test_all_ranks_map_all_memory_and_give_it_back() -> None:
+    def rank(group: Group) -> tuple[tuple[int, ...], set[int]]:
+        driver = Driver(group.rank)
+        memory = PeerMemory(group, GRANULE + 1, driver)
+        assert driver.num_bytes == 2 * GRANULE and len(driver.held) == RANKS
+        memory.close()
+        return memory.addresses, driver.held
+
+    for number, (addresses, held) in enumerate(run_group(RANKS, rank)):
+        assert addresses == tuple((other + 1 << 32) + (0 if other == number else 1 << 60) for other in range(RANKS))
+        assert held == set()
+
+
+@pytest.mark.parametrize(
+    ("refuses", "host", "says"),
+    [
+        ({"cuIpcOpenMemHandle_v2": 217}, "", r"^decode/0\.1: cuIpcOpenMemHandle_v2 failed with CUDA error 217 for the memory of rank 0$"),
+        ({"cuMemAlloc_v2": 2}, "", r"^decode/0\.1: cuMemAlloc_v2 failed with CUDA error 2$"),
+        ({}, "elsewhere", "^the ranks are on several hosts$"),
+    ],
+)
+def test_what_keeps_one_rank_from_it_is_known_to_all(refuses: dict[str, int], host: str, says: str) -> None:
+    def rank(group: Group) -> set[int]:
+        driver = Driver(group.rank, refuses if group.rank == 1 else None)
+        with pytest.raises(ConfigError, match=says):
+            PeerMemory(group, 1, driver, host if group.rank == 1 else "")
+        return driver.held
+
+    assert run_group(RANKS, rank) == [set()] * RANKS
+
+
+def test_ranks_that_cannot_reach_each_other_gather() -> None:
+    pytest.importorskip("triton")
+    from engine.ops.expert_exchange.direct import open_direct
+
+    shape = ExchangeShape(hidden_size=64, num_slots=8, max_tokens=4, is_latency_bound=True)
+    others: Any = object()
+
+    def rank(group: Group) -> object:
+        driver = Driver(group.rank, {"cuIpcGetMemHandle": 800} if group.rank else None)
+        return open_direct(group, shape, torch.device("cpu"), driver, others)
+
+    assert run_group(2, rank) == [others, others]
