@@ -5,8 +5,9 @@ python -m tests.benchmarks.bench_exchange [--ranks 2] [--device cuda] [--tokens 
 
 One row is a dispatch and a combine with nothing in between, of so many tokens a rank, on the slowest rank. Decode (`--tokens`) is timed as
 replays of a CUDA graph that holds several, prefill (`--prompt-tokens`) as calls. Experts are drawn at random. Beside each backend stands
-what it calls, with tensors of the same sizes that were made before: two collectives, or DeepEP's dispatch and combine. What the results
-are is for tests/parity/test_exchange_gpus.py to say. On CPUs (`--device cpu`) the collectives are gloo's.
+what it calls, with tensors of the same sizes that were made before: two collectives, or DeepEP's dispatch and combine; `direct`, which
+calls nothing, stands beside the collectives. What the results are is for tests/parity/test_exchange_gpus.py to say. On CPUs
+(`--device cpu`) the collectives are gloo's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.ops.expert_exchange import ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange.gather import GatherExchange
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, even_placement
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
@@ -119,6 +121,9 @@ class Exchanges:
         self._ops = bind(EngineConfig(device=device.type), device)
         self._opened: dict[tuple[str, bool], ExpertExchange] = {}
         self.no_deepep = self._op.backends["deepep"].requires(device)
+        self.no_direct = self._op.backends["direct"].requires(device)
+        if self.no_direct is None and isinstance(self.of("direct", max(loads, key=lambda load: load.is_decode)), GatherExchange):
+            self.no_direct = "the ranks cannot reach each other's memory"
 
     def of(self, backend: str, load: Load) -> ExpertExchange:
         key = (backend, load.is_decode)
@@ -138,6 +143,8 @@ def bodies(
     """(name, the name of what it is compared with, what makes a call to time). Every rank in the same order."""
     yield "collectives", "", lambda: bare_collectives(load, group, device)
     yield "gather", "collectives", lambda: ours(exchanges.of("gather", load), load, group, device)
+    if exchanges.no_direct is None and load.is_decode:
+        yield "direct", "collectives", lambda: ours(exchanges.of("direct", load), load, group, device)
     if device.type == "cpu" or not load.is_decode:  # the reference asks the host for sizes, which a graph cannot
         yield "reference", "collectives", lambda: ours(exchanges.of("reference", load), load, group, device)
     if exchanges.no_deepep is None:
@@ -150,6 +157,8 @@ def measure(loads: list[Load], group: Group, device: torch.device) -> Iterator[d
     exchanges = Exchanges(loads, group, device)
     if exchanges.no_deepep is not None and group.rank == 0:
         print(f"deepep is left out: {exchanges.no_deepep}", flush=True)
+    if exchanges.no_direct is not None and group.rank == 0:
+        print(f"direct is left out: {exchanges.no_direct}", flush=True)
     for load in loads:
         found: dict[str, float] = {}
         for name, base, make in bodies(load, exchanges, group, device):

@@ -12,7 +12,8 @@ had to advance: a store of 32 or 64 aligned bits is seen whole or not at all, wh
 are NaN, of bf16 twice or of fp32, and are sent as another NaN. Slots are sent as -2 where there is none.
 
 Why one inbox is enough, and nothing is stored over what is not read yet. Take ranks p and r, whose exchanges are dispatch 1, combine 1,
-dispatch 2, ..., each a kernel, in this order on their streams, and each with at least one word from every rank to every rank.
+dispatch 2, ..., each with at least one word from every rank to every rank. Each is a kernel, in this order on its rank's stream, and
+does nothing before the one before it has ended.
 
 values, labels   p stores those of dispatch n + 1 after its combine n, which ended when it had r's sums n. r sent these in its combine n,
                  which began when its dispatch n had ended, and with it all reading and emptying of what p's dispatch n had sent.
@@ -34,6 +35,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.triton_early import begin, early
 
 PART = 512
 """Words of a row that a program moves at a time."""
@@ -83,6 +86,7 @@ def direct_dispatch_kernel(
     LOOKS: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
     """x and the weights are 32-bit words, `width` of x in a row. The last part of a token is its labels."""
+    begin()
     parts = tl.cdiv(width, PART)
     items = tokens * (parts + 1)
     source = tl.expand_dims(tl.arange(0, PADDED_SIZE), 1)
@@ -139,6 +143,7 @@ def direct_combine_kernel(
     SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, PART: tl.constexpr, LOOKS: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
     """rows are the bits of fp32, those for rank r at [r * tokens, (r + 1) * tokens). Adds up in the order of ranks."""
+    begin()
     parts = tl.cdiv(width, PART)
     items = tokens * parts
     source = tl.expand_dims(tl.arange(0, PADDED_SIZE), 1)
@@ -199,7 +204,7 @@ def dispatch(
             out, out_ids, out_weights.view(torch.int32),
             labels_at, words.shape[1], tokens, choice[0].shape[1], rank * slots_per_rank, slots_per_rank, rank, patience,
             SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), TOP_K=top_k, PADDED_K=max(LEAST_BLOCK, triton.next_power_of_2(top_k)),
-            PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4,
+            PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4, **early(tokens),
         )  # fmt: skip
     return out.view(x.dtype), out_ids, out_weights
 
@@ -220,7 +225,7 @@ def combine(
     if tokens:
         direct_combine_kernel[_programs(tokens * triton.cdiv(width, PART))](
             rows.view(torch.int32), inboxes, *flags, out, sums_at, width, tokens, rank, patience,
-            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4,
+            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4, **early(tokens),
         )  # fmt: skip
     return out
 
