@@ -137,8 +137,7 @@ class DecodeGraphs:
     def draw(self, chunks: list[Chunk], least: int = 0, rows_before: list[int] | None = None) -> Drawn:
         """As `run`, and draws the tokens; waits for nothing."""
         assert self._histories is not None
-        histories = [self._histories.slot_of(chunk.sequence, chunk.end) for chunk in chunks]
-        graph, logits = self.fill(chunks, least, rows_before, histories)
+        graph, logits = self.fill(chunks, least, rows_before, self._histories.slots_of(chunks))
         graph.replay()
         logprobs: dict[int, tuple[torch.Tensor, ...]] = {}
         if chunks:
@@ -156,7 +155,7 @@ class DecodeGraphs:
         self, chunks: list[Chunk], least: int = 0, rows_before: list[int] | None = None, histories: list[int] | None = None
     ) -> tuple[Graph, torch.Tensor]:
         """Copy a step's inputs in; its graph, to be replayed, and the logits that it will write. `histories`: for each chunk what
-        `SlotHistories.slot_of` says, if tokens are to be drawn."""
+        `SlotHistories.slots_of` says, if tokens are to be drawn."""
         size = self._size(len(chunks), least)
         most_pages = max((len(chunk.sequence.page_ids) for chunk in chunks), default=0)
         width = self._widths[bisect.bisect_left(self._widths, most_pages)]

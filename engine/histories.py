@@ -1,6 +1,6 @@
 """What tokens drawn by the device must know of those before them: counts, penalties and logit bias, in memory of each slot.
 
-    slot = histories.slot_of(sequence, position)      # for the draw of the token at `position`, which counts it; -1: it needs nothing
+    slots = histories.slots_of(chunks)      # for the draws of the tokens that follow the chunks, which count them
 
 A slot is filled when a sequence with such parameters is drawn for in it for the first time: from the tokens of its request and those that
 followed, wherever they were computed. After that every draw counts its token. Sequences without them leave a slot's memory as it is.
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from core.request import SamplingParams
+from engine.batch import Chunk
 from engine.ops.sample import BIAS_SHIFT, COUNT_MASK, NUM_TERMS, SEEN, Histories
 from engine.recorder import Recorder
 from engine.sampler import needs_history
@@ -36,16 +37,18 @@ class SlotHistories:
         self._held: dict[int, tuple[Sequence, int]] = {}
         """Slot -> whose tokens its memory counts, and how many of them when all draws that were asked for are done."""
 
-    def slot_of(self, sequence: Sequence, position: int) -> int:
-        """To be called in the order of the draws. All tokens before `position` are known, or drawn by way of the slot's memory."""
-        if not needs_history(sequence.request.sampling):
-            return -1
-        slot_id = sequence.slot_id
-        if self._held.get(slot_id) != (sequence, position):
-            assert position <= len(sequence.token_ids), f"{sequence.request_id}: token {position - 1} was drawn elsewhere"
-            self._recorder.put(self.memory.words[slot_id], words_of(sequence, position, self._vocab_size))
+    def slots_of(self, chunks: list[Chunk]) -> list[int]:
+        """Of each chunk the slot whose memory its draw reads and writes, -1: none. To be called once for every step that draws, in their
+        order; all tokens of the chunks are known, or drawn with such slots."""
+        return [self._filled(chunk) if needs_history(chunk.sequence.request.sampling) else -1 for chunk in chunks]
+
+    def _filled(self, chunk: Chunk) -> int:
+        sequence, slot_id = chunk.sequence, chunk.sequence.slot_id
+        if self._held.get(slot_id) != (sequence, chunk.end):
+            assert chunk.end <= len(sequence.token_ids), f"{sequence.request_id}: token {chunk.end - 1} was drawn elsewhere"
+            self._recorder.put(self.memory.words[slot_id], words_of(sequence, chunk.end, self._vocab_size))
             self._recorder.put(self.memory.terms[slot_id], terms_of(sequence.request.sampling))
-        self._held[slot_id] = sequence, position + 1
+        self._held[slot_id] = sequence, chunk.end + 1
         return slot_id
 
 
