@@ -44,19 +44,25 @@ class PeerMemory:
         try:
             self._open((host or BOOT_ID.read_text().strip()).encode())
         except ConfigError:
-            self._free()
+            self.close()
             raise
         self.addresses = tuple(self._peers.get(rank, self._mine) for rank in range(group.size))
         """Of the first byte, by rank."""
 
     def close(self) -> None:
-        """Collective: what peers may still write is given back when all are here. Else the process's end gives it back."""
+        """Collective: a view ends when nobody uses it any more, and memory when it has no views. If a rank is gone, the process's end
+        gives both back."""
         try:
+            self._group.barrier()
+            self._call("cuCtxSynchronize")
+            for rank, address in self._peers.items():
+                self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address), of=rank)
             self._group.barrier()
         except GroupLost as error:
             log.info("peers.left", member=self._group.seat.member, error=error)
             return
-        self._free()
+        if self._mine:
+            self._call("cuMemFree_v2", ctypes.c_uint64(self._mine))
 
     def _open(self, host: bytes) -> None:
         try:
@@ -106,11 +112,3 @@ class PeerMemory:
         if status:
             whose = "" if of is None else f" for the memory of rank {of}"
             raise ConfigError(f"{name} failed with CUDA error {status}{whose}")
-
-    def _free(self) -> None:
-        for rank, address in self._peers.items():
-            self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address), of=rank)
-        self._peers.clear()
-        if self._mine:
-            self._call("cuMemFree_v2", ctypes.c_uint64(self._mine))
-        self._mine = 0

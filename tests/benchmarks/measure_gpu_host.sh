@@ -46,7 +46,7 @@ step parity_new 150 -m pytest -q -n 4 -m gpu tests/parity/test_ops.py tests/pari
 step parity_model 150 -m pytest -q -s tests/parity/test_gpu_model.py
 step parity_steps 120 -m pytest -q tests/parity/test_gpu_steps.py
 if [ "$gpus" -ge 2 ]; then
-    step parity_exchange 120 -m pytest -q tests/parity/test_exchange_gpus.py -k "gather or reference"
+    step parity_exchange 180 -m pytest -q tests/parity/test_exchange_gpus.py tests/parity/test_direct_gpus.py -k "not deepep"
     engine="-m tests.benchmarks.bench_engine --ranks 2 --ops expert_exchange=gather --profile"
     also=1x8192,32x8192,128x8192,256x8192,1x4096,1x921600,32x131072
 else
