@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 
 import grpc.aio
 
@@ -20,8 +21,8 @@ log = get_logger("router")
 class Members:
     """Owner of the sessions. `changed` is set whenever a session may have become ready."""
 
-    def __init__(self, liveness_timeout_s: float) -> None:
-        self.router_name = f"router-{new_incarnation():x}"
+    def __init__(self, liveness_timeout_s: float, router_name: str = "") -> None:
+        self.router_name = router_name or f"router-{new_incarnation():x}"
         self._timeout_s = liveness_timeout_s
         self._sessions: dict[tuple[str, int], RankSession] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -41,6 +42,8 @@ class Members:
                 self._sessions[key] = RankSession(member, self.router_name, self._timeout_s)
             elif member.state == "draining":
                 self._sessions[key].is_draining = True
+        # In an order of this router's own: routers, which do not know of each other's requests, would all begin with the same rank.
+        self._sessions = dict(sorted(self._sessions.items(), key=lambda item: zlib.crc32(f"{self.router_name} {item[0][0]}".encode())))
         for key in [key for key in self._sessions if key not in listed]:
             task = asyncio.create_task(self._sessions.pop(key).close())
             self._closing.add(task)

@@ -36,7 +36,7 @@ def place(
 
     The ranks of a group step together, so the mean of a rank's group counts as much as the rank itself. A rank without room for the
     request comes after all that have it. `avoid`: (name, incarnation) of ranks that failed this request or refused it; used only when
-    there is no other. Raises Unavailable when a role has no rank, Mismatch when no two fit each other.
+    there is no other. Among equals the first one. Raises Unavailable when a role has no rank, Mismatch when no two fit each other.
     """
     for role, found in (("prefill", prefills), ("decode", decodes)):
         if not found:
@@ -53,6 +53,15 @@ def place(
     same = [candidate for candidate in decodes if candidate.member.fingerprint == prefill.fingerprint]
     num_pages = -(-request.max_total_tokens // PAGE_TOKENS)
     return prefill, _least(same, lambda rank: decode_load(rank, num_pages), num_pages, avoided)
+
+
+def place_prefill(
+    request: Request, prefills: Sequence[Candidate], fingerprint: str, avoid: Iterable[tuple[str, int]] = ()
+) -> Member | None:
+    """As `place`, when pages are granted on a decode rank with this KV layout. None when no prefill rank has it."""
+    fitting = [candidate for candidate in prefills if candidate.member.fingerprint == fingerprint]
+    num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
+    return _least(fitting, prefill_load, num_pages, set(avoid)) if fitting else None
 
 
 def prefill_load(rank: Candidate) -> float:
@@ -75,10 +84,10 @@ def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], nu
     for rank, its_load in zip(ranks, loads, strict=True):
         groups.setdefault(rank.member.replica, []).append(its_load)
 
-    def cost(place: int) -> tuple[bool, bool, float, int, int]:
+    def cost(place: int) -> tuple[bool, bool, float]:
         member, load, group = ranks[place].member, ranks[place].load, groups[ranks[place].member.replica]
         is_full = load.pages_total > 0 and (load.pages_free < num_pages or load.slots_free == 0)
         is_avoided = (member.name, member.incarnation) in avoided
-        return is_avoided, is_full, loads[place] + sum(group) / len(group), member.replica, member.rank
+        return is_avoided, is_full, loads[place] + sum(group) / len(group)
 
     return ranks[min(range(len(ranks)), key=cost)].member

@@ -11,7 +11,7 @@ from core.errors import DeadlineExceeded, NoMembers, Overloaded, Unavailable
 from core.request import Request, Reservation
 from router.config import RouterConfig
 from router.members import Members
-from router.placement import Candidate, place
+from router.placement import Candidate, place, place_prefill
 from router.prefix_index import PrefixIndex
 from router.session import Event, Failed, RankSession, Reserved
 
@@ -74,7 +74,7 @@ class Reserver:
                     async with asyncio.timeout(self._config.reserve_timeout_s):
                         event = await answer
                     if isinstance(event, Reserved):
-                        return prefill, decode, event.reservation
+                        return self._prefill_now(request, decode, avoid, keeper) or prefill, decode, event.reservation
                     assert isinstance(event, Failed), f"{event}"
                     raise event.error
                 except Overloaded:
@@ -112,6 +112,16 @@ class Reserver:
                 await asyncio.sleep(PLACE_POLL_S)
         prefill, decode = (next(s for s in found if s.member is member) for found, member in zip(sessions.values(), chosen, strict=True))
         return prefill, decode
+
+    def _prefill_now(
+        self, request: Request, decode: RankSession, avoid: list[tuple[str, int]], keeper: RankSession | None
+    ) -> RankSession | None:
+        """The least loaded prefill rank, now that pages are granted: requests that asked for theirs at the same time saw equal loads."""
+        if keeper is not None:
+            return keeper
+        found = self._members.ready("prefill")
+        chosen = place_prefill(request, [_candidate(session, {}) for session in found], decode.member.fingerprint, avoid)
+        return next((session for session in found if session.member is chosen), None)
 
 
 def key_of(session: RankSession) -> tuple[str, int]:

@@ -217,7 +217,7 @@ class RouterProcess(Process):
     def __init__(self, world: World, name: str, config: RouterConfig) -> None:
         super().__init__(world, name)
         self.sim = world
-        self.members = Members(LIVENESS_S)
+        self.members = Members(LIVENESS_S, name.replace("router", "router-"))
         self.relay = Relay(self.members, config, cast(Any, self))
         self.service = Service(config, "sim", 1000, cast(Any, None), self.relay, NOTHING, cast(Any, self))
 

@@ -57,8 +57,8 @@ class FakeRank:
 
 
 class FakePrefill(FakeRank):
-    def __init__(self, decodes: list[FakeRank]) -> None:
-        super().__init__("prefill")
+    def __init__(self, decodes: list[FakeRank], replica: int = 0) -> None:
+        super().__init__("prefill", replica)
         self.decodes = decodes
         self.handed_on: list[tuple[str, Reservation]] = []
 

@@ -73,3 +73,29 @@ def test_a_request_that_ends_with_its_first_token_is_not_expected_to_have_left_p
 
     asyncio.run(ask())
     assert relay._reserver._prefixes.find(prompt) is None
+
+
+def test_requests_that_arrive_together_are_spread_over_prefill_ranks() -> None:
+    """Their pages are granted a while after they are asked for, as by a rank that is not in this process."""
+    decode = FakeRank("decode")
+    prefills = [FakePrefill([decode], replica) for replica in (0, 1)]
+    relay, grant, waiting = new_relay([*prefills, decode]), decode.reserve, list[Request]()
+    decode.reserve, decode.is_silent = waiting.append, True  # type: ignore[method-assign]
+
+    async def ask() -> None:
+        requests = [
+            Request(request_id=f"r{n}", token_ids=(5,) * 300, prompt_len=300, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+            for n in range(8)
+        ]
+        tasks = [asyncio.ensure_future(anext(relay.generate(request, new_journey()))) for request in requests]
+        await asyncio.sleep(0.01)
+        assert len(waiting) == 8 and not any(prefill.requests for prefill in prefills)
+        for request in waiting:
+            grant(request)
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(ask())
+    assert [len(prefill.requests) for prefill in prefills] == [4, 4]
