@@ -58,7 +58,7 @@ class Attention:
                 rows = slice(first, first + length)
                 parts.append(self._prefill(q[rows], kv[rows], chosen[rows], before[number], step, number, cache))
                 first += length
-            o = torch.cat(parts)
+            o = parts[0] if len(parts) == 1 else torch.cat(parts)
         o = self._ops.output_derotate(o, cos, sin).flatten(1).unflatten(1, (self._groups, -1))
         return self._wo_b(self._ops.grouped_linear(o, self._wo_a).flatten(1))
 
@@ -99,7 +99,8 @@ class Attention:
         """Rows [n, D] of the up to 127 tokens before a chunk, which the chunk's own rows will overwrite."""
         start, row = step.batch.starts_S[number], sum(step.batch.lengths_S[:number])
         positions = torch.arange(max(0, start - WINDOW_ROWS + 1), start, device=step.places.positions_T.device)
-        return cache.window.read(step.places.slots_T[row], positions % WINDOW_ROWS)
+        slot = step.places.slots_T[row : row + 1]  # of one dimension: the host would wait for an index of none
+        return cache.window.read(slot, positions % WINDOW_ROWS)
 
     def _prefill(
         self, q: torch.Tensor, kv: torch.Tensor, chosen: torch.Tensor, before: torch.Tensor, step: Step, number: int, cache: LayerCache
