@@ -105,7 +105,8 @@ class Router:
 def _listen(host: str, port: int, is_shared: bool) -> socket.socket:
     """A listening socket; all that share a port must say so. Raises ConfigError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named: event loops then send small writes at once, else they wait for the client's delayed acknowledgement.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if is_shared:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

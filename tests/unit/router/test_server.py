@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
+import socket
 
 import pytest
 
@@ -30,5 +31,23 @@ def test_a_port_is_shared_only_by_routers_that_both_mean_to(first: bool, second:
         again = new_router(there.port, second)
         await again.start()
         await again.stop()
+
+    asyncio.run(live())
+
+
+def test_small_writes_are_sent_at_once() -> None:
+    """Else each answer and each event of a stream on a kept connection would wait 40 ms for the client's acknowledgement."""
+
+    async def live() -> None:
+        router = new_router(0, False)
+        await router.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+        writer.write(b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"200"
+        (connection,) = router._server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        writer.close()
+        await router.stop()
 
     asyncio.run(live())
