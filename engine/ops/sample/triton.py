@@ -198,10 +198,7 @@ def run(logits: torch.Tensor, draws: Draws, histories: Histories | None = None) 
 
 _SIZES = {"PAIRS": BLOCK // 2, "PADDED_BLOCKS": 32, "ID_BITS": 17}
 AOT = [
-    *(
-        aot(sample_blocks_kernel, BLOCKS_OPTIONS, ADJUST=adjust, FILTERED=filtered, **_SIZES)
-        for adjust, filtered in ((False, False), (True, False), (False, True))
-    ),
+    *(aot(sample_blocks_kernel, BLOCKS_OPTIONS, ADJUST=not filtered, FILTERED=filtered, **_SIZES) for filtered in (False, True)),
     *(
         aot(sample_decide_kernel, {"num_warps": 4}, ADJUST=not filtered, COUNT=True, FILTERED=filtered, **_SIZES)
         for filtered in (False, True)
