@@ -1,11 +1,12 @@
 """Time whole steps of a model of published shape with dummy weights, on one GPU or on a group of them.
 
 python -m tests.benchmarks.bench_engine [--model deploy/model_shapes/v4_flash] [--layers N] [--ranks 2] [--batches 1,8,32]
-    [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--profile] [--out file.json]
+    [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--routing even] [--profile] [--out file.json]
 
 `--layers` keeps the first so many layers, for devices that do not hold all. A decode step is one replay of its graph, sampling aside;
 `batch` is per rank. A prefill is the chunks of one prompt, or of as many as fill
-one chunk. Each row stands beside the floor of the same run: the bytes that the step
+one chunk. With `--routing even` experts are chosen by token id in all layers, each as likely; with `scored`, as the published config.json
+has it, dummy hidden states are alike and a few experts get all tokens. Each row stands beside the floor of the same run: the bytes that the step
 must move (weights once, of experts those that its tokens touch, each sequence's cache rows) over the copy
 bandwidth, or its FLOPs over the matrix rate, measured at the start.
 """
@@ -42,12 +43,14 @@ FILLED_TOKENS = 512
 """Of the prompt that fills the caches, in one step, for which an exchange needs room."""
 
 
-def cut_shape(folder: pathlib.Path, layers: int | None, into: pathlib.Path) -> pathlib.Path:
-    """A folder with the shape of `folder`, of the first `layers` layers."""
+def cut_shape(folder: pathlib.Path, layers: int | None, into: pathlib.Path, is_even: bool = True) -> pathlib.Path:
+    """A folder with the shape of `folder`, of the first `layers` layers. `is_even`: experts go by token id in all of them."""
     config = json.loads((folder / "config.json").read_text())
     if layers is not None:
         config["num_hidden_layers"], config["compress_ratios"] = layers, [*config["compress_ratios"][:layers], 0]
     config["num_nextn_predict_layers"] = 0
+    if is_even:
+        config["num_hash_layers"] = config["num_hidden_layers"]
     target = into / folder.name
     target.mkdir()
     (target / "config.json").write_text(json.dumps(config))
@@ -56,7 +59,7 @@ def cut_shape(folder: pathlib.Path, layers: int | None, into: pathlib.Path) -> p
 
 def new_sequence(number: int, length: int, page_ids: list[int]) -> Sequence:
     """One that has `length` tokens in its cache and one to be run."""
-    ids = (7,) * length + ((number * 7919 + 11) % 100003,)
+    ids = tuple((number * 7919 + place * 31 + 11) % 100003 for place in range(length + 1))
     sequence = Sequence.from_request(Request(request_id=str(number), token_ids=ids, prompt_len=1, sampling=SamplingParams(max_tokens=1)))
     sequence.slot_id, sequence.page_ids, sequence.num_computed = number, page_ids, length
     return sequence
@@ -234,10 +237,11 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         sharing = Sharing(group=group, max_tokens=most, is_latency_bound=not arguments.prompts)
     engine = EngineConfig(device="cuda", load="dummy", max_model_len=1 << 20, ops=dict(pair.split("=") for pair in arguments.ops))
     with tempfile.TemporaryDirectory() as folder:
-        shape = cut_shape(arguments.model, arguments.layers, pathlib.Path(folder))
+        shape = cut_shape(arguments.model, arguments.layers, pathlib.Path(folder), arguments.routing == "even")
         loaded = LoadedModel.load(shape, engine, sharing)
     report: dict[str, Any] = {
         "command": " ".join(sys.argv), "commit": commit(), "device": torch.cuda.get_device_name(), "ranks": arguments.ranks,
+        "routing": arguments.routing,
         "layers": loaded.model.num_hidden_layers,
         "copy bandwidth TB/s": round(bandwidth / 1e12, 3), "fp8 rate TFLOP/s": round(rate / 1e12, 1),
         "weights GB": round(tensor_bytes(loaded.network) / 1e9, 2), "ops": {choice.op: choice.backend for choice in loaded.ops.choices},
@@ -285,6 +289,7 @@ def main() -> None:
     parser.add_argument("--also", type=pairs, default=[], metavar="BATCHxCONTEXT,...", help="further decode steps")
     parser.add_argument("--prompts", type=ints, default=[])
     parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--routing", choices=["even", "scored"], default="even")
     parser.add_argument("--ops", nargs="*", default=[], metavar="OP=BACKEND")
     parser.add_argument("--profile", action="store_true", help="time by kernel")
     parser.add_argument("--out", type=pathlib.Path, default=None)

@@ -49,6 +49,7 @@ from kv_transfer.sender import Closed, CommitOrder
 from kv_transfer.sending import KVSender
 from kv_transfer.transport import Write
 from kv_transfer.transports import open_transport
+from tests.benchmarks.timeline_parts import visible_gpu
 
 MODEL = pathlib.Path(__file__).resolve().parents[2] / "deploy" / "model_shapes" / "v4_flash"
 LAYERS = 43
@@ -103,7 +104,7 @@ def member(role: str, address: str) -> Member:
 def receive(device: str, is_isolated: bool, num_pages: int, pipe: multiprocessing.connection.Connection) -> None:
     """The decode side: answers with what a sender must know, then with the times at which commits arrived, until told to end."""
     if is_isolated:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(device)
         device = "cuda:0"
     layout = layout_of_flash()
     pages, slots = allocate(layout, num_pages, device)

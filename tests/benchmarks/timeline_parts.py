@@ -30,7 +30,7 @@ class Parts:
         self._folder = folder
         devices = arguments.devices.split(",")
         assert len(devices) == 2, f"--devices names two, not {devices}"
-        self._visible = {role: device.partition(":")[2] for role, device in zip(("prefill", "decode"), devices, strict=True)}
+        self._visible = {role: visible_gpu(device) for role, device in zip(("prefill", "decode"), devices, strict=True)}
         on_gpu = devices[0].startswith("cuda")
         self.devices = [_device_name(device) for device in devices]
         num_pages = -(-(arguments.tokens + arguments.output_len) // 256) * (arguments.repeats + arguments.warm_ups + 2)
@@ -127,6 +127,13 @@ class Parts:
                 pass  # it does not listen yet
             assert time.monotonic() < give_up_at, f"the router is not ready:\n{self.log('router')[-2000:]}"
             time.sleep(0.1)
+
+
+def visible_gpu(device: str) -> str:
+    """What CUDA_VISIBLE_DEVICES must be in a process that is to see this device alone, one of those that this process sees; "" of a CPU."""
+    index = device.partition(":")[2]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return seen.split(",")[int(index)] if index and seen else index
 
 
 def _device_name(device: str) -> str:
