@@ -4,11 +4,10 @@ python -m tests.benchmarks.bench_engine [--model deploy/model_shapes/v4_flash] [
     [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--routing even] [--profile] [--out file.json]
 
 `--layers` keeps the first so many layers, for devices that do not hold all. A decode step is one replay of its graph, sampling aside;
-`batch` is per rank. A prefill is the chunks of one prompt, or of as many as fill
-one chunk. With `--routing even` experts are chosen by token id in all layers, each as likely; with `scored`, as the published config.json
-has it, dummy hidden states are alike and a few experts get all tokens. Each row stands beside the floor of the same run: the bytes that the step
-must move (weights once, of experts those that its tokens touch, each sequence's cache rows) over the copy
-bandwidth, or its FLOPs over the matrix rate, measured at the start.
+`batch` is per rank. A prefill is the chunks of one prompt, or of as many as fill one chunk. With `--routing even` experts are chosen by
+token id in all layers, each as likely; with `scored`, as the published config.json has it, dummy hidden states are alike and a few experts
+get all tokens. Each row stands beside the floor of the same run: the bytes that the step must move (weights once, of experts those that
+its tokens touch, each sequence's cache rows) over the copy bandwidth, or its FLOPs over the matrix rate, measured at the start.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def cut_shape(folder: pathlib.Path, layers: int | None, into: pathlib.Path, is_e
 
 def new_sequence(number: int, length: int, page_ids: list[int]) -> Sequence:
     """One that has `length` tokens in its cache and one to be run."""
-    ids = tuple((number * 7919 + place * 31 + 11) % 100003 for place in range(length + 1))
+    ids = tuple((number * 7919 + place * 31 + 11) % 1999 for place in range(length + 1))  # of any vocabulary, tiny ones too
     sequence = Sequence.from_request(Request(request_id=str(number), token_ids=ids, prompt_len=1, sampling=SamplingParams(max_tokens=1)))
     sequence.slot_id, sequence.page_ids, sequence.num_computed = number, page_ids, length
     return sequence
