@@ -1,4 +1,4 @@
-"""The life of a cluster: up, serving, scaling, deaths of its parts, down with nothing left behind. One cluster at a time."""
+"""The life of a cluster: serving, scaling, deaths of its parts, down with nothing left. Ends of other kinds: test_cluster_ends.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pathlib
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import pytest
 from core.errors import Unavailable
 from deploy.client import ControlClient
 from deploy.folder import processes_of
-from tests.support.cluster import MODEL, ROOT, Cluster, kill
+from tests.support.cluster import ROOT, Cluster, kill, rank_processes_of
 
 pytestmark = pytest.mark.e2e
 
@@ -40,11 +39,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def settled(cluster: Cluster) -> Cluster:
     cluster.wait_until_settled(BACK_WITHIN_S)
     return cluster
-
-
-def ranks_of(marker: str) -> list[int]:
-    """Pids of the cluster's rank and router processes."""
-    return [pid for pid in processes_of(marker) if b"RankActor" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def collect(cluster: Cluster, prompt: str, max_tokens: int) -> str:
@@ -156,7 +150,7 @@ def test_apply_restarts_what_the_change_concerns(settled: Cluster) -> None:
 
 
 NUM_CLIENTS = 16
-SCALED_TOKENS = 48
+SCALED_TOKENS = 24
 
 
 def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing(settled: Cluster) -> None:
@@ -202,14 +196,14 @@ def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing
         return all(load.pages_free == pages[role] and load.slots_free == load.slots_total for role, load in loads.items())
 
     settled.wait(is_free, "all pages and slots are free")
-    assert sorted(ranks_of(settled.state.marker)) == sorted(row.pid for row in rows.values())
+    assert sorted(rank_processes_of(settled.state.marker)) == sorted(row.pid for row in rows.values())
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_killed_rank_comes_back_and_streams_go_on(settled: Cluster, role: str) -> None:
     prompt = "The story of a river and"
-    expected = "".join(settled.complete(prompt, 300))
-    threads, texts = stream_in_background(settled, [prompt], 300)
+    expected = "".join(settled.complete(prompt, 120))
+    threads, texts = stream_in_background(settled, [prompt], 120)
     while len(texts[prompt]) < 5:
         time.sleep(0.01)
     name, pid = settled.only(role)
@@ -231,8 +225,8 @@ def test_a_killed_controller_comes_back_and_adopts_what_runs(settled: Cluster) -
     settled.baton("scale", "decode=2")
     before = {name: row.pid for name, row in settled.rows().items()}
     prompt = "A long way from home"
-    expected = "".join(settled.complete(prompt, 200))
-    threads, texts = stream_in_background(settled, [prompt], 200)
+    expected = "".join(settled.complete(prompt, 120))
+    threads, texts = stream_in_background(settled, [prompt], 120)
     controller = settled.controller_pid()
     kill(controller)
     print(f"controller back after {settled.wait_until_settled(BACK_WITHIN_S, frozenset({controller})):.1f} s")
@@ -263,17 +257,21 @@ def test_what_cannot_be_placed_is_reported_and_blocks_nobody(settled: Cluster) -
     assert f"decode.replicas: 1 -> {room + 2}" in output
     output = settled.baton("scale", "decode=1")
     assert "done" in output
-    output = settled.baton("apply", str(settled.file), "prefill.replicas=2", "placement.node_labels={rack: r9}", expect=1)
-    assert "none of 1 nodes has the labels rack=r9" in output
-    assert settled.rows()["prefill/1.0"].member.state == "given up"
-    assert "".join(settled.complete("Hello", 5))
-    settled.baton("apply", str(settled.file))
+    there, _ = settled.only("prefill")
+    try:
+        output = settled.baton("apply", str(settled.file), "prefill.replicas=2", "placement.node_labels={rack: r9}", expect=1)
+        assert "none of 1 nodes has the labels rack=r9" in output
+        states = {name: row.member.state for name, row in settled.rows().items() if row.member.role == "prefill"}
+        assert states.pop(f"{there}.0") == "ready" and list(states.values()) == ["given up"]
+        assert "".join(settled.complete("Hello", 5))
+    finally:
+        settled.baton("apply", str(settled.file))
 
 
 def test_drain_restarts_a_replica_after_its_requests(settled: Cluster) -> None:
     name, pid = settled.only("decode")
     prompt = "Where the road ends"
-    threads, texts = stream_in_background(settled, [prompt], 150)
+    threads, texts = stream_in_background(settled, [prompt], 80)
     while not texts[prompt]:
         time.sleep(0.01)
     settled.baton("drain", name)
@@ -287,47 +285,6 @@ def test_scaling_to_zero_leaves_a_router_that_answers(settled: Cluster) -> None:
     assert settled.get("/health")["status"] == 200 and settled.get("/ready")["status"] == 503
     settled.baton("scale", "prefill=1", "decode=1")
     assert "".join(settled.complete("Hello", 5))
-
-
-def test_a_cluster_whose_keeper_was_killed_ends_and_can_be_started_again(tmp_path: pathlib.Path, cluster: Cluster) -> None:
-    cluster.baton("down")
-    other = Cluster(tmp_path, "second")
-    try:
-        other.up()
-        state = other.state
-        kill(state.keeper_pid)
-        deadline = time.monotonic() + 30
-        while ranks_of(state.marker) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert ranks_of(state.marker) == []
-        other.up()
-        assert processes_of(state.marker) == []  # Ray's agents are slower to notice; starting again swept them away
-        assert not pathlib.Path(state.ray_dir).exists()
-        assert "".join(other.complete("Hello", 5))
-    finally:
-        other.down()
-        cluster.up()
-
-
-def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: pathlib.Path, cluster: Cluster) -> None:
-    cluster.baton("down")
-    model = tmp_path / "broken model"
-    shutil.copytree(MODEL, model)
-    shard = next(model.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1000])
-    broken = Cluster(tmp_path, "broken", model)
-    try:
-        output = broken.baton("up", str(broken.file), expect=1)
-        assert shard.name in output and "taking down what was started" in output
-        assert broken.folder.read() is None
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            output = broken.baton("up", str(broken.file), f"router.port={taken.getsockname()[1]}", expect=1)
-            assert "router.port: 127.0.0.1:" in output and "cannot be had" in output
-    finally:
-        broken.down()
-        cluster.up()
 
 
 def test_python_m_deploy_and_baton_are_one_command() -> None:

@@ -163,9 +163,7 @@ def test_clients_that_leave_free_everything_at_once(serving: Serving) -> None:
                 next(response.iter_lines())
             for stream in opened:
                 stream.__exit__(None, None, None)
-    began = time.monotonic()
     serving.wait(serving.is_empty, 5)
-    assert time.monotonic() - began < 5
 
 
 def test_a_client_that_leaves_an_unstreamed_request_cancels_it(serving: Serving) -> None:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.support.cluster import free_ports
+from tests.support.patience import overload
 from tests.support.stand_alone import FILE, ROOT, Parts, complete
 
 
@@ -29,13 +30,13 @@ def parts(tmp_path: pathlib.Path) -> Iterator[Parts]:
 
 def status_of(client: httpx.Client, path: str, parts: Parts) -> int:
     """As soon as somebody listens."""
-    end = time.monotonic() + 60
+    began = time.monotonic()
     while True:
         try:
             return client.get(path).status_code
         except httpx.TransportError as error:
             problem = repr(error)
-        assert time.monotonic() < end, f"{problem}\n{parts.log()}"
+        assert time.monotonic() < began + 60 * overload(), f"{problem}\n{parts.log()}"
         time.sleep(0.05)
 
 

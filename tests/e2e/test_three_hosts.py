@@ -24,6 +24,7 @@ from deploy.client import ControlClient
 from deploy.folder import ClusterFolder
 from tests.support import hosts
 from tests.support.cluster import MODEL, ROOT
+from tests.support.patience import overload
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(hosts.missing() is not None, reason=hosts.missing() or "")]
 
@@ -119,9 +120,9 @@ class ThreeHosts:
         return self.net.call(0, ask)
 
     def wait(self, is_so: Any, timeout_s: float, what: str) -> None:
-        end = time.monotonic() + timeout_s
+        began = time.monotonic()
         while not is_so():
-            assert time.monotonic() < end, f"{what}: not within {timeout_s} s\n{self.logs()}"
+            assert time.monotonic() < began + timeout_s * overload(), f"{what}: not within {timeout_s} s\n{self.logs()}"
             time.sleep(0.1)
 
     def logs(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from typing import Any
 from core.errors import Unavailable
 from deploy.client import ControlClient
 from deploy.folder import ClusterFolder, ClusterState, processes_of
+from tests.support.patience import overload
 from tests.support.shared_memory import left_over
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -32,11 +34,6 @@ def free_ports(count: int) -> list[int]:
     for found in sockets:
         found.close()
     return ports
-
-
-def overload() -> float:
-    """How many times as long as on a machine that does nothing else things may take: threads that want to run, per core; at least 1."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Cluster:
@@ -92,8 +89,9 @@ class Cluster:
 
     def controller_pid(self) -> int:
         for pid in processes_of(self.state.marker):
-            if b"ray::Controller" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
-                return pid
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if b"ray::Controller" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
         raise ProcessLookupError("the controller has no process")
 
     def wait_until_settled(self, timeout_s: float, without: frozenset[int] = frozenset()) -> float:
@@ -164,6 +162,16 @@ class Cluster:
             assert processes_of(state.marker) == [] and not pathlib.Path(state.ray_dir).exists()
         assert not self.folder.path.exists() or {path.name for path in self.folder.path.iterdir()} <= {"logs", "lock"}
         assert not left_over(self.shared_memory_before, patience_s=5)
+
+
+def rank_processes_of(marker: str) -> list[int]:
+    """Pids of the rank and router processes of the cluster with this marker."""
+    found = []
+    for pid in processes_of(marker):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if b"RankActor" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def kill(pid: int) -> None:
