@@ -15,17 +15,16 @@ import pytest
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from tests.support.serving import Serving
-from tests.support.split_prompts import BORDERS, ENGINE, NUM_PROMPTS, requests, serve, spelling, tokens_of_one_engine
+from tests.support.split_prompts import BORDERS, ENGINE, few_requests, requests, serve, spelling, tokens_of_one_engine
 
 pytestmark = pytest.mark.e2e
 
-SHORT = 30
-"""Prompts of the set in an ordinary run, the borders among them; --run-slow takes all."""
+SETS = {"a part of the set": few_requests, "the whole set": requests}
 
 
 @functools.cache
-def whole(count: int) -> dict[str, list[int]]:
-    return tokens_of_one_engine(requests()[:count])
+def whole(chosen: str) -> dict[str, list[int]]:
+    return tokens_of_one_engine(SETS[chosen]())
 
 
 def serving_in_groups(prefill: int, decode: int, overlap: str) -> Serving:
@@ -57,19 +56,19 @@ def have_stepped_alike(serving: Serving, role: str, size: int) -> bool:
     return len({sum(steps) for steps in steps_of(serving, role, size)}) == 1
 
 
-@pytest.mark.parametrize("count", [SHORT, pytest.param(NUM_PROMPTS, marks=pytest.mark.slow)], ids=["a part of the set", "the whole set"])
+@pytest.mark.parametrize("chosen", ["a part of the set", pytest.param("the whole set", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("prefill", "decode", "overlap"), [(2, 2, "off"), (1, 4, "on"), (4, 1, "on")])
-def test_groups_give_the_tokens_of_one_engine(prefill: int, decode: int, overlap: str, count: int) -> None:
-    wanted = requests()[:count]
+def test_groups_give_the_tokens_of_one_engine(prefill: int, decode: int, overlap: str, chosen: str) -> None:
+    wanted = SETS[chosen]()
     with serving_in_groups(prefill, decode, overlap) as serving:
         assert len(serving.members) == prefill + decode
         assert len({member.fingerprint for member in serving.members.values()}) == 1
         crowded = serve(serving, wanted, at_once=16)
         lonely = serve(serving, wanted[: len(BORDERS) // 2], at_once=1)  # all ranks but one are idle
         for found in (crowded, lonely):
-            wrong = [name for name, tokens in found.items() if tokens != spelling(whole(count)[name])]
+            wrong = [name for name, tokens in found.items() if tokens != spelling(whole(chosen)[name])]
             assert not wrong, f"{len(wrong)} of {len(found)} differ: {wrong[:10]}"
-        assert len(crowded) == count
+        assert len(crowded) == len(wanted)
         serving.wait(serving.is_empty)
         for role, size in (("prefill", prefill), ("decode", decode)):
             serving.wait(functools.partial(have_stepped_alike, serving, role, size))

@@ -21,7 +21,7 @@ ENGINE = EngineConfig(device="cpu", max_model_len=4096)
 
 def prompt_lengths(rng: random.Random) -> list[int]:
     """Every border once; the rest spread over 1 to 1,500, short ones more often."""
-    rest = [min(1500, 1 + int(rng.expovariate(1 / 220))) for _ in range(NUM_PROMPTS - len(BORDERS) - 1)]
+    rest = [min(1500, 1 + int(rng.expovariate(1 / 110))) for _ in range(NUM_PROMPTS - len(BORDERS) - 1)]
     return [*BORDERS, 1500, *rest]
 
 
@@ -34,6 +34,12 @@ def requests() -> list[Request]:
         sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=1000 + number, ignore_eos=True)
         made.append(Request(request_id=f"r{number}", token_ids=ids, prompt_len=length, sampling=sampling))
     return made
+
+
+def few_requests() -> list[Request]:
+    """A part of them, with every kind of border: those of one, two and several blocks of 128 and pages of 256 tokens, and short ones."""
+    every = requests()
+    return [request for request in every[: len(BORDERS)] if request.prompt_len <= 513 or request.prompt_len == 1025] + every[17:27]
 
 
 def tokens_of_one_engine(wanted: list[Request]) -> dict[str, list[int]]:
