@@ -87,6 +87,7 @@ class RankWorker:
             await self._open(listener, registry, endpoint.address)
             await listener.start()
             self._parts.push_async_callback(listener.stop, STOP_GRACE_S)  # no command comes any more while the parts end
+            self._parts.push_async_callback(self._end_writes)
         except BaseException:
             await self.stop()
             raise
@@ -96,6 +97,9 @@ class RankWorker:
     async def _open(self, listener: Listener, registry: CollectorRegistry, metrics_address: str) -> None:
         """Set `member` and `_loop`, add services to the listener, and push onto `_parts` whatever has to be ended."""
         raise NotImplementedError
+
+    async def _end_writes(self) -> None:
+        """Write no other rank's memory any more: called before the port is freed, which others take for the end of all writes."""
 
     def load(self) -> Load:
         return self._loop.load

@@ -25,4 +25,4 @@ class ReceiverMetrics:
         self.quarantined = Gauge("baton_transfer_quarantined_pages", "Pages of revoked reservations not yet safe to use", registry=registry)
         self.commits = Counter("baton_transfer_commits", "Commits that arrived: accepted, void, corrupt", ["outcome"], registry=registry)
         self.senders_lost = Counter("baton_transfer_senders_lost", "Sessions of prefill ranks that ended", registry=registry)
-        self.fences = Counter("baton_transfer_fences", "Resets of the transport to shut out a silent sender", registry=registry)
+        self.fences = Counter("baton_transfer_fences", "Resets of the transport to shut out a lost sender", registry=registry)

@@ -12,14 +12,18 @@
 A sender may write for an epoch only after the answer `live` to its first renew; so an epoch that nobody opened is safe to free.
 A *sender* here is one session with a prefill rank; the rank's next session is another sender.
 
-A sender that was lost stops its writes by itself in less than the quarantine (see `sender.py`). One that fell silent may have been
-stopped, and go on later where it was: before pages that it could still write to are given free, the transport is reset (Fence).
+A sender that was lost stops its writes by itself in less than the quarantine (see `sender.py`), unless it was stopped, and goes on later
+where it was. So its process is asked whether it is over with the session, again and again (Ask): it may say so, or be dead. If there is no
+such proof when the quarantine ends, the transport is reset before pages that it could still write to are given free (Fence).
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+
+ASK_AGAIN_S = 0.5
+"""After an answer that proved nothing."""
 
 
 class Phase(enum.Enum):
@@ -39,8 +43,31 @@ class Expected:
     answer_by: float | None = None
     """Set with REVOKED while the sender lives: when it must have said that its last write is out."""
     quiet_at: float | None = None
-    """Set when the sender was lost: from then on no write of it can land."""
-    needs_fence: bool = False
+    """Set when the sender was lost: from then on no write of it can land, if it was not stopped."""
+    is_over: bool = False
+    """It is proven that its sender writes nothing more, or what it writes is shut out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a session came from."""
+
+    address: str
+    """host:port at which the prefill rank listens."""
+    incarnation: int
+    link: str
+    """The sender's name for the session."""
+    was_reached: bool
+    """This life of the rank has answered at the address."""
+
+
+@dataclass(slots=True)
+class Doubt:
+    """Of a lost sender: whether it still writes."""
+
+    origin: Origin
+    ask_at: float | None
+    """None: it is being asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +110,14 @@ class HangUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """Find out whether this sender, whose session ended, is over with it, and say so: `answered`."""
+
+    sender: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
 class Fence:
     """Reset the transport before anything that follows, and end all sessions."""
 
@@ -117,16 +152,19 @@ class SenderLost:
     reason: str
 
 
-Action = Live | Revoke | Release | HangUp | Fence | Committed | Renewed | Quiesced | SenderLost
+Action = Live | Revoke | Release | HangUp | Ask | Fence | Committed | Renewed | Quiesced | SenderLost
 
 
 class Receiver:
     """All epochs of one decode rank."""
 
-    def __init__(self, *, incarnation: int, quarantine_s: float, answer_s: float) -> None:
-        """answer_s: how long a sender may take to say that its last write is out."""
-        self._incarnation, self._quarantine_s, self._answer_s = incarnation, quarantine_s, answer_s
+    def __init__(self, *, incarnation: int, quarantine_s: float, drain_s: float, answer_s: float) -> None:
+        """quarantine_s: of pages of a lost sender. drain_s: how long bytes may be under way of a sender that has just proven to be over.
+        answer_s: how long a sender may take to say that its last write is out."""
+        self._incarnation, self._quarantine_s, self._drain_s, self._answer_s = incarnation, quarantine_s, drain_s, answer_s
         self._epochs: dict[int, Expected] = {}
+        self._doubts: dict[str, Doubt] = {}
+        """By sender."""
 
     @property
     def num_open(self) -> int:
@@ -205,27 +243,46 @@ class Receiver:
         lost: list[Action] = [SenderLost(epoch, "the prefill rank gave up before the commit")] if found.phase is Phase.OPEN else []
         return [*lost, Quiesced(epoch)]
 
-    def sender_lost(self, sender: str, now: float, *, was_silent: bool) -> list[Action]:
-        """The session ended. was_silent: nothing had been heard for some time, so the sender may have been stopped."""
+    def sender_lost(self, sender: str, origin: Origin, now: float) -> list[Action]:
+        """The session ended, for whatever reason."""
         actions: list[Action] = []
         for epoch, found in self._epochs.items():
             if found.sender != sender or found.phase not in (Phase.OPEN, Phase.REVOKED):
                 continue
-            found.answer_by, found.quiet_at, found.needs_fence = None, now + self._quarantine_s, was_silent
+            found.answer_by, found.quiet_at = None, now + self._quarantine_s
+            if not found.is_over:
+                self._doubts[sender] = Doubt(origin, None)
             if found.phase is Phase.OPEN:
                 found.phase = Phase.REVOKED
                 actions.append(SenderLost(epoch, "the prefill rank was lost before the commit"))
-        return actions
+        return [*actions, Ask(sender, origin)] if sender in self._doubts else actions
+
+    def answered(self, sender: str, is_over: bool, now: float) -> None:
+        """The answer to Ask. is_over: it has no write under way and begins none, or is dead; bytes may still be on the wire."""
+        doubt = self._doubts.get(sender)
+        if doubt is None:
+            return
+        doubt.ask_at = now + ASK_AGAIN_S
+        if is_over:
+            del self._doubts[sender]
+            for found in self._epochs.values():
+                if found.sender == sender and found.quiet_at is not None:
+                    found.is_over, found.quiet_at = True, max(found.quiet_at, now + self._drain_s)
 
     def tick(self, now: float) -> list[Action]:
         actions: list[Action] = []
         due = [epoch for epoch, found in self._epochs.items() if found.quiet_at is not None and now >= found.quiet_at]
-        if any(self._epochs[epoch].needs_fence for epoch in due):
+        if any(not self._epochs[epoch].is_over for epoch in due):
             actions.append(Fence())
+            self._doubts.clear()
             for found in self._epochs.values():
-                found.needs_fence = False
+                found.is_over = found.phase is not Phase.EXPECTED  # whoever opened it did so over a connection that is broken now
         for epoch in due:
             del self._epochs[epoch]
             actions.append(Quiesced(epoch))
+        for sender, doubt in self._doubts.items():
+            if doubt.ask_at is not None and now >= doubt.ask_at:
+                doubt.ask_at = None
+                actions.append(Ask(sender, doubt.origin))
         late = {found.sender for found in self._epochs.values() if found.answer_by is not None and now >= found.answer_by}
         return actions + [HangUp(sender, f"no answer to a revocation for {self._answer_s:g} s") for sender in sorted(late)]

@@ -6,10 +6,11 @@ Events (`Committed`, `Quiesced`, `SenderLost`, `Renewed`) are called from the th
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Callable
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import grpc.aio
 from google.protobuf.message import DecodeError
@@ -22,20 +23,22 @@ from core.kv_layout import WIRE_VERSION, KVLayout
 from core.log import get_logger
 from core.region import Region
 from core.request import Member
-from core.rpc import PING_INTERVAL_S
 from core.session import Outbox, first_message, serve_session
 from kv_transfer.checksum import checksum
 from kv_transfer.config import TransferConfig
+from kv_transfer.ending import Answer, ask
 from kv_transfer.lanes import this_machine
 from kv_transfer.metrics import ReceiverMetrics
 from kv_transfer.own_transport import OwnTransport
 from kv_transfer.receiver import (
     Action,
     Arrived,
+    Ask,
     Committed,
     Fence,
     HangUp,
     Live,
+    Origin,
     Quiesced,
     Receiver,
     Release,
@@ -51,9 +54,8 @@ log = get_logger("receiver")
 TICK_S = 0.25
 """How often deadlines are looked at, and an idle transport is polled."""
 
-SILENT_S = 4 * PING_INTERVAL_S
-"""A session that ends after so long without a ping may have ended because its sender was stopped or cut off; one that ends sooner was
-closed by the sender, or its process died."""
+ASK_TIMEOUT_S = 1.0
+"""How long a sender may take to say whether it is over with a session."""
 
 Event = Committed | Quiesced | SenderLost | Renewed
 
@@ -61,13 +63,9 @@ Event = Committed | Quiesced | SenderLost | Renewed
 @dataclass(slots=True)
 class _Session:
     key: str
-    incarnation: int
+    origin: Origin
     outbox: Outbox
-    heard_at: float
-    """When the newest message that arrived was sent, on our clock: one that was held up on its way is no news."""
     ping: int = 0
-    clock_offset: float = math.inf
-    """Ours less the sender's, as the fastest message had it."""
 
 
 class KVReceiver(transfer_pb2_grpc.TransferServicer):
@@ -88,7 +86,12 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         self._on_event, self._on_death = on_event, on_death
         self._pages, self._slots = pages, slots
         answer_s = config.write_timeout_s + config.quarantine_s  # a sender gives a stuck write up before that
-        self._state = Receiver(incarnation=member.incarnation, quarantine_s=config.quarantine_s, answer_s=answer_s)
+        self._state = Receiver(
+            incarnation=member.incarnation,
+            quarantine_s=config.quarantine_s,
+            drain_s=config.quarantine_s - config.liveness_timeout_s,  # what the quarantine has for it
+            answer_s=answer_s,
+        )
         self._places: dict[int, tuple[tuple[int, ...], int]] = {}
         """Epoch -> page ids and slot id, for checked mode."""
         self._sessions: dict[str, _Session] = {}
@@ -97,6 +100,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         self._thread = InboxThread("kv-receiver", self._turn, self._died)
         self._own = OwnTransport(self._thread, config, member, pages, slots)
         self._next_tick = clock.now() + TICK_S
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # -- for the worker --------------------------------------------------------------------------------------------------------
 
@@ -112,6 +116,9 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         for session in list(self._sessions.values()):
             session.outbox.close()
         await self._own.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def expect(self, epoch: int, request_id: str, page_ids: tuple[int, ...], slot_id: int, num_tokens: int) -> None:
         """Let a sender open this epoch."""
@@ -165,7 +172,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             log.error("transfer.commit_void", reason="not a commit", num_bytes=len(note))
             self._metrics.commits.labels("void").inc()
             return []
-        session = next((s for s in list(self._sessions.values()) if s.incarnation == wire.sender_incarnation), None)
+        session = next((s for s in list(self._sessions.values()) if s.origin.incarnation == wire.sender_incarnation), None)
         arrived = Arrived(
             epoch=wire.epoch,
             receiver_incarnation=wire.decode_incarnation,
@@ -210,8 +217,10 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             elif isinstance(action, HangUp):
                 log.error("transfer.hung_up", sender=action.sender, reason=action.reason)
                 self._hang_up(action.sender)
+            elif isinstance(action, Ask):
+                self._loop.call_soon_threadsafe(self._ask, action)
             elif isinstance(action, Fence):
-                log.warning("transfer.fenced", reason="a sender fell silent; the transport is reset, all sessions begin anew")
+                log.warning("transfer.fenced", reason="a lost sender may be stopped; the transport is reset, all sessions begin anew")
                 self._metrics.fences.inc()
                 self._own.reset()
                 for key in list(self._sessions):
@@ -237,6 +246,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             await context.write(transfer_pb2.ReceiverMessage(refused=encode_error(error)))
             return
         session = self._begin(hello)
+        self._start(self._reach(session))
 
         reason = "the session ended"
         try:
@@ -257,9 +267,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
     def _take(self, session: _Session, message: transfer_pb2.SenderMessage) -> None:
         if session.key not in self._sessions:
             return  # over: a ping must not be answered any more
-        sent_at, session.ping = message.ping / 1e6, message.ping
-        session.clock_offset = min(session.clock_offset, self._clock.now() - sent_at)
-        session.heard_at = sent_at + session.clock_offset
+        session.ping = message.ping
         if message.renew or message.last_write_out:
             self._order(lambda: self._heard(session.key, message))
 
@@ -277,7 +285,7 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             machine=this_machine().identity,
         )
 
-    def _check_hello(self, message: transfer_pb2.SenderMessage | None) -> common_pb2.Hello:
+    def _check_hello(self, message: transfer_pb2.SenderMessage | None) -> transfer_pb2.SenderHello:
         """Raises Mismatch naming what differs."""
         if message is None or not message.HasField("hello"):
             raise Mismatch("a transfer session begins with hello")
@@ -285,16 +293,17 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         if message.hello.transport != self._config.transport:
             raise Mismatch(f"transport {message.hello.transport!r} of {hello.name}, {self._config.transport!r} here")
         check_peer(self._layout, hello, message.hello.kv_layout)
-        return hello
+        return message.hello
 
-    def _begin(self, hello: common_pb2.Hello) -> _Session:
+    def _begin(self, hello: transfer_pb2.SenderHello) -> _Session:
         """A new session of the same life of a sender takes the place of an older one."""
-        for older in [session for session in self._sessions.values() if session.incarnation == hello.incarnation]:
+        name, incarnation = hello.hello.name, hello.hello.incarnation
+        for older in [session for session in self._sessions.values() if session.origin.incarnation == incarnation]:
             self._end(older, "its sender began another session")
         self._num_sessions += 1
-        key = f"{hello.name}#{hello.incarnation}/{self._num_sessions}"
+        key = f"{name}#{incarnation}/{self._num_sessions}"
         outbox = Outbox(transfer_pb2.ReceiverMessage, self._loop)
-        session = self._sessions[key] = _Session(key, hello.incarnation, outbox, self._clock.now())
+        session = self._sessions[key] = _Session(key, Origin(hello.address, incarnation, hello.link, was_reached=False), outbox)
         log.info("transfer.session_opened", sender=key)
         return session
 
@@ -302,10 +311,33 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         session.outbox.close()
         if self._sessions.pop(session.key, None) is None:
             return
-        was_silent = self._clock.now() - session.heard_at > SILENT_S
-        log.warning("transfer.sender_lost", sender=session.key, reason=reason, was_silent=was_silent)
+        log.warning("transfer.sender_lost", sender=session.key, reason=reason)
         self._metrics.senders_lost.inc()
-        self._order(lambda: self._state.sender_lost(session.key, self._clock.now(), was_silent=was_silent))
+        self._order(lambda: self._state.sender_lost(session.key, session.origin, self._clock.now()))
+
+    async def _reach(self, session: _Session) -> None:
+        """Learn, while the sender lives, whether it is itself that answers at its address."""
+        answer = await ask(dataclasses.replace(session.origin, link=""), ASK_TIMEOUT_S)
+        if answer is Answer.OVER:
+            session.origin = dataclasses.replace(session.origin, was_reached=True)
+        else:
+            log.warning("transfer.unreachable", sender=session.key, address=session.origin.address, answer=answer.value)
+
+    def _ask(self, action: Ask) -> None:
+        async def asked() -> None:
+            self._answered(action, await ask(action.origin, ASK_TIMEOUT_S))
+
+        self._start(asked())
+
+    def _answered(self, action: Ask, answer: Answer) -> None:
+        is_over = answer.is_proof(action.origin)
+        log.info("transfer.asked", sender=action.sender, answer=answer.value, is_over=is_over)
+        self._thread.put(lambda: self._state.answered(action.sender, is_over, self._clock.now()))
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _heard(self, sender: str, message: transfer_pb2.SenderMessage) -> list[Action]:
         actions: list[Action] = []

@@ -173,6 +173,10 @@ class Sender:
     def hand_off(self, request_id: str) -> HandOff | None:
         return self._hand_offs.get(request_id)
 
+    def is_over(self, peer: str) -> bool:
+        """Whether no write over this link is under way, and none will follow."""
+        return peer not in self._links
+
     def is_usable(self, peer: str) -> bool:
         """Whether a new hand-off may go over this link; if not, it takes a new name (a new session)."""
         link = self._links.get(peer)

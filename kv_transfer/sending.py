@@ -10,6 +10,8 @@ import concurrent.futures
 import functools
 from collections.abc import Callable
 
+import grpc.aio
+
 from core.clock import Clock
 from core.codec import decode_region
 from core.errors import BatonError, MemberLost
@@ -27,7 +29,7 @@ from kv_transfer.own_transport import OwnTransport
 from kv_transfer.sender import Action, Closed, CommitOrder, Drop, HandedOff, LastWriteOut, Limits, Post, Renew, Reset, Sender
 from kv_transfer.session import PeerSession, Speaker
 from kv_transfer.transport import Write
-from protos import transfer_pb2
+from protos import transfer_pb2, transfer_pb2_grpc
 
 log = get_logger("sender")
 
@@ -35,7 +37,7 @@ TICK_S = 0.25
 """How often leases and deadlines are looked at, and an idle transport is polled."""
 
 
-class KVSender:
+class KVSender(transfer_pb2_grpc.EndingServicer):
     def __init__(
         self,
         config: TransferConfig,
@@ -81,13 +83,17 @@ class KVSender:
 
     # -- for the worker --------------------------------------------------------------------------------------------------------
 
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """To answer receivers. Whoever ends the server calls `close` before: a port that is free is taken for the end of all writes."""
+        transfer_pb2_grpc.add_EndingServicer_to_server(self, server)
+
     async def start(self) -> None:
         """To be called on the worker's event loop, where the sessions will run. Raises what keeps the transport from starting."""
         self._loop = asyncio.get_running_loop()
         await self._own.start()
 
     async def close(self) -> None:
-        """End the thread and its transport, then all sessions. Hand-offs under way are lost to their receivers."""
+        """End the thread and its transport, then all sessions. Hand-offs under way are lost to their receivers. May be called twice."""
         await self._own.close()
         for task in list(self._tasks):
             task.cancel()
@@ -289,3 +295,25 @@ class KVSender:
 
     def session_ended(self, link: str, error: BatonError) -> None:
         self._order(lambda: self._state.peer_lost(link, error))
+
+    # -- what receivers ask -------------------------------------------------------------------------------------------------------
+
+    async def End(self, request: transfer_pb2.EndRequest, context: grpc.aio.ServicerContext) -> transfer_pb2.EndReply:
+        mine = self._member.incarnation
+        if request.incarnation != mine:
+            return transfer_pb2.EndReply(incarnation=mine)
+        is_over: bool = await asyncio.wrap_future(self.end(request.link))
+        return transfer_pb2.EndReply(incarnation=mine, is_over=is_over)
+
+    def end(self, link: str) -> concurrent.futures.Future[bool]:
+        """The receiver knows this session no more. True: no write of it is under way, and none will follow."""
+        ended: concurrent.futures.Future[bool] = concurrent.futures.Future()
+
+        def end() -> None:
+            self._fence()  # what this process did before it was stopped may be under way
+            self._perform(self._state.peer_lost(link, MemberLost("the receiver ended the session")))
+            if ended.set_running_or_notify_cancel():
+                ended.set_result(self._state.is_over(link))
+
+        self._thread.put(end)
+        return ended

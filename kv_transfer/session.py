@@ -85,7 +85,14 @@ class PeerSession:
         sent_at = speaker.clock.now()
         hello = common_pb2.Hello(wire_version=WIRE_VERSION, name=speaker.member.name, incarnation=speaker.member.incarnation)
         layout = speaker.layout.to_json()
-        ours = transfer_pb2.SenderHello(hello=hello, kv_layout=layout, transport=speaker.transport, agent=self._agent)
+        ours = transfer_pb2.SenderHello(
+            hello=hello,
+            kv_layout=layout,
+            transport=speaker.transport,
+            agent=self._agent,
+            address=speaker.member.address,
+            link=self._link,
+        )
         await call.write(transfer_pb2.SenderMessage(hello=ours))
         answer = await call.read()
         if answer is grpc.aio.EOF:

@@ -67,14 +67,18 @@ class PrefillWorker(RankWorker):
             self._on_death,
         )
         await sender.start()
-        parts.push_async_callback(sender.close)
+        parts.push_async_callback(sender.close)  # if the rank does not get as far as to answer
         self._sender = sender
+        sender.add_to(listener.server)
         loop.start(sender)
         parts.push_async_callback(asyncio.to_thread, loop.stop)
         engine.start()
         parts.push_async_callback(asyncio.to_thread, engine.leave)
         service = PrefillService(loop, self.member, config.liveness_timeout_s)
         prefill_pb2_grpc.add_PrefillServicer_to_server(service, listener.server)
+
+    async def _end_writes(self) -> None:
+        await self._sender.close()
 
     def note(self) -> str:
         """What its pages travel over."""

@@ -22,16 +22,20 @@ class Region(_message.Message):
     def __init__(self, address: _Optional[int] = ..., num_pieces: _Optional[int] = ..., piece_bytes: _Optional[int] = ..., device_id: _Optional[int] = ..., memory: _Optional[str] = ...) -> None: ...
 
 class SenderHello(_message.Message):
-    __slots__ = ("hello", "kv_layout", "transport", "agent")
+    __slots__ = ("hello", "kv_layout", "transport", "agent", "address", "link")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
     kv_layout: str
     transport: str
     agent: bytes
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., kv_layout: _Optional[str] = ..., transport: _Optional[str] = ..., agent: _Optional[bytes] = ...) -> None: ...
+    address: str
+    link: str
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., kv_layout: _Optional[str] = ..., transport: _Optional[str] = ..., agent: _Optional[bytes] = ..., address: _Optional[str] = ..., link: _Optional[str] = ...) -> None: ...
 
 class ReceiverHello(_message.Message):
     __slots__ = ("hello", "kv_layout", "agent", "pages", "slots", "machine")
@@ -76,6 +80,22 @@ class ReceiverMessage(_message.Message):
     pong: int
     live: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, hello: _Optional[_Union[ReceiverHello, _Mapping]] = ..., refused: _Optional[_Union[_common_pb2.Error, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ..., revoked: _Optional[_Iterable[int]] = ..., pong: _Optional[int] = ..., live: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EndRequest(_message.Message):
+    __slots__ = ("incarnation", "link")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    link: str
+    def __init__(self, incarnation: _Optional[int] = ..., link: _Optional[str] = ...) -> None: ...
+
+class EndReply(_message.Message):
+    __slots__ = ("incarnation", "is_over")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    IS_OVER_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    is_over: bool
+    def __init__(self, incarnation: _Optional[int] = ..., is_over: _Optional[bool] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("epoch", "decode_incarnation", "sender_incarnation", "request_id", "num_tokens", "num_pages", "first_token", "checksums")

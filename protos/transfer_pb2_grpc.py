@@ -95,3 +95,78 @@ class Transfer:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class EndingStub:
+    """Asked of a prefill rank by a decode rank whose session with it broke.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.End = channel.unary_unary(
+                '/baton.Ending/End',
+                request_serializer=protos_dot_transfer__pb2.EndRequest.SerializeToString,
+                response_deserializer=protos_dot_transfer__pb2.EndReply.FromString,
+                _registered_method=True)
+
+
+class EndingServicer:
+    """Asked of a prefill rank by a decode rank whose session with it broke.
+    """
+
+    def End(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_EndingServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'End': grpc.unary_unary_rpc_method_handler(
+                    servicer.End,
+                    request_deserializer=protos_dot_transfer__pb2.EndRequest.FromString,
+                    response_serializer=protos_dot_transfer__pb2.EndReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'baton.Ending', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('baton.Ending', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Ending:
+    """Asked of a prefill rank by a decode rank whose session with it broke.
+    """
+
+    @staticmethod
+    def End(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.Ending/End',
+            protos_dot_transfer__pb2.EndRequest.SerializeToString,
+            protos_dot_transfer__pb2.EndReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -30,8 +30,6 @@ class Process:
         """On its own clock: when it was stopped last, the end of that."""
         self.clock_offset = world.rng.random() * 1000
         self.links: list[Link] = []
-        self.learns_until = 0.0
-        """Until then it may be about to learn that a connection of it broke."""
 
     def now(self) -> float:
         """Seconds on the process's own monotonic clock."""
@@ -86,6 +84,10 @@ class Network:
     def is_cut(self, a: Process, b: Process) -> bool:
         return self.loop._now < self.cuts.get(frozenset((a, b)), 0.0)
 
+    def travel_s(self) -> float:
+        """How long a message is under way."""
+        return 0.001 + 0.004 * self.rng.random()
+
     def cut(self, a: Process, b: Process, seconds: float) -> None:
         self.cuts[frozenset((a, b))] = self.loop._now + seconds
         for link in list(self.links):
@@ -124,7 +126,7 @@ class Link:
         other = self.ends[1] if sender is self.ends[0] else self.ends[0]
         network = self.network
         now = network.loop._now
-        when = now + 0.001 + 0.004 * network.rng.random()
+        when = now + network.travel_s()
         if network.cuts:
             when += max(0.0, network.cuts.get(frozenset((sender.process, other.process)), 0.0) - now)
         if when < other.next_at:
@@ -141,7 +143,6 @@ class Link:
             return
         cut_for = self.network.cuts.get(frozenset((mine.process, other.process)), 0.0) - self.network.loop._now
         delay = RESET_S if cut_for <= 0 else min(cut_for, LIVENESS_S)
-        other.process.learns_until = max(other.process.learns_until, self.network.loop._now + delay)
         other.process.later(delay, self._lose, other, reason)
 
     def silence(self, process: Process, seconds: float) -> None:
@@ -155,7 +156,6 @@ class Link:
         """The connection breaks; both ends notice."""
         for end in self.ends:
             if end.is_open:
-                end.process.learns_until = self.network.loop._now + 2 * RESET_S
                 end.process.later(RESET_S * (1 + self.network.rng.random()), self._lose, end, reason)
 
     def _lose(self, end: End, reason: str) -> None:

@@ -75,7 +75,6 @@ def simulated() -> Iterator[None]:
     put(kv_transfer.own_transport, "open_transport", open_transport)
     put(kv_transfer.sending, "PeerSession", SimPeerSession)
     put(kv_transfer.receiving, "Outbox", SimOutbox)
-    put(kv_transfer.receiving, "SILENT_S", 0.9)
     put(router.reserving, "FULL_POLL_S", 0.06)
     put(router.members, "RankSession", SimRankSession)
     put(router.service, "uuid", _Ids())

@@ -6,6 +6,7 @@ What is not real: threads (`SimThread` takes their turns in virtual time), strea
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +19,9 @@ from decode_worker.reservations import State
 from decode_worker.server import DecodeService
 from engine.parallel.lockstep import SoloSteps
 from kv_transfer.config import TransferConfig
-from kv_transfer.receiving import TICK_S, KVReceiver
+from kv_transfer.ending import Answer
+from kv_transfer.receiver import Ask
+from kv_transfer.receiving import ASK_TIMEOUT_S, TICK_S, KVReceiver
 from kv_transfer.sender import Post
 from kv_transfer.sending import KVSender
 from kv_transfer.transport import Write
@@ -147,7 +150,7 @@ class DecodeRank(Rank):
         steps = SoloSteps(config.max_running)
         self.engine = DecodeLoop(cast(Any, self.runner), config, TRANSFER.lease_s, NOTHING, self.member, steps, clock, self._on_death)
         event = self.engine.transfer_event
-        self.receiver = KVReceiver(
+        self.receiver = SimKVReceiver(
             TRANSFER, cast(Any, self.runner.layout), *self.regions, self.member, clock, NOTHING, event, self._on_death
         )
         self.service = DecodeService(self.engine, self.member, LIVENESS_S)
@@ -184,8 +187,9 @@ class DecodeRank(Rank):
 
     def _receiver_quiet_until(self) -> float:
         """Deadlines are looked at in ticks."""
-        epochs, tick = self.receiver._state._epochs.values(), self.receiver._next_tick
-        dues = [due for found in epochs for due in (found.answer_by, found.quiet_at) if due is not None]
+        state, tick = self.receiver._state, self.receiver._next_tick
+        dues = [due for found in state._epochs.values() for due in (found.answer_by, found.quiet_at) if due is not None]
+        dues += [doubt.ask_at for doubt in state._doubts.values() if doubt.ask_at is not None]
         return tick + max(math.ceil((min(dues) - tick) / TICK_S), 0) * TICK_S if dues else math.inf
 
     def land(self, tag: Tag, kind: str, piece: int, content: int | None) -> None:
@@ -209,6 +213,41 @@ class SimKVSender(KVSender):
         if post.order is not None:
             SimThread.current.num_kept_pages += hand_off.reservation.num_kept_pages
         return TaggedWrite(write.pages, write.slot, write.notification, Tag(post.request_id, hand_off.reservation.epoch))
+
+
+class SimKVReceiver(KVReceiver):
+    def _ask(self, action: Ask) -> None:
+        """`ending.ask`: a dead process refuses, one that is stopped or cut off says nothing until it is too late."""
+        rank = cast(DecodeRank, self._clock)
+        target, world = rank.sim.ranks[action.origin.address], rank.sim
+        is_asking = True
+
+        def answer(found: Answer) -> None:
+            nonlocal is_asking
+            if is_asking:
+                is_asking = False
+                self._answered(action, found)
+
+        def way_back(found: Answer) -> None:
+            if not world.is_cut(rank, target):
+                rank.later(world.travel_s(), answer, found)
+
+        def ended(future: concurrent.futures.Future[bool]) -> None:
+            way_back(Answer.OVER if future.result() else Answer.UNDER_WAY)
+
+        def asked() -> None:
+            assert isinstance(target, PrefillRank)
+            if target.member.incarnation != action.origin.incarnation:
+                way_back(Answer.ANOTHER_LIFE)
+            else:
+                target.sender.end(action.origin.link).add_done_callback(ended)
+
+        rank.later(ASK_TIMEOUT_S, answer, Answer.SILENCE)
+        if not world.is_cut(rank, target):
+            if target.is_alive:
+                target.later(world.travel_s(), asked)
+            else:
+                way_back(Answer.REFUSED)
 
 
 class RouterProcess(Process):

@@ -20,6 +20,8 @@ class Scenario:
     set_up: Callable[[World], None]
     lines: tuple[str, ...]
     """Parts of lines, in this order; other lines may come between."""
+    never: str = ""
+    """What no line may have."""
 
 
 def _ask(world: World, *, num_tokens: int = 9, max_tokens: int = 9, at: float = 0.1) -> Client:
@@ -113,6 +115,28 @@ def prefill_is_stopped_in_mid_write(world: World) -> None:
     world.when("transfer.session_opened", lambda: world.loop.at(world.loop.time() + 0.06, stop))
 
 
+def a_session_breaks_and_its_sender_is_stopped_in_mid_write(world: World) -> None:
+    world.make_cluster(2, 1, 1)
+    _ask(world, num_tokens=20)
+
+    def look() -> None:
+        if any(flight.pieces for flight in world.wire.flights):
+            rank, receiver = _rank(world, "prefill0"), _rank(world, "decode0")
+            (link,) = (link for link in world.links if [end.process for end in link.ends] == [rank, receiver])
+            world.break_off(link, 0.0, 7.0)
+        else:
+            world.loop.at(world.loop.time() + 0.0005, look)
+
+    world.when("transfer.session_opened", look)
+
+
+def a_session_breaks_in_mid_write(world: World) -> None:
+    """Nobody is stopped, and so nobody else's hand-offs are disturbed."""
+    world.make_cluster(1, 1, 1)
+    _ask(world, num_tokens=20)
+    world.when("transfer.session_opened", lambda: world.loop.at(world.loop.time() + 0.06, world.links[-1].reset))
+
+
 def more_than_there_is_room_for(world: World) -> None:
     world.make_cluster(1, 1, 1)
     for number in range(14):
@@ -158,7 +182,24 @@ SCENARIOS = {
     "a client leaves during the transfer": Scenario(a_client_leaves_during_the_transfer, ("c0 leaves", "ends: cancelled")),
     "prefill is stopped in mid-write": Scenario(
         prefill_is_stopped_in_mid_write,
-        ("*** stopped", "relay.retried", "was_silent=True", "prefill1     prefill.accepted", "ends: ok after 9 tokens", "transfer.fenced"),
+        ("*** stopped", "relay.retried", "prefill1     prefill.accepted", "ends: ok after 9 tokens", "transfer.fenced"),
+    ),
+    "a session breaks, and its sender is stopped in mid-write": Scenario(
+        a_session_breaks_and_its_sender_is_stopped_in_mid_write,
+        (
+            "prefill0     *** broken off from decode0",
+            "transfer.sender_lost",
+            "prefill1     prefill.accepted",
+            "ends: ok after 9 tokens",
+            "answer=silence is_over=False",
+            "transfer.fenced",
+            "prefill0     goes on in the middle of its writes",
+        ),
+    ),
+    "a session breaks in mid-write": Scenario(
+        a_session_breaks_in_mid_write,
+        ("transfer.sender_lost", "answer=under_way", "ends: ok after 9 tokens", "answer=over is_over=True"),
+        "transfer.fenced",
     ),
     "more than there is room for": Scenario(more_than_there_is_room_for, ("ends: Overloaded after 0 tokens", "ends: ok after 8 tokens")),
 }
@@ -176,3 +217,4 @@ def run_scenario(name: str, tell: Callable[[str], None]) -> None:
     lines = iter(told)
     for expected in scenario.lines:
         assert any(expected in line for line in lines), f"{name}: {expected!r} did not happen, or too early"
+    assert not scenario.never or not any(scenario.never in line for line in told), f"{name}: {scenario.never!r} must not happen"

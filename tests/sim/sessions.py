@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,6 +17,9 @@ from tests.sim.ranks import DecodeRank, PrefillRank, RouterProcess
 from tests.sim.threads import SimOutbox, SimThread
 
 PING_S = 0.4
+
+REACHED = 0.9
+"""How likely a sender has answered its receiver's first question."""
 
 
 class SimRankSession(RankSession):
@@ -109,9 +113,12 @@ class SimPeerSession:
             self._lost("another incarnation")
             return
         sent_at = self._rank.now()
-        hello = common_pb2.Hello(name=self._rank.member.name, incarnation=self._rank.member.incarnation)
+        member = self._rank.member
+        hello = common_pb2.Hello(name=member.name, incarnation=member.incarnation)
         self._rank.sim.current = receiver
-        session = receiver.receiver._begin(hello)
+        session = receiver.receiver._begin(transfer_pb2.SenderHello(hello=hello, address=member.address, link=self._name))
+        if self._rank.sim.rng.random() < REACHED:
+            session.origin = dataclasses.replace(session.origin, was_reached=True)
         self._rank.sim.current = self._rank
         outbox = cast(SimOutbox, session.outbox)
 

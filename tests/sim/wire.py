@@ -18,6 +18,10 @@ WIRE_S = 0.5
 """Longest life of a byte on the wire: the TCP user timeout."""
 
 
+SLOW = 0.1
+"""Part of the writes that take many polls."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tag:
     """Which hand-off a write belongs to, for the checks."""
@@ -35,6 +39,7 @@ class TaggedWrite(Write):
 class Flight:
     write_id: int
     peer: str
+    source: Host
     target: SimTransport
     generation: int
     """Of the target, when the connection was made."""
@@ -44,6 +49,8 @@ class Flight:
     since: float
     num_on_wire: int = 0
     is_failed: bool = False
+    is_slow: bool = False
+    """Few polls bring a piece on the wire."""
     hangs: bool = False
 
 
@@ -113,8 +120,9 @@ class SimTransport:
         pieces = [("page", local, remote) for local, remote in write.pages]
         if write.slot is not None:
             pieces.append(("slot", *write.slot))
-        flight = Flight(self._next_write, peer, target, generation, write, pieces, self.network.loop._now)
+        flight = Flight(self._next_write, peer, self.host, target, generation, write, pieces, self.network.loop._now)
         flight.is_failed = self.network.rng.random() < self.wire.fails
+        flight.is_slow = self.network.rng.random() < SLOW
         self.flights.append(flight)
         self.wire.flights.append(flight)
         return flight.write_id
@@ -157,7 +165,7 @@ class SimTransport:
                     self._put_on_wire(flight, flight.pieces.pop())  # a part of it got out
                 self._finish(flight, False)
             elif not flight.hangs:
-                while flight.pieces:
+                while flight.pieces and not (flight.is_slow and network.rng.random() < 0.8):
                     self._put_on_wire(flight, flight.pieces.pop())
 
     def _put_on_wire(self, flight: Flight, piece: tuple[str, int, int]) -> None:

@@ -19,7 +19,7 @@ from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from tests.sim.client import Client
-from tests.sim.network import Network, Process
+from tests.sim.network import Link, Network, Process
 from tests.sim.ranks import DecodeRank, PrefillRank, Rank, RouterProcess
 from tests.sim.threads import SimThread
 from tests.sim.wire import Wire
@@ -209,18 +209,40 @@ class World(Network):
         seconds = self.rng.choice((0.2, 0.7, 1.4, 3.0, 6.0)) * (0.8 + 0.4 * self.rng.random())
         self._fault(rank, f"stopped for {seconds:.1f} s")
         rank.stop(seconds)
-        if isinstance(rank, PrefillRank):
-            state = rank.sender._state
-            had_faults = any(link.lost for link in state._links.values()) or len(state._links) != len(rank.sender._sessions)
-            had_faults = had_faults or self.loop._now < rank.learns_until
-            if not had_faults and self.rng.random() < 0.4:  # not both at once: see Limits in kv_transfer/README.md
-                self.loop.at(rank.stopped_until, functools.partial(self._resume_carelessly, rank))
+        if isinstance(rank, PrefillRank) and self.rng.random() < 0.4:
+            self.loop.at(rank.stopped_until, self._resume_carelessly, rank)
 
     def _resume_carelessly(self, rank: PrefillRank) -> None:
         """It was stopped inside the transport, and goes on there before anything else."""
         if rank.is_alive:
             self.note(rank, "goes on in the middle of its writes")
             rank.transport.advance()
+
+    def break_in_mid_write(self) -> None:
+        """The next write that is under way: its session is reset, and its sender is stopped before or soon after it has learned of it."""
+        self._look_for_a_write(self.loop._now + 1.0)
+
+    def _look_for_a_write(self, until: float) -> None:
+        for flight in self.wire.flights:
+            for link in self.links:
+                rank, other = (end.process for end in link.ends)
+                if flight.pieces and rank is flight.source and other is flight.target.host and rank.is_running and other.is_running:
+                    self.break_off(link, self.rng.choice((0.0, 0.02)), self.rng.choice((2.4, 2.4, 6.0)) * (0.9 + 0.2 * self.rng.random()))
+                    return
+        if self.loop._now < until:
+            self.loop.at(self.loop._now + 0.01, self._look_for_a_write, until)
+
+    def break_off(self, link: Link, delay: float, seconds: float) -> None:
+        """The one that began the session is stopped, so long after the reset, and goes on in the midst of its writes."""
+        rank = link.ends[0].process
+        assert isinstance(rank, PrefillRank)
+        self._fault(rank, f"broken off from {link.ends[1].process.name}, stopped for {seconds:.1f} s")
+        link.reset()
+        self.loop.at(self.loop._now + delay, self._stop_in_mid_write, rank, seconds)
+
+    def _stop_in_mid_write(self, rank: PrefillRank, seconds: float) -> None:
+        rank.stop(seconds)
+        self.loop.at(rank.stopped_until, self._resume_carelessly, rank)
 
     def cut_network(self) -> None:
         processes: list[Process] = [*self.living(), *(one for one in self.routers if one.is_alive)]
@@ -300,6 +322,7 @@ class World(Network):
     EVENTS = (
         (kill_rank, 3.0),
         (stop_rank, 2.5),
+        (break_in_mid_write, 0.7),
         (cut_network, 2.5),
         (reset_link, 1.5),
         (hang_write, 1.0),

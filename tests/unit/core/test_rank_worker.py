@@ -15,12 +15,14 @@ import pytest
 
 from core.errors import CheckpointError, ConfigError
 from core.rank_worker import Place
+from core.rpc import Listener
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
 from engine.config import EngineConfig
 from engine.null import NullRunner
 from engine.runner import Runner
 from kv_transfer.config import TransferConfig
+from kv_transfer.own_transport import OwnTransport
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
 
@@ -99,3 +101,29 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_nothing_behind(role: str) 
 
     asyncio.run(live())
     assert threads_since(before) == []
+
+
+def test_a_prefill_rank_writes_no_more_when_its_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Receivers take a port that refuses for the end of all writes."""
+    ended: list[str] = []
+
+    def record(kind: type, name: str) -> None:
+        true_call = getattr(kind, name)
+
+        async def call(self: Any, *args: Any) -> None:
+            await true_call(self, *args)
+            ended.append(kind.__name__)
+
+        monkeypatch.setattr(kind, name, call)
+
+    record(OwnTransport, "close")
+    record(Listener, "stop")
+
+    async def run() -> None:
+        worker = new_worker("prefill", free_port())
+        await worker.start()
+        assert not ended
+        await worker.stop()
+
+    asyncio.run(run())
+    assert ended.index("OwnTransport") < ended.index("Listener")

@@ -4,14 +4,29 @@ import dataclasses
 
 import pytest
 
-from kv_transfer.receiver import Arrived, Committed, Fence, HangUp, Live, Quiesced, Receiver, Release, Renewed, Revoke, SenderLost
+from kv_transfer.receiver import (
+    Arrived,
+    Ask,
+    Committed,
+    Fence,
+    HangUp,
+    Live,
+    Origin,
+    Quiesced,
+    Receiver,
+    Release,
+    Renewed,
+    Revoke,
+    SenderLost,
+)
 
 ME, P = 77, "prefill/0.0#5/1"
+ORIGIN = Origin("10.0.0.1:7001", 5, "decode/0.0#77/1", was_reached=True)
 COMMIT = Arrived(epoch=1, receiver_incarnation=ME, sender=P, request_id="r", num_tokens=600, num_pages=3, first_token=9)
 
 
 def receiver(*, is_open: bool = True) -> Receiver:
-    made = Receiver(incarnation=ME, quarantine_s=10.0, answer_s=40.0)
+    made = Receiver(incarnation=ME, quarantine_s=10.0, drain_s=4.0, answer_s=40.0)
     made.expect(1, "r", 3, 600)
     if is_open:
         assert made.renew(P, 1) == [Live(P, 1), Renewed(1)]
@@ -110,35 +125,73 @@ def test_revoking_what_is_closed_already_is_answered_too() -> None:
 def test_pages_of_a_lost_sender_stay_in_quarantine() -> None:
     made = receiver()
     made.expect(2, "s", 1, 10)
-    (lost,) = made.sender_lost(P, 100.0, was_silent=False)
-    assert isinstance(lost, SenderLost) and lost.epoch == 1
+    lost, asked = made.sender_lost(P, ORIGIN, 100.0)
+    assert isinstance(lost, SenderLost) and lost.epoch == 1 and asked == Ask(P, ORIGIN)
+    made.answered(P, True, 100.1)
     assert made.commit(COMMIT) == []
     assert made.tick(109.9) == []
     assert made.tick(110.0) == [Quiesced(1)]
     assert made.num_open == 1, "the epoch that nobody opened is not concerned"
 
 
-def test_a_silent_sender_is_fenced_off_before_its_pages_are_free() -> None:
+def test_a_lost_sender_that_has_not_proven_to_be_over_is_fenced_off_before_its_pages_are_free() -> None:
     made = receiver()
-    made.sender_lost(P, 100.0, was_silent=True)
+    made.sender_lost(P, ORIGIN, 100.0)
+    made.answered(P, False, 101.0)
+    assert made.tick(101.4) == []
+    assert made.tick(101.5) == [Ask(P, ORIGIN)] and made.tick(101.6) == [], "it is asked again, by one question at a time"
     assert made.tick(110.0) == [Fence(), Quiesced(1)]
-    assert made.tick(111.0) == []
+    made.answered(P, True, 110.5)
+    assert made.tick(200.0) == [] and made.num_open == 0
 
 
-def test_one_fence_serves_all_that_fell_silent_before_it() -> None:
+def test_bytes_may_be_under_way_of_a_sender_that_has_just_ended() -> None:
+    """It was stopped, went on where it was, and only then learned that its session was over."""
+    made = receiver()
+    made.sender_lost(P, ORIGIN, 100.0)
+    made.answered(P, True, 109.0)
+    assert made.tick(112.9) == []
+    assert made.tick(113.0) == [Quiesced(1)]
+
+
+def test_what_one_sender_says_proves_nothing_of_another() -> None:
     made = receiver()
     made.expect(2, "s", 1, 10)
     made.renew("q", 2)
-    made.sender_lost(P, 100.0, was_silent=True)
-    made.sender_lost("q", 105.0, was_silent=True)
+    made.sender_lost(P, ORIGIN, 100.0)
+    made.sender_lost("q", ORIGIN, 100.0)
+    made.answered("q", True, 100.1)
+    assert made.tick(110.0) == [Fence(), Quiesced(1), Quiesced(2)]
+
+
+def test_one_fence_serves_all_who_were_connected_before_it() -> None:
+    made = receiver()
+    for epoch, sender in ((2, "q"), (3, "r")):
+        made.expect(epoch, "s", 1, 10)
+        made.renew(sender, epoch)
+    made.sender_lost(P, ORIGIN, 100.0)
+    made.sender_lost("q", ORIGIN, 105.0)
     assert made.tick(110.0) == [Fence(), Quiesced(1)]
+    (lost,) = made.sender_lost("r", ORIGIN, 110.1)  # as all sessions end with a fence
+    assert isinstance(lost, SenderLost), "and nobody has to be asked"
     assert made.tick(115.0) == [Quiesced(2)]
+    assert made.tick(120.1) == [Quiesced(3)]
+
+
+def test_who_opens_an_epoch_after_a_fence_is_asked_for_as_any_other() -> None:
+    made = receiver()
+    made.expect(2, "s", 1, 10)
+    made.sender_lost(P, ORIGIN, 100.0)
+    assert made.tick(110.0) == [Fence(), Quiesced(1)]
+    made.renew("q", 2)
+    assert made.sender_lost("q", ORIGIN, 111.0)[-1] == Ask("q", ORIGIN)
+    assert made.tick(121.0) == [Fence(), Quiesced(2)]
 
 
 def test_a_sender_lost_after_the_commit_changes_nothing() -> None:
     made = receiver()
     made.commit(COMMIT)
-    assert made.sender_lost(P, 0.0, was_silent=True) == []
+    assert made.sender_lost(P, ORIGIN, 0.0) == []
     assert made.tick(1000.0) == []
     assert made.release(1) == [Release(P, 1)]
 
@@ -149,8 +202,8 @@ def test_a_sender_that_does_not_answer_a_revocation_is_hung_up_on() -> None:
     assert made.tick(39.0) == []
     (hang_up,) = made.tick(40.0)
     assert isinstance(hang_up, HangUp) and hang_up.sender == P
-    assert made.sender_lost(P, 40.1, was_silent=False) == [], "the worker gave it up itself"
-    assert made.tick(50.1) == [Quiesced(1)]
+    assert made.sender_lost(P, ORIGIN, 40.1) == [Ask(P, ORIGIN)], "the worker gave it up itself"
+    assert made.tick(50.1) == [Fence(), Quiesced(1)]
 
 
 def test_corrupt_pages_end_the_epoch_and_wait_for_the_sender() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import ctypes
 import dataclasses
 import queue
@@ -57,29 +58,30 @@ class Memory:
 class Ends:
     """A sender and a receiver, and what they told their workers."""
 
-    def __init__(self, ours: KVLayout, theirs: KVLayout, sender_config: TransferConfig) -> None:
+    def __init__(self, ours: KVLayout, theirs: KVLayout, config: TransferConfig) -> None:
         self.sent: queue.SimpleQueue[HandedOff | Closed] = queue.SimpleQueue()
         self.received: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.memory = Memory(7, ours.page_bytes), Memory(0, theirs.page_bytes)
-        self._layouts, self._sender_config = (ours, theirs), sender_config
+        self._layouts, self._config = (ours, theirs), config
 
     async def __aenter__(self) -> Ends:
         self._server = new_server()
         port = self._server.add_insecure_port("127.0.0.1:0")
         self.decode = Member(role="decode", replica=0, rank=0, address=f"127.0.0.1:{port}", incarnation=77)
-        prefill = Member(role="prefill", replica=0, rank=0, address="", incarnation=5)
+        self.prefill = Member(role="prefill", replica=0, rank=0, address=f"127.0.0.1:{port}", incarnation=5)
         clock, died = SystemClock(), cast(Any, pytest.fail)
         mine, theirs = self.memory
         sender_metrics, receiver_metrics = SenderMetrics(new_registry()), ReceiverMetrics(new_registry())
         self.sender = KVSender(
-            self._sender_config, self._layouts[0], mine.pages, mine.slots, prefill, clock, sender_metrics, self.sent.put, died
+            self._config, self._layouts[0], mine.pages, mine.slots, self.prefill, clock, sender_metrics, self.sent.put, died
         )
         self.receiver = KVReceiver(
-            CONFIG, self._layouts[1], theirs.pages, theirs.slots, self.decode, clock, receiver_metrics, self.received.put, died
+            self._config, self._layouts[1], theirs.pages, theirs.slots, self.decode, clock, receiver_metrics, self.received.put, died
         )
         await self.sender.start()
         await self.receiver.start()
         self.receiver.add_to(self._server)
+        self.sender.add_to(self._server)
         await self._server.start()
         return self
 
@@ -194,5 +196,38 @@ def test_an_abort_on_either_side_frees_both() -> None:
         closed = await ends.next(ends.sent)
         assert closed.request_id == "r1" and closed.error is not None
         assert await ends.next(ends.received) == Quiesced(1)
+
+    run(test)
+
+
+QUICK = dataclasses.replace(CONFIG, liveness_timeout_s=0.2, tcp_user_timeout_s=0.1, quarantine_s=0.4)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_the_receiver_is_fenced_unless_the_sender_says_that_it_is_over(is_told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session breaks in the midst of a hand-off: a sender that lives says so, one that is stopped does not."""
+
+    async def test(ends: Ends) -> None:
+        if not is_told:
+            monkeypatch.setattr(ends.sender, "end", lambda link: concurrent.futures.Future())
+        agent = ends.receiver._own.agent
+        ends.receiver.expect(1, "r1", (5, 2), 3, 300)
+        ends.sender.open("r1", ends.grant())
+        assert isinstance(await ends.next(ends.received), Renewed)
+        (session,) = ends.receiver._sessions.values()
+        session.outbox.close()
+        assert isinstance(await ends.next(ends.received), SenderLost)
+        assert await ends.next(ends.received) == Quiesced(1)
+        assert (ends.receiver._own.agent == agent) is is_told, "a fence is a reset of the transport"
+
+    run(test, config=QUICK)
+
+
+def test_a_receiver_learns_who_answers_at_its_senders_address() -> None:
+    async def test(ends: Ends) -> None:
+        ends.sender.open("r1", ends.grant())
+        async with asyncio.timeout(5):
+            while not any(session.origin.was_reached for session in ends.receiver._sessions.values()):
+                await asyncio.sleep(0.01)
 
     run(test)
