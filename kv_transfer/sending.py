@@ -276,6 +276,8 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         connected: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def connect() -> None:
+            if not connected.set_running_or_notify_cancel():
+                return  # the session has ended meanwhile
             self._fence()
             try:
                 if not self._state.is_usable(link):
@@ -310,7 +312,7 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         ended: concurrent.futures.Future[bool] = concurrent.futures.Future()
 
         def end() -> None:
-            self._fence()  # what this process did before it was stopped may be under way
+            self._fence()
             self._perform(self._state.peer_lost(link, MemberLost("the receiver ended the session")))
             if ended.set_running_or_notify_cancel():
                 ended.set_result(self._state.is_over(link))

@@ -7,6 +7,7 @@ import concurrent.futures
 import ctypes
 import dataclasses
 import queue
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -229,5 +230,21 @@ def test_a_receiver_learns_who_answers_at_its_senders_address() -> None:
         async with asyncio.timeout(5):
             while not any(session.origin.was_reached for session in ends.receiver._sessions.values()):
                 await asyncio.sleep(0.01)
+
+    run(test)
+
+
+def test_a_session_that_ends_before_the_transport_connects_harms_nobody() -> None:
+    """Its sender's thread may have hung for longer than a session waits."""
+
+    async def test(ends: Ends) -> None:
+        goes_on = threading.Event()
+        ends.sender._thread.put(lambda: cast(None, goes_on.wait(5)))
+        connected = ends.sender.session_connect("decode/0.0#77/9", ends.receiver._hello())
+        assert connected.cancel()
+        goes_on.set()
+        ends.receiver.expect(1, "r1", (5, 2), 3, 300)
+        ends.sender.open("r1", ends.grant())
+        assert isinstance(await ends.next(ends.received), Renewed), "the thread lives"
 
     run(test)
