@@ -14,7 +14,6 @@ import triton.language as tl
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
 from engine.ops.compress_c4.triton import SIGNATURE
-from engine.ops.triton_early import begin, early
 from engine.ops.triton_rows import form_name, store_entry, turns
 
 BATCH = 8
@@ -30,7 +29,6 @@ def compress_c128_kernel(
     BATCH: tl.constexpr,
 ):  # fmt: skip
     """kept_ptr: states after the chunks' last runs: the slots' own where BATCH is 1, else [sequences, 3, DIM]."""
-    begin()
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     place = position % 128
@@ -94,7 +92,6 @@ def move_states_kernel(
     kept_ptr, state_ptr, positions_ptr, sequences_ptr, slots_ptr, num_tokens, state_stride, NUM: tl.constexpr, PADDED: tl.constexpr
 ):
     """The program of a chunk's last token moves the chunk's state of NUM numbers."""
-    begin()
     token = tl.program_id(0).to(tl.int64)
     sequence = tl.load(sequences_ptr + token)
     later = tl.load(sequences_ptr + token + 1, mask=token + 1 < num_tokens, other=-1)
@@ -128,12 +125,12 @@ def run(
         projected.stride(0), state.stride(0), places.page_table_SP.stride(0), pool.data.stride(0), pool.scale.stride(0), pool.data.shape[1],
         DIM=dim, ROPE=2 * cos.shape[1], FORM=form_name(pool.form),
         DATA_BYTES=pool.form.data_bytes, SCALE_BYTES=pool.form.scale_bytes, BF16=dtype == torch.bfloat16,
-        BATCH=1 if places.is_decode else BATCH, num_warps=max(1, dim // 128), **early(tokens),
+        BATCH=1 if places.is_decode else BATCH, num_warps=max(1, dim // 128),
     )  # fmt: skip
     if not places.is_decode:
         move_states_kernel[(tokens,)](
             kept, state, places.positions_T, places.sequences_T, places.slots_T, tokens, state.stride(0),
-            NUM=3 * dim, PADDED=triton.next_power_of_2(3 * dim), num_warps=4, **early(tokens),
+            NUM=3 * dim, PADDED=triton.next_power_of_2(3 * dim), num_warps=4,
         )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
-from engine.ops.triton_early import begin, early
 from engine.ops.triton_rows import form_name, store_entry, turns
 
 
@@ -23,7 +22,6 @@ def compress_c4_kernel(
     DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, BF16: tl.constexpr,
     CLOSE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    begin()
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     channel = tl.arange(0, DIM)
@@ -86,7 +84,7 @@ def run(
                 projected.stride(0), ring.stride(0), places.page_table_SP.stride(0),
                 pool.data.stride(0), pool.scale.stride(0), pool.data.shape[1],
                 DIM=dim, ROPE=2 * cos.shape[1], FORM=form, DATA_BYTES=pool.form.data_bytes, SCALE_BYTES=pool.form.scale_bytes,
-                BF16=dtype == torch.bfloat16, CLOSE=close, KEEP=keep, num_warps=max(1, dim // 128), **early(tokens),
+                BF16=dtype == torch.bfloat16, CLOSE=close, KEEP=keep, num_warps=max(1, dim // 128),
             )  # fmt: skip
 
 

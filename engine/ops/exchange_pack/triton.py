@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 
 @triton.jit
 def exchange_pack_kernel(
@@ -15,7 +13,6 @@ def exchange_pack_kernel(
     TOP_K: tl.constexpr, PADDED_K: tl.constexpr, PADDED_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """x and the weights are 32-bit words, `width` of x in a row."""
-    begin()
     token = tl.program_id(0).to(tl.int64)
     out_ptr += token * (width + 2 * TOP_K)
     word = tl.arange(0, PADDED_WIDTH)
@@ -48,7 +45,6 @@ def run(
         exchange_pack_kernel[(tokens,)](
             words, ids, weights.view(torch.int32), positions, table, turns, load, out, words.shape[1], table.shape[1],
             TOP_K=top_k, PADDED_K=triton.next_power_of_2(top_k), PADDED_WIDTH=triton.next_power_of_2(words.shape[1]), num_warps=4,
-            **early(tokens),
         )  # fmt: skip
     return out
 

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 
 @triton.jit
 def exchange_unpack_kernel(
@@ -15,7 +13,6 @@ def exchange_unpack_kernel(
     TOP_K: tl.constexpr, PADDED_K: tl.constexpr, PADDED_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """x and the weights are 32-bit words, `width` of x in a row."""
-    begin()
     row = tl.program_id(0).to(tl.int64)
     rows_ptr += row * (width + 2 * TOP_K)
     word = tl.arange(0, PADDED_WIDTH)
@@ -41,7 +38,6 @@ def run(
         exchange_unpack_kernel[(number,)](
             rows, x, ids, weights.view(torch.int32), width, rank * slots_per_rank, slots_per_rank,
             TOP_K=top_k, PADDED_K=triton.next_power_of_2(top_k), PADDED_WIDTH=triton.next_power_of_2(width), num_warps=4,
-            **early(number),
         )  # fmt: skip
     return x.view(dtype), ids, weights
 

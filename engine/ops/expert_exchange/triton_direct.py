@@ -36,8 +36,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 PART = 512
 """Words of a row that a program moves at a time."""
 MOST_PROGRAMS = 256
@@ -86,7 +84,6 @@ def direct_dispatch_kernel(
     LOOKS: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
     """x and the weights are 32-bit words, `width` of x in a row. The last part of a token is its labels."""
-    begin()
     parts = tl.cdiv(width, PART)
     items = tokens * (parts + 1)
     source = tl.expand_dims(tl.arange(0, PADDED_SIZE), 1)
@@ -143,7 +140,6 @@ def direct_combine_kernel(
     SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, PART: tl.constexpr, LOOKS: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
     """rows are the bits of fp32, those for rank r at [r * tokens, (r + 1) * tokens). Adds up in the order of ranks."""
-    begin()
     parts = tl.cdiv(width, PART)
     items = tokens * parts
     source = tl.expand_dims(tl.arange(0, PADDED_SIZE), 1)
@@ -204,7 +200,7 @@ def dispatch(
             out, out_ids, out_weights.view(torch.int32),
             labels_at, words.shape[1], tokens, choice[0].shape[1], rank * slots_per_rank, slots_per_rank, rank, patience,
             SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), TOP_K=top_k, PADDED_K=max(LEAST_BLOCK, triton.next_power_of_2(top_k)),
-            PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4, **early(tokens),
+            PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4,
         )  # fmt: skip
     return out.view(x.dtype), out_ids, out_weights
 
@@ -225,7 +221,7 @@ def combine(
     if tokens:
         direct_combine_kernel[_programs(tokens * triton.cdiv(width, PART))](
             rows.view(torch.int32), inboxes, *flags, out, sums_at, width, tokens, rank, patience,
-            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4, **early(tokens),
+            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4,
         )  # fmt: skip
     return out
 

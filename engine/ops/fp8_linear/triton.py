@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from engine.model.quantized import FP8_BLOCK, QuantizedWeight, exp2_of_byte
-from engine.ops.triton_early import early, fetch_rows, fetched_bytes, let_next_start, wait_for_previous
 from engine.ops.triton_rounding import quantize, to_bf16
 from engine.ops.triton_splits import is_last, sum_parts
 
@@ -83,23 +82,17 @@ def fp8_linear_few_kernel(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    FETCHED: tl.constexpr,
 ):
     """Tile [BLOCK_N weight rows, BLOCK_M rows of x]: the weight is the first operand, whose tiles need 64 rows."""
-    let_next_start()
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK)
-    first, end = split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, k_tiles)
+    first = split * tiles_per_split
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     scale_row = scale_ptr + tile * BLOCK_N // BLOCK * k_tiles
     weight_row = codes_ptr + n.to(tl.int64)[:, None] * (k_tiles * BLOCK) + channel[None, :]
-    if FETCHED > 0:
-        rows = codes_ptr.to(tl.int64) + n.to(tl.int64) * (k_tiles * BLOCK) + first * BLOCK
-        fetch_rows(rows, tl.minimum(FETCHED, (end - first) * BLOCK), 128 // BLOCK_N)
-    wait_for_previous()
-    for k in tl.range(first, end, num_stages=NUM_STAGES):
+    for k in tl.range(first, tl.minimum(first + tiles_per_split, k_tiles), num_stages=NUM_STAGES):
         weight = tl.load(weight_row + k * BLOCK)
         weight_scale = tl.load(scale_row + k)
         x = load_rows(x_ptr, m[None, :], k * BLOCK + channel[:, None], num_rows, k_size)
@@ -201,9 +194,7 @@ def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, config: Fe
         BLOCK_N=config.block_n,
         SPLITS=splits,
         NUM_STAGES=config.stages,
-        FETCHED=fetched_bytes(rows),
         num_warps=config.warps,
-        **early(rows),
     )
 
 
@@ -267,20 +258,8 @@ _QUANT = {
 _MANY = {**_SIZES, **_WEIGHT, "x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "n_tiles": "i32:16"}
 AOT = [
     *(
-        (
-            fp8_linear_few_kernel,
-            _FEW,
-            {"BLOCK_M": rows, "BLOCK_N": n, "SPLITS": splits, "NUM_STAGES": 4, "FETCHED": fetched},
-            {"num_warps": 4},
-        )
-        for rows, n, splits, fetched in (
-            (16, 64, 8, 1024),
-            (16, 128, 1, 0),
-            (16, 128, 1, 1024),
-            (16, 128, 4, 1024),
-            (64, 128, 1, 0),
-            (64, 128, 4, 0),
-        )
+        (fp8_linear_few_kernel, _FEW, {"BLOCK_M": rows, "BLOCK_N": n, "SPLITS": splits, "NUM_STAGES": 4}, {"num_warps": 4})
+        for rows, n, splits in ((16, 64, 8), (16, 128, 1), (16, 128, 4), (64, 128, 1), (64, 128, 4))
     ),
     (act_quant_kernel, _QUANT, {"BLOCK_M": 16}, {"num_warps": 4}),
     (fp8_linear_many_kernel, _MANY, {"BLOCK_M": 64, "GROUP": 8, "NUM_STAGES": 4}, {"num_warps": 4}),

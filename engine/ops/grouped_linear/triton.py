@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from engine.model.quantized import FP8_BLOCK, QuantizedWeight, Weight, exp2_of_byte
-from engine.ops.triton_early import early, fetch_rows, fetched_bytes, let_next_start, wait_for_previous
 
 MOST_STREAMED = 512
 """Tokens up to which weights are widened in registers, for each block of 64 tokens anew; above, once, for a product of cuBLAS."""
@@ -31,10 +30,9 @@ class PackedGroups:
 @triton.jit(do_not_specialize=["num_tokens"])
 def grouped_linear_kernel(
     x_ptr, codes_ptr, scale_ptr, out_ptr, num_tokens, token_stride, groups, rows, columns,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, FETCHED: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Program (group, block of weight rows, block of tokens)."""
-    let_next_start()
     group, token = tl.program_id(0).to(tl.int64), tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     row, k = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     real = (token < num_tokens)[:, None]
@@ -42,9 +40,6 @@ def grouped_linear_kernel(
     codes_at = codes_ptr + (group * rows + row)[:, None] * columns + k[None, :]
     scale_at = scale_ptr + (group * (rows // BLOCK) + tl.program_id(1) * ROWS // BLOCK) * (columns // BLOCK)
     acc = tl.zeros([TOKENS, ROWS], tl.float32)
-    if FETCHED > 0:
-        fetch_rows(codes_ptr.to(tl.int64) + (group * rows + row) * columns, tl.minimum(FETCHED, columns), 128 // ROWS)
-    wait_for_previous()
     for block in range(columns // BLOCK):
         x = tl.load(x_at + block * BLOCK, mask=real, other=0.0).to(tl.float32).to(DOT)
         codes = tl.load(codes_at + block * BLOCK).to(tl.float32).to(DOT)
@@ -63,8 +58,7 @@ def run(x: torch.Tensor, weight: PackedGroups) -> torch.Tensor:
         block = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
         grouped_linear_kernel[(groups, rows // COLUMNS, triton.cdiv(tokens, block))](
             x, weight.codes, weight.scale, out, tokens, x.stride(0), groups, rows, columns,
-            TOKENS=block, ROWS=COLUMNS, BLOCK=FP8_BLOCK, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
-            FETCHED=fetched_bytes(tokens), num_warps=4, num_stages=4, **early(tokens),
+            TOKENS=block, ROWS=COLUMNS, BLOCK=FP8_BLOCK, DOT=tl.bfloat16 if x.is_cuda else tl.float32, num_warps=4, num_stages=4,
         )  # fmt: skip
     return out
 
@@ -110,10 +104,10 @@ AOT = [
     (
         grouped_linear_kernel,
         _SIGNATURE,
-        {"TOKENS": tokens, "ROWS": COLUMNS, "BLOCK": FP8_BLOCK, "DOT": tl.bfloat16, "FETCHED": fetched},
+        {"TOKENS": tokens, "ROWS": COLUMNS, "BLOCK": FP8_BLOCK, "DOT": tl.bfloat16},
         {"num_warps": 4, "num_stages": 4},
     )
-    for tokens, fetched in ((16, 0), (16, 1024), (32, 0), (64, 0))
+    for tokens in (16, 32, 64)
 ] + [
     (widen_kernel, {"codes_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "out_ptr": "*bf16", "columns": "i32"}, {"BLOCK": 128}, {"num_warps": 8})
 ]

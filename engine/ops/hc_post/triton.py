@@ -6,14 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 STREAMS = 4
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def hc_post_kernel(y_ptr, h_ptr, post_ptr, comb_ptr, out_ptr, tokens, dim, BC: tl.constexpr):
-    begin()
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = channel < dim
@@ -37,8 +34,7 @@ def run(y: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
     out = torch.empty_like(h)
     if tokens:
         width = min(2048, triton.next_power_of_2(dim))
-        grid, num_warps = (tokens, triton.cdiv(dim, width)), max(1, width // 256)
-        hc_post_kernel[grid](y, h, post, comb, out, tokens, dim, BC=width, num_warps=num_warps, **early(tokens))
+        hc_post_kernel[(tokens, triton.cdiv(dim, width))](y, h, post, comb, out, tokens, dim, BC=width, num_warps=max(1, width // 256))
     return out
 
 

@@ -21,8 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early, fetch_rows, is_early, let_next_start, wait_for_previous
-
 STREAMS = 4
 
 
@@ -170,19 +168,13 @@ def _balance_token(
 def project_kernel(
     h_ptr, y_ptr, more_ptr, post_ptr, comb_ptr, out_ptr, fn_ptr, partial_ptr, tokens, dim, num_splits,
     N: tl.constexpr, PADDED_ROWS: tl.constexpr, POST: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-    FETCH: tl.constexpr,
 ):  # fmt: skip
-    let_next_start()
     split = tl.program_id(0)
     row = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
     alive = row < tokens
     acc = tl.zeros([BT, PADDED_ROWS], tl.float32)
     squares = tl.zeros([BT, BC], tl.float32)
     n = tl.arange(0, PADDED_ROWS)
-    if FETCH:
-        fn_rows = fn_ptr.to(tl.int64) + (tl.minimum(n, 2 * N - 1).to(tl.int64) * dim + split * BC) * 8
-        fetch_rows(fn_rows, tl.minimum(BC, dim - split * BC) * 8, 1)
-    wait_for_previous()
     if POST:
         gates0 = _gates(post_ptr, comb_ptr, row, alive, 0)
         gates1 = _gates(post_ptr, comb_ptr, row, alive, 1)
@@ -237,7 +229,6 @@ def finish_kernel(
     norm_eps, hc_eps, iterations,
     N: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    begin()
     program = tl.program_id(0)
     if program < balance_blocks:
         if BT == 1:
@@ -327,14 +318,13 @@ def launch(
     shared = {"N": num, "PADDED_ROWS": rows, "POST": after is not None, "MORE": more is not None}
     project_kernel[(cut.num_splits, blocks)](
         h, y, y if more is None else more, in_post, in_comb, streams, fn, partial, tokens, dim, cut.num_splits, **shared,
-        BT=cut.block, BC=cut.channels, FETCH=is_early(tokens), num_warps=cut.num_warps, num_stages=cut.num_stages, **early(tokens),
+        BT=cut.block, BC=cut.channels, num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     balance_block = _balance_block(tokens)
     balance_blocks = -(-tokens // balance_block) if iterations else 0
     finish_kernel[(tokens + balance_blocks,)](
         streams, partial, base, scale, norm, x, post, comb, tokens, dim, cut.num_splits, balance_blocks, *eps, iterations,
         N=num, WIDTH=rows // 2, **splits, BT=balance_block, FAST=h.is_cuda, num_warps=cut.finish_warps,
-        **early(tokens),
     )  # fmt: skip
     return streams, x, post, comb
 
@@ -364,7 +354,6 @@ def _aot(dtype: str, post: bool, num: int, dim: int, tokens: int, more: bool = F
     types |= {"fn_ptr": "*bf16", "norm_ptr": "*bf16"}
     constants = {"N": num, "PADDED_ROWS": rows, "WIDTH": rows // 2, "POST": post, "NORM": num != STREAMS, "BT": plan.block, "FAST": True}
     constants |= {"MORE": more, "BC": plan.channels, "BD": triton.next_power_of_2(dim), "SPLITS": triton.next_power_of_2(plan.num_splits)}
-    constants |= {"FETCH": tokens == 1}
 
     def entry(kernel: triton.JITFunction, warps: int, **changed: int):
         used = {name: value for name, value in (constants | changed).items() if name in kernel.arg_names}

@@ -15,7 +15,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from engine.batch import TokenPlaces
 from engine.cache.arena import RowPool
 from engine.cache.rows import Fp4IndexRows, Fp8IndexRows
-from engine.ops.triton_early import begin, early
 
 ROWS = 64
 """Keys in a page."""
@@ -82,7 +81,6 @@ def decode_logits_kernel(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr, PADDED_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """data: descriptor of the pages' rows, a block of which is a page."""
-    begin()
     number_of, first, end = _run_of_pages(positions_ptr, num_entries, num_tokens, num_programs, num_runs, PADDED_TOKENS)
     if number_of < num_tokens:
         token = number_of.to(tl.int64)
@@ -183,7 +181,6 @@ def run(q: torch.Tensor, weights: torch.Tensor, keys: RowPool, places: TokenPlac
         decode_logits_kernel[(min(max(PROGRAMS, num_runs + tokens), tokens * triton.cdiv(num_entries, ROWS)),)](
             descriptor, *arguments, scale.stride(0), table.stride(0), scores.stride(0), num_entries, tokens, PROGRAMS, num_runs,
             HEADS=heads, WIDTH=width, FORM=form, STAGES=STAGES, PADDED_TOKENS=max(16, triton.next_power_of_2(tokens)),
-            **early(tokens),
         )  # fmt: skip
     else:
         prefill_logits_kernel[(triton.cdiv(num_entries, KEYS), triton.cdiv(tokens, QUERIES))](

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from engine.cache.rows import RowFormat
 from engine.ops.index_query import hadamard
-from engine.ops.triton_early import begin, early
 from engine.ops.triton_rounding import round_bf16, to_bf16
 from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, turns
 
@@ -29,7 +28,6 @@ def index_query_kernel(
     q_ptr, weights_ptr, cos_ptr, sin_ptr, signs_ptr, out_ptr, factors_ptr, num_rows, factor,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    begin()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, DIM)
     there = row < num_rows
@@ -74,7 +72,6 @@ def run(
         index_query_kernel[(triton.cdiv(tokens * heads, ROWS),)](
             q.contiguous(), weights.contiguous(), cos, sin, matrix, out, factors, tokens * heads, scale,
             ROWS=ROWS, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, num_warps=4,
-            **early(tokens),
         )  # fmt: skip
     return out.view(torch.float8_e4m3fn) if name == "fp8_index" else out, factors
 

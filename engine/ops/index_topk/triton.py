@@ -11,8 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 GROUP = 32
 SHORT = 8192
 """Scores of a row that are selected from without groups."""
@@ -22,7 +20,6 @@ CHUNK = 4096
 
 @triton.jit(do_not_specialize=["row_stride", "num_scores", "num_groups"])
 def group_maxima_kernel(scores_ptr, visible_ptr, maxima_ptr, row_stride, num_scores, num_groups, k, CHUNK: tl.constexpr):
-    begin()
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * CHUNK
     count = tl.minimum(tl.load(visible_ptr + row), num_scores)
@@ -48,7 +45,6 @@ def select_kernel(
     KIND: tl.constexpr,
 ):
     """KIND "scores": values are scores; "groups": values are groups' maxima; "members": scores of the groups in groups_ptr."""
-    begin()
     row = tl.program_id(0).to(tl.int64)
     count = tl.minimum(tl.load(visible_ptr + row), num_scores).to(tl.int32)
     place = tl.arange(0, PADDED_K)
@@ -101,9 +97,8 @@ def run(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch.Tensor
     def select(values: torch.Tensor, groups: torch.Tensor, out: torch.Tensor, stride: int, num: int, kind: str) -> None:
         num = max(16, triton.next_power_of_2(num))
         select_kernel[(rows,)](
-            values, groups, num_visible, out, stride, num_scores, k,
-            NUM=num, PADDED_K=padded_k, KIND=kind, num_warps=_warps(num), **early(rows),
-        )  # fmt: skip
+            values, groups, num_visible, out, stride, num_scores, k, NUM=num, PADDED_K=padded_k, KIND=kind, num_warps=_warps(num)
+        )
 
     if num_scores <= SHORT:
         select(logits, chosen, chosen, stride, num_scores, "scores")
@@ -112,7 +107,7 @@ def run(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch.Tensor
     maxima = torch.empty(rows, num_groups, dtype=torch.float32, device=logits.device)
     groups = torch.empty_like(chosen)
     grid = (rows, triton.cdiv(num_scores, CHUNK))
-    group_maxima_kernel[grid](logits, num_visible, maxima, stride, num_scores, num_groups, k, CHUNK=CHUNK, num_warps=4, **early(rows))
+    group_maxima_kernel[grid](logits, num_visible, maxima, stride, num_scores, num_groups, k, CHUNK=CHUNK, num_warps=4)
     select(maxima, chosen, groups, num_groups, num_groups, "groups")
     select(logits, groups, chosen, stride, GROUP * k, "members")
     return chosen

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from engine.cache.arena import RowPool
 from engine.cache.rows import Fp8KvRows, PlainRows
-from engine.ops.triton_early import begin, early
 
 
 @triton.jit
@@ -24,7 +23,6 @@ def kv_store_kernel(
     kv_stride, unit_stride, row_stride, scale_unit_stride, scale_row_stride,
     TOKENS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    begin()
     GROUPS: tl.constexpr = DIM // 64  # the last group of an FP8 row is the rope channels
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     alive = token < tokens
@@ -87,7 +85,7 @@ def run(
         kv_store_kernel[(triton.cdiv(tokens, block),)](
             kv, weight, cos, sin, pool.data, pool.scale, units, rows, out, tokens, eps,
             kv.stride(0), *pool.data.stride()[:2], *pool.scale.stride()[:2],
-            TOKENS=block, DIM=dim, ROPE=rope, FP8=isinstance(pool.form, Fp8KvRows), num_warps=block, **early(tokens),
+            TOKENS=block, DIM=dim, ROPE=rope, FP8=isinstance(pool.form, Fp8KvRows), num_warps=block,
         )  # fmt: skip
     return out
 

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from engine.ops.linear import cublas
-from engine.ops.triton_early import early, fetch_rows, fetched_bytes, let_next_start, wait_for_previous
 from engine.ops.triton_rounding import INTERPRETED, to_bf16
 from engine.ops.triton_splits import is_last, sum_parts
 
@@ -48,21 +47,14 @@ def linear_few_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    FETCHED: tl.constexpr,
 ):
     """Tile [BLOCK_N weight rows, BLOCK_M rows of x]; split s sums channels [s, s + 1) * k_per_split."""
-    let_next_start()
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    first, end = split * k_per_split, tl.minimum((split + 1) * k_per_split, k_size)
-    if FETCHED > 0:
-        rows = weight_ptr.to(tl.int64) + (tl.minimum(n, n_size - 1).to(tl.int64) * k_size + first) * 2
-        fetch_rows(rows, tl.minimum(FETCHED, (end - first) * 2), 128 // BLOCK_N)
-    wait_for_previous()
-    for start in tl.range(first, end, BLOCK_K, num_stages=NUM_STAGES):
+    for start in tl.range(split * k_per_split, tl.minimum((split + 1) * k_per_split, k_size), BLOCK_K, num_stages=NUM_STAGES):
         k = start + channel
         weight = tl.load(
             weight_ptr + n.to(tl.int64)[:, None] * k_size + k[None, :], mask=(n[:, None] < n_size) & (k[None, :] < k_size), other=0.0
@@ -110,9 +102,7 @@ def run(x: torch.Tensor, weight: PackedLinear, out_dtype: torch.dtype) -> torch.
         BLOCK_K=BLOCK_K,
         SPLITS=splits,
         NUM_STAGES=3,
-        FETCHED=fetched_bytes(rows) if k_size % 16 == 0 else 0,
         num_warps=4,
-        **early(rows),
     )
     return out.unflatten(0, x.shape[:-1])
 
@@ -129,8 +119,8 @@ AOT = [
     (
         linear_few_kernel,
         {**_SIGNATURE, "out_ptr": f"*{out}"},
-        {"BLOCK_M": rows, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "SPLITS": splits, "NUM_STAGES": 3, "FETCHED": fetched},
+        {"BLOCK_M": rows, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "SPLITS": splits, "NUM_STAGES": 3},
         {"num_warps": 4},
     )
-    for out, rows, splits, fetched in (("fp32", 16, 16, 1024), ("bf16", 16, 1, 0), ("fp32", 32, 8, 0))
+    for out, rows, splits in (("fp32", 16, 16), ("bf16", 16, 1), ("fp32", 32, 8))
 ]

@@ -23,7 +23,6 @@ from engine.ops.moe_experts.tiles import MOST_SPLIT_BLOCKS, PackedExperts, Tiles
 from engine.ops.moe_experts.triton_few import moe_hidden_kernel, moe_out_kernel
 from engine.ops.moe_experts.triton_many import moe_act_kernel, moe_gather_kernel, moe_many_kernel, moe_widen_kernel
 from engine.ops.moe_experts.triton_route import moe_count_kernel, moe_list_kernel, moe_route_kernel, moe_sum_kernel
-from engine.ops.triton_early import early
 
 CHUNK = 4096
 """Pairs that a listing program looks at in one go."""
@@ -124,7 +123,6 @@ def run_with(
         CHANNELS=channels,
         SLOTS=isinstance(config, Many),
         num_warps=4,
-        **early(tokens),
     )
     return out
 
@@ -156,7 +154,6 @@ def _few(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pac
         CHUNK=min(1024, max(32, triton.next_power_of_2(pairs))),
         GROUPS=groups,
         num_warps=4,
-        **early(tokens),
     )
     hidden = torch.empty(pairs, w13.num_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
     hidden_scales = torch.empty(pairs, w13.num_tiles, dtype=torch.float32, device=device)
@@ -186,7 +183,6 @@ def _few(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pac
         **tiles,
         SPLITS=splits[0],
         num_warps=config.warps,
-        **early(tokens),
     )
     moe_out_kernel[(max_blocks * w2.num_tiles, splits[1])](
         hidden,
@@ -205,7 +201,6 @@ def _few(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pac
         **tiles,
         SPLITS=splits[1],
         num_warps=config.warps,
-        **early(tokens),
     )
     return rows
 

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from engine.ops.moe_experts.triton_route import place_of
-from engine.ops.triton_early import begin
 from engine.ops.triton_rounding import INTERPRETED, quantize, round_bf16, to_bf16
 from engine.ops.triton_splits import is_last
 
@@ -139,7 +138,6 @@ def moe_hidden_kernel(
     """hidden[pair] = quantised clamped SwiGLU(w1 x, w3 x) * weight, for one block of pairs and 128 channels.
 
     With SPLITS > 1 that many programs share K: few experts alone would leave multiprocessors idle."""
-    begin()
     block, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:
@@ -204,7 +202,6 @@ def moe_out_kernel(
     FP4: tl.constexpr,
 ):
     """out[pair] = w2 hidden[pair], bf16, for one block of pairs and 128 channels."""
-    begin()
     block, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:

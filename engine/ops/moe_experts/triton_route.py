@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin
 from engine.ops.triton_rounding import quantize
 
 BLOCK = tl.constexpr(128)
@@ -102,7 +101,6 @@ def moe_route_kernel(
 ):
     """For few rows, in one launch: programs below num_experts list an expert's pairs, the others quantise 128 * GROUPS channels of a
     token."""
-    begin()
     program = tl.program_id(0)
     if program < num_experts:
         list_pairs(
@@ -178,7 +176,6 @@ def moe_sum_kernel(
 ):
     """sum[token] = fp32 sum of the rows of its pairs, in order; pairs of experts that are not here count nothing. With SLOTS a pair's
     row is where `slots` says, else its own."""
-    begin()
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([CHANNELS], tl.float32)

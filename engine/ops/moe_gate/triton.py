@@ -10,8 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 NOTHING = tl.constexpr(-(2**63))
 """Below every key."""
 FEW_TOKENS = 1024
@@ -32,7 +30,6 @@ def moe_gate_kernel(
     PADDED_E: tl.constexpr,
     FIXED: tl.constexpr,
 ):
-    begin()
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED_K)
     if FIXED:
@@ -89,7 +86,6 @@ def run(
             PADDED_E=triton.next_power_of_2(experts),
             FIXED=fixed_ids is not None,
             num_warps=4 if tokens <= FEW_TOKENS else 1,
-            **early(tokens),
         )
     return ids if fixed_ids is None else fixed_ids, weights
 

@@ -6,12 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 
 @triton.jit
 def output_derotate_kernel(o_ptr, cos_ptr, sin_ptr, heads, dim, ROWS: tl.constexpr, ROPE: tl.constexpr):
-    begin()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     at = (token * heads + head)[:, None] * dim + (dim - ROPE) + tl.arange(0, ROPE)[None, :]
@@ -30,8 +27,7 @@ def run(o: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     assert o.is_contiguous() and cos.is_contiguous() and sin.is_contiguous() and rope & (rope - 1) == 0, f"{o.stride()=} {rope=}"
     if tokens:
         rows = min(64, triton.next_power_of_2(heads))
-        grid = (tokens, triton.cdiv(heads, rows))
-        output_derotate_kernel[grid](o, cos, sin, heads, dim, ROWS=rows, ROPE=rope, num_warps=4, **early(tokens))
+        output_derotate_kernel[(tokens, triton.cdiv(heads, rows))](o, cos, sin, heads, dim, ROWS=rows, ROPE=rope, num_warps=4)
     return o
 
 

@@ -7,14 +7,12 @@ import triton
 import triton.language as tl
 
 from engine.batch import TokenPlaces
-from engine.ops.triton_early import begin, early
 
 BLOCK = 512
 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def page_rows_kernel(numbers_ptr, sequences_ptr, table_ptr, out_ptr, count, table_stride, per_page, BLOCK: tl.constexpr):
-    begin()
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     number = tl.load(numbers_ptr + token * count + place, mask=place < count, other=-1)
@@ -30,9 +28,7 @@ def run(numbers: torch.Tensor, places: TokenPlaces, per_page: int) -> torch.Tens
     out = torch.empty_like(numbers)
     if out.numel():
         grid = (tokens, triton.cdiv(count, BLOCK))
-        page_rows_kernel[grid](
-            numbers, places.sequences_T, table, out, count, table.stride(0), per_page, BLOCK=BLOCK, num_warps=4, **early(tokens)
-        )
+        page_rows_kernel[grid](numbers, places.sequences_T, table, out, count, table.stride(0), per_page, BLOCK=BLOCK, num_warps=4)
     return out
 
 

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 HEADS = 8
 """Heads of a program."""
 
@@ -25,7 +23,6 @@ def rotate(x, cos_ptr, sin_ptr, token, ROPE: tl.constexpr):
 
 @triton.jit
 def q_norm_rope_kernel(q_ptr, cos_ptr, sin_ptr, out_ptr, heads, eps, ROWS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr):
-    begin()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     at = (token * heads + head)[:, None] * DIM + tl.arange(0, DIM)[None, :]
@@ -44,8 +41,7 @@ def run(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> to
     out = torch.empty_like(q)
     if tokens:
         grid = (tokens, triton.cdiv(heads, HEADS))
-        num_warps = 8 if dim > 256 else 4
-        q_norm_rope_kernel[grid](q, cos, sin, out, heads, eps, ROWS=HEADS, DIM=dim, ROPE=rope, num_warps=num_warps, **early(tokens))
+        q_norm_rope_kernel[grid](q, cos, sin, out, heads, eps, ROWS=HEADS, DIM=dim, ROPE=rope, num_warps=8 if dim > 256 else 4)
     return out
 
 

@@ -6,15 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
-
 TILE = 4096
 """Elements of a program, where a row is shorter."""
 
 
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, width, row_stride, eps, ROWS: tl.constexpr, PADDED_WIDTH: tl.constexpr):
-    begin()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, PADDED_WIDTH)
     kept = (row < rows)[:, None] & (channel < width)[None, :]
@@ -36,9 +33,8 @@ def run(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows = max(1, min(TILE // padded, triton.next_power_of_2(triton.cdiv(len(flat), 264))))
         grid = (triton.cdiv(len(flat), rows),)
         rms_norm_kernel[grid](
-            flat, weight, out, len(flat), width, flat.stride(0), eps,
-            ROWS=rows, PADDED_WIDTH=padded, num_warps=warps(rows * padded), **early(len(flat)),
-        )  # fmt: skip
+            flat, weight, out, len(flat), width, flat.stride(0), eps, ROWS=rows, PADDED_WIDTH=padded, num_warps=warps(rows * padded)
+        )
     return out
 
 

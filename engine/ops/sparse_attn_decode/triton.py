@@ -13,7 +13,6 @@ import triton.language as tl
 
 from engine.cache.arena import RowPool
 from engine.cache.rows import Fp8KvRows
-from engine.ops.triton_early import begin, early
 
 ROWS = 32
 """Rows that a program takes at a time."""
@@ -74,7 +73,6 @@ def sparse_attn_decode_kernel(
     ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Program (s, block of heads, split): acc fp32 [HEADS, WIDTH] to partial [S, splits, H, WIDTH]; maximum and sum to stats [.., 2, H]."""
-    begin()
     sequence, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
     head, column = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
     real = head < num_heads
@@ -102,7 +100,6 @@ def sparse_attn_decode_kernel(
 @triton.jit
 def combine_kernel(partial_ptr, stats_ptr, sink_ptr, out_ptr, num_heads, splits, WIDTH: tl.constexpr):
     """Program (s, head): the splits' results, and the sink, in one softmax."""
-    begin()
     sequence, head, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDTH)
     top = tl.load(sink_ptr + head)
     total, acc = tl.full([], 1.0, tl.float32), tl.zeros([WIDTH], tl.float32)
@@ -146,9 +143,8 @@ def run(
         partial, stats, heads, scale,
         WINDOW_PER_UNIT=window.data.shape[1], ENTRIES_PER_UNIT=entries.data.shape[1], WIDTH=width,
         FP8=isinstance(window.form, Fp8KvRows), HEADS=block, ROWS=ROWS, DOT=tl.bfloat16 if q.is_cuda else tl.float32, num_warps=8,
-        **early(sequences),
     )  # fmt: skip
-    combine_kernel[(sequences, heads)](partial, stats, sink, out, heads, splits, WIDTH=width, num_warps=4, **early(sequences))
+    combine_kernel[(sequences, heads)](partial, stats, sink, out, heads, splits, WIDTH=width, num_warps=4)
     return out
 
 

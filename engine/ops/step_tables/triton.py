@@ -9,7 +9,6 @@ import triton.language as tl
 from engine.batch import TokenPlaces
 from engine.cache.layout import C128_ROWS_PER_PAGE, WINDOW_ROWS
 from engine.ops.step_tables import StepTables
-from engine.ops.triton_early import begin, early
 
 BLOCK = 512
 """Dense entries of a program."""
@@ -34,7 +33,6 @@ def step_tables_kernel(
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """angles: fp32 [8, T, PAIRS]; longs: int64 [4, vector_stride]; counts: int32 [3, vector_stride]; all in the order of StepTables."""
-    begin()
     token = tl.program_id(0).to(tl.int64)
     position, sequence = tl.load(positions_ptr + token), tl.load(sequences_ptr + token)
     visible4, visible128 = (position + 1) >> 2, (position + 1) >> 7
@@ -83,7 +81,7 @@ def run(places: TokenPlaces, main: torch.Tensor, compressed: torch.Tensor, top_k
         step_tables_kernel[(tokens, max(1, triton.cdiv(count, BLOCK)))](
             *vectors, places.page_table_SP, main, compressed, angles, longs, counts, dense, dense_rows, window_rows,
             tokens, stride, places.page_table_SP.stride(0), count, top_k,
-            PAIRS=pairs, BLOCK=BLOCK, DECODE=places.is_decode, num_warps=4, **early(tokens),
+            PAIRS=pairs, BLOCK=BLOCK, DECODE=places.is_decode, num_warps=4,
         )  # fmt: skip
     return StepTables(*angles, *longs[:, :tokens], *counts[:, :tokens], dense, dense_rows, window_rows)
 

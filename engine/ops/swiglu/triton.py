@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_early import begin, early
 from engine.ops.triton_rounding import to_bf16
 
 CHANNELS = 1024
@@ -14,7 +13,6 @@ CHANNELS = 1024
 
 @triton.jit
 def swiglu_kernel(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, limit, CHANNELS: tl.constexpr):
-    begin()
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < width
@@ -34,8 +32,7 @@ def run(gate: torch.Tensor, up: torch.Tensor, limit: float, out_dtype: torch.dty
     out = torch.empty(rows, width, dtype=out_dtype, device=gate.device)
     if rows and width:
         grid = (rows, triton.cdiv(width, CHANNELS))
-        strides = gate.stride(0), up.stride(0)
-        swiglu_kernel[grid](gate, up, out, width, *strides, limit, CHANNELS=CHANNELS, num_warps=4, **early(rows))
+        swiglu_kernel[grid](gate, up, out, width, gate.stride(0), up.stride(0), limit, CHANNELS=CHANNELS, num_warps=4)
     return out
 
 

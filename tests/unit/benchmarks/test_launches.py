@@ -9,10 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from engine.ops import triton_early
 from engine.ops.sample import NUM_TERMS, Draws, Filters, Histories
 from engine.ops.sample.triton import run
-from tests.benchmarks.launches import FORWARD, Recorder, count, decode_batch, launches_of_flash, noting_kernels, small_model
+from tests.benchmarks.launches import Recorder, count, launches_of_flash, noting_kernels
 
 MOST = {
     "before the layers": 3,
@@ -40,16 +39,6 @@ def test_alone_nothing_is_exchanged() -> None:
     found = count(ranks=1, batch=1)
     assert not any("gather" in name or "scatter" in name for launches in found.values() for name in launches)
     assert all(launches["moe_sum_kernel"] == 1 for part, launches in found.items() if part.startswith("layer")), found
-
-
-def test_every_kernel_of_a_small_step_can_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_early, "MOST_ROWS", 8)
-    recorder = Recorder()
-    network, caches = small_model(1, 2, recorder, is_decode=True)
-    with torch.no_grad(), noting_kernels(recorder), recorder:
-        FORWARD(network, decode_batch(2), caches)
-    plain = {name for name, options in recorder.keys if "launch_pdl=True" not in options}
-    assert len(recorder.keys) > 20 and plain == set(), plain
 
 
 def launches_of_draw(filters: Filters | None, histories: Histories | None) -> collections.Counter[str]:
