@@ -18,6 +18,7 @@ from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from router.tokens import TextCodec
+from tests.support.patience import overload
 from tests.support.serving import Serving
 
 ENGINE = EngineConfig(device="cpu", max_model_len=2048)
@@ -64,7 +65,7 @@ def test_what_does_not_fit_is_429_at_once_and_comes_through_when_it_was_told() -
             results = list(pool.map(client, range(24)))
         took = sorted(seconds for _, refusals in results for seconds in refusals)
         assert took, "nobody was refused"
-        assert took[len(took) // 2] < 0.5, f"a refusal takes {took[len(took) // 2]:.3f} s"
+        assert took[len(took) // 2] < 0.5 * overload(), f"a refusal takes {took[len(took) // 2]:.3f} s"
         assert max(len(refusals) for _, refusals in results) <= 8
         serving.wait(serving.is_empty)
 

@@ -57,9 +57,10 @@ class Cluster:
         self.shared_memory_before = left_over()
 
     def baton(self, *arguments: str, expect: int = 0, timeout_s: float = 120) -> str:
-        """Run the command; its standard output and error. Fails unless it exits with `expect`."""
+        """Run the command; its standard output and error. Fails unless it exits with `expect`, within
+        `timeout_s` stretched by what else this machine computes."""
         command = [sys.executable, "-m", "deploy", "--home", str(self.home), *arguments]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s * overload(), stdin=subprocess.DEVNULL)
         output = result.stdout + result.stderr
         assert result.returncode == expect, f"baton {' '.join(arguments)} exited with {result.returncode}:\n{output}\n{self.logs()}"
         return output

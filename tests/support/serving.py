@@ -66,7 +66,7 @@ class Serving:
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
         """Run a coroutine on the parts' loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s * overload())
 
     def __enter__(self) -> Serving:
         self._thread.start()
