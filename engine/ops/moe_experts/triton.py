@@ -60,10 +60,10 @@ def choose(num_pairs: int, experts: PackedExperts) -> Few | Many:
         return Many()
     if rows > 16:
         return Few(32, 4, 3)
-    blocks = min(num_pairs, experts.num_experts) + num_pairs // 16
-    if blocks > 16:
+    blocks = min(num_pairs, experts.num_experts) + num_pairs // 16  # in a group of ranks half of them or fewer are here
+    if blocks > 32:
         return Few(16, 1, 3)
-    return Few(16, 1, 3, 4, 2) if blocks <= 8 else Few(16, 1, 3, 2, 2)
+    return Few(16, 1, 3, 4, 2) if blocks <= 16 else Few(16, 1, 3, 2, 2)
 
 
 @dataclass(frozen=True, slots=True)
