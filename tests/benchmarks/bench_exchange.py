@@ -4,10 +4,10 @@ python -m tests.benchmarks.bench_exchange [--ranks 2] [--device cuda] [--tokens 
     [--experts 256] [--top-k 6] [--out FILE.json]
 
 One row is a dispatch and a combine with nothing in between, of so many tokens a rank, on the slowest rank. Decode (`--tokens`) is timed as
-replays of a CUDA graph that holds several, prefill (`--prompt-tokens`) as calls. Experts are drawn at random. Beside each backend stands
-what it calls, with tensors of the same sizes that were made before: two collectives, or DeepEP's dispatch and combine; `direct`, which
-calls nothing, stands beside the collectives. What the results are is for tests/parity/test_exchange_gpus.py to say. On CPUs
-(`--device cpu`) the collectives are gloo's.
+replays of a CUDA graph that holds several, prefill (`--prompt-tokens`) as calls; the rows of a load take turns. Experts are drawn at
+random. Beside each backend stands what it calls, with tensors of the same sizes that were made before: two collectives, or DeepEP's
+dispatch and combine; `direct`, which calls nothing, stands beside the collectives. What the results are is for
+tests/parity/test_exchange_gpus.py to say. On CPUs (`--device cpu`) the collectives are gloo's.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from tests.benchmarks.bench_serving import table
 
 CALLS = 16
 """In one graph."""
+WARM_UP = 5
 REPEATS = 15
 
 
@@ -160,50 +161,61 @@ def measure(loads: list[Load], group: Group, device: torch.device) -> Iterator[d
     if exchanges.no_direct is not None and group.rank == 0:
         print(f"direct is left out: {exchanges.no_direct}", flush=True)
     for load in loads:
-        found: dict[str, float] = {}
-        for name, base, make in bodies(load, exchanges, group, device):
-            times = timed(make(), group, device, in_graph=load.is_decode and device.type == "cuda")
-            slowest = slowest_of(group, statistics.median(times))
-            found[name] = slowest
+        found = list(bodies(load, exchanges, group, device))
+        calls = [prepared(make(), device, in_graph=load.is_decode and device.type == "cuda") for _, _, make in found]
+        times = timed(calls, group, device, CALLS if load.is_decode and device.type == "cuda" else 1)
+        slowest = {name: slowest_of(group, statistics.median(one)) for (name, _, _), one in zip(found, times, strict=True)}
+        for name, base, _ in found:
             yield {
                 "mode": "decode" if load.is_decode else "prefill", "tokens a rank": load.tokens, "ranks": group.size, "what": name,
-                "us": round(slowest, 1), "beside": base or "-", "added": f"{slowest / found[base] - 1:+.1%}" if base else "-",
+                "us": round(slowest[name], 1), "beside": base or "-", "added": f"{slowest[name] / slowest[base] - 1:+.1%}" if base else "-",
             }  # fmt: skip
     exchanges.close()
 
 
-def timed(call: Callable[[], object], group: Group, device: torch.device, in_graph: bool) -> list[float]:
-    """Microseconds of one call; each of REPEATS begins on all ranks at once."""
+def prepared(call: Callable[[], object], device: torch.device, in_graph: bool) -> Callable[[], object]:
+    """What is to be timed: a call, or a replay of CALLS of them."""
     if device.type == "cpu":
-        return [_timed_on_cpu(call, group) for _ in range(REPEATS)]
+        return call
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             call()
     torch.cuda.synchronize()
-    repeated: Callable[[], object] = call
-    if in_graph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(CALLS):
-                call()
-        repeated = graph.replay
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        group.barrier()
-        repeated()  # brings the ranks together on the device
-        start.record()
-        repeated()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (CALLS if in_graph else 1))
+    if not in_graph:
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(CALLS):
+            call()
+    return graph.replay
+
+
+def timed(calls: list[Callable[[], object]], group: Group, device: torch.device, parts: int) -> list[list[float]]:
+    """Microseconds of one of the `parts` of each call, REPEATS times. The calls take turns, so that none has the GPU while it is still
+    slow; each begins on all ranks at once."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(WARM_UP + REPEATS):
+        for call, found in zip(calls, times, strict=True):
+            group.barrier()
+            call()  # brings the ranks together on the device
+            us = _time_on_cpu(call) if device.type == "cpu" else _time_on_gpu(call)
+            if turn >= WARM_UP:
+                found.append(us / parts)
     return times
 
 
-def _timed_on_cpu(call: Callable[[], object], group: Group) -> float:
-    group.barrier()
+def _time_on_gpu(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
     call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def _time_on_cpu(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return (time.perf_counter() - began) * 1e6
@@ -223,7 +235,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     seat = Seat(rank=rank, size=arguments.ranks, name="bench/0", host="127.0.0.1", rendezvous=rendezvous)
-    group = Group.join(seat, Limits(start_s=120, step_s=60))
+    group = Group.join(seat, Limits(start_s=120, step_s=30))
     sizes = {"hidden": arguments.hidden, "experts": arguments.experts, "top_k": arguments.top_k}
     loads = [Load(tokens=tokens, is_decode=True, **sizes) for tokens in arguments.tokens]
     loads += [Load(tokens=tokens, is_decode=False, **sizes) for tokens in arguments.prompt_tokens]

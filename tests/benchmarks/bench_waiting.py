@@ -12,7 +12,7 @@ step without a word in between. For each batch a rank, on the slowest rank:
     waiting       (exchange - together) / step
     one idle      a step while rank 0 has no sequences, on the slowest other rank, over that with even load
 
-On GPUs the exchange is what the profiler sees of NCCL's or DeepEP's kernels; on CPUs (`--device cpu`) the time inside its calls.
+On GPUs the exchange is what the profiler sees of its kernels (`direct`, NCCL, DeepEP); on CPUs (`--device cpu`) the time inside its calls.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.benchmarks.bench_exchange import slowest_of
 from tests.benchmarks.bench_serving import table
 from tests.benchmarks.step_profile import profile_step
 
-EXCHANGE_KERNELS = ("nccl", "deep_ep::")
+EXCHANGE_KERNELS = ("ncclDevKernel", "deep_ep::", "direct_dispatch", "direct_combine")
 REPEATS = 12
 CPU = torch.device("cpu")
 
@@ -148,6 +148,7 @@ class Bench:
 
 def _captured(run: Callable[[], None]) -> Step:
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()

@@ -32,9 +32,13 @@ from engine.cache.layout import build_layout
 from engine.config import EngineConfig, ModelConfig
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.weights import dummy_weights
+from engine.ops.expert_exchange import ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange.direct import DirectExchange
+from engine.ops.expert_exchange.gather import GatherExchange, PaddedGatherExchange
 from engine.ops.names import OP_NAMES
 from engine.ops.registry import BoundOps, get_op, load_backend
 from engine.parallel.experts import ExpertShare, Sharing
+from engine.parallel.group import Group, Limits, Seat
 from engine.sequence import Sequence as Tokens
 from tests.benchmarks.hardware import AS_MEASURED, H200
 from tests.benchmarks.scaling_model import work_of
@@ -85,18 +89,22 @@ class Recorder(TorchDispatchMode):
 
 
 class StandIn:
-    """The group and its process group: rank 0 of `size`, whose collectives are noted."""
+    """The group and its process group: rank 0 of `size`, on one host, whose collectives are noted."""
 
-    rank = 0
+    rank, limits = 0, Limits(start_s=60.0, step_s=60.0)
 
     def __init__(self, size: int, recorder: Recorder) -> None:
         self.size, self._recorder = size, recorder
+        self.seat = Seat(rank=0, size=size, name="decode/0", host="", rendezvous="")
 
     def backend(self, device: torch.device) -> StandIn:
         return self
 
     def before_close(self, close: Callable[[], None]) -> None:
         """Nothing is open."""
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Nobody is."""
 
     def working(self, what: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -113,13 +121,21 @@ class StandIn:
         """It is done."""
 
 
+def open_exchange(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
+    """As `direct` does where it can."""
+    if not shape.is_latency_bound:
+        return PaddedGatherExchange(group, shape)
+    return DirectExchange(group, shape, [0] * group.size, torch.device("cpu"), GatherExchange(group, shape, ops), None)
+
+
 def triton_ops() -> BoundOps:
     functions, packs = {}, {}
     for name in OP_NAMES:
         backends = get_op(name).backends
-        functions[name], pack = load_backend(get_op(name), next(filter(backends.__contains__, ("triton", "gather")), "reference"))
+        functions[name], pack = load_backend(get_op(name), "triton" if "triton" in backends else "reference")
         if pack is not None:
             packs[name] = pack
+    functions["expert_exchange"] = open_exchange
     return BoundOps(functions, packs, ())
 
 
@@ -215,7 +231,7 @@ def launches_of_flash(found: Launches) -> tuple[float, float]:
         sum(sum(number for name, number in found[layer].items() if is_meant(name)) for layer in names) / len(names)
         for is_meant in (lambda name: True, PRODUCTS.__contains__)
     )
-    return totals - products - 2 - 4 - (2 if any("gather" in name for name in found[names[0]]) else 0), products
+    return totals - products - 2 - 4 - (2 if "direct_dispatch_kernel" in found[names[0]] else 0), products
 
 
 def _in_part(recorder: Recorder, part: str, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ step parity_model 150 -m pytest -q -s tests/parity/test_gpu_model.py
 step parity_steps 120 -m pytest -q tests/parity/test_gpu_steps.py
 if [ "$gpus" -ge 2 ]; then
     step parity_exchange 180 -m pytest -q tests/parity/test_exchange_gpus.py tests/parity/test_direct_gpus.py -k "not deepep"
-    engine="-m tests.benchmarks.bench_engine --ranks 2 --ops expert_exchange=gather --profile"
+    engine="-m tests.benchmarks.bench_engine --ranks 2 --profile"
     also=1x8192,32x8192,128x8192,256x8192,1x4096,1x921600,32x131072
 else
     engine="-m tests.benchmarks.bench_engine --layers 22 --profile"

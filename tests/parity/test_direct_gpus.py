@@ -1,5 +1,5 @@
 """`direct` between GPUs, each rank a process that sees its own alone: a thousand replays of graphs of several sizes, with loads that change
-and ranks that run apart, to the bit; and a rank that falls silent."""
+and ranks that run apart, and calls on several streams, to the bit; and a rank that falls silent."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ class Step:
             rows = arrived.x.float() * (arrived.weights * (arrived.ids >= 0)).sum(1, keepdim=True) * (1.0 + rank / 3)
             return exchange.combine(rows, arrived)
 
+        self.body = body
         stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -83,11 +84,27 @@ class Step:
         return total
 
 
+def take_streams_in_turn(step: Step, choice: SlotChoice, size: int) -> None:
+    """Nobody has the streams wait for each other."""
+    step.draw(is_idle=False)
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(3)], []
+    for turn in range(60):
+        with torch.cuda.stream(streams[turn % 3]):
+            found.append(step.body())
+    torch.cuda.synchronize()
+    expected = step.expected(choice, size)
+    assert [turn for turn, one in enumerate(found) if not torch.equal(one, expected)] == []
+
+
 def replay(rank: int, size: int, rendezvous: str) -> None:
     group, exchange, choice = joined(rank, size, rendezvous, 60.0)
     steps = [Step(exchange, choice, rank, tokens) for tokens in reversed(SIZES)]
     order, pace = random.Random(7), random.Random(rank)
     torch.manual_seed(rank)
+    for step in steps:
+        take_streams_in_turn(step, choice, size)
+    exchange.check()
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for turn in range(REPLAYS):
         step, idle = order.choice(steps), order.randrange(3 * size)

@@ -137,8 +137,8 @@ OP = Op(
     "expert_exchange",
     expert_exchange,
     backends={
-        "gather": Impl("engine.ops.expert_exchange.gather", requires.cuda),
         "direct": Impl("engine.ops.expert_exchange.direct", requires.triton),
+        "gather": Impl("engine.ops.expert_exchange.gather", requires.cuda),
         "deepep": Impl("engine.ops.expert_exchange.deepep", requires.deep_ep),
     },
 )

@@ -3,6 +3,9 @@ the sums back the same way. What `gather` does in two kernels and two collective
 
 For decode steps of up to MOST_TOKENS tokens a rank; larger ones, where bandwidth counts, and prompts go as `gather` sends them. So does
 everything where the ranks cannot reach each other's memory: they try it when the exchange is opened, and all say why not.
+
+Calls on several streams take effect in the order in which the host makes them. Replays of graphs do not pass here: who replays on another
+stream than before has it wait for that one.
 """
 
 from __future__ import annotations
@@ -45,8 +48,24 @@ class Inbox:
         self.num_bytes = self.sums_at + rows * shape.hidden_size * 4
 
 
+class InOrder:
+    """Has calls follow each other on a device, whatever streams they are made on: two exchanges at a time would take each other's words."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._last = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def join(self) -> None:
+        """Before a call. Under capture nothing runs."""
+        if self._last is None or torch.cuda.is_current_stream_capturing():
+            return
+        now = torch.cuda.current_stream()
+        if now != self._last:
+            now.wait_stream(self._last)
+            self._last = now
+
+
 class DirectExchange:
-    """A dispatch is followed by its combine, on the same stream, and all ranks bring the same number of tokens, as decode graphs do."""
+    """A dispatch is followed by its combine, and all ranks bring the same number of tokens, as decode graphs do."""
 
     rows = 0
 
@@ -62,7 +81,7 @@ class DirectExchange:
         """addresses: of the ranks' inboxes, as this one sees them; `others`: for larger steps; `memory`: what is to be closed."""
         self._rank, self._slots_per_rank = group.rank, shape.num_slots // group.size
         self._seat, self._others, self._memory = group.seat, others, memory
-        self._inbox = Inbox(group.size, shape)
+        self._inbox, self._order = Inbox(group.size, shape), InOrder(device)
         self._inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._lost = [torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)]
         """What dispatches say, and what combines say; each reads the other's."""
@@ -74,6 +93,7 @@ class DirectExchange:
         if len(x) > self._inbox.tokens:
             arrived = self._others.dispatch(x, ids, weights, positions, choice)
             return Arrived(arrived.x, arrived.ids, arrived.weights, arrived)
+        self._order.join()
         assert ids.shape[1] <= MOST_EXPERTS, f"{ids.shape[1]} experts a token; there is room for {MOST_EXPERTS}"
         dispatched, combined = self._lost
         rows = dispatch(
@@ -85,6 +105,7 @@ class DirectExchange:
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         if arrived.way_back is not None:
             return self._others.combine(rows, arrived.way_back)
+        self._order.join()
         dispatched, combined = self._lost
         flags = (dispatched, combined, self._told)
         return combine(rows, self._inboxes, self._inbox.sums_at, flags, self._rank, self._patience)
@@ -135,7 +156,7 @@ def open_direct(group: Group, shape: ExchangeShape, device: torch.device, driver
             raise ConfigError(f"{group.size} ranks; it is for up to {MOST_RANKS} on one host")
         memory = PeerMemory(group, Inbox(group.size, shape).num_bytes, driver)
     except ConfigError as error:
-        log.warning("exchange.gathers", member=group.seat.member, instead_of="direct", reason=error)
+        log.info("exchange.gathers", member=group.seat.member, instead_of="direct", reason=error)
         return others
     exchange = DirectExchange(group, shape, memory.addresses, device, others, memory)
     found = group.gather_bytes("direct", problem_of(exchange, group.rank, group.size, shape, device).encode())

@@ -105,6 +105,29 @@ def test_what_keeps_one_rank_from_it_is_known_to_all(refuses: dict[str, int], ho
     assert run_group(RANKS, rank) == [set()] * RANKS
 
 
+class Stream:
+    def __init__(self) -> None:
+        self.waited_for: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited_for.append(other)
+
+
+def test_a_call_on_another_stream_waits_for_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from engine.ops.expert_exchange.direct import InOrder
+
+    first, second, captured = Stream(), Stream(), Stream()
+    current = [first]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] is captured)
+    order = InOrder(torch.device("cuda", 0))
+    for stream in (first, second, second, captured, second, first, first):
+        current[0] = stream
+        order.join()
+    assert (first.waited_for, second.waited_for, captured.waited_for) == ([second], [first], [])
+
+
 def test_ranks_that_cannot_reach_each_other_gather() -> None:
     pytest.importorskip("triton")
     from engine.ops.expert_exchange.direct import open_direct
