@@ -87,6 +87,7 @@ class LoadedModel:
             device=self.device,
             workspace_bytes=workspace_bytes,
             history_bytes=history_bytes,
+            num_widened=self.network.num_widened,
         )
 
     def new_caches(self, num_pages: int, num_slots: int, workspace_bytes: int = 0, history_bytes: int = 0) -> ModelCaches:

@@ -29,6 +29,8 @@ class MemoryPlan:
     """For all but the weights. None where the system does not say."""
     workspace_bytes: int = 0
     """For the largest step and the graphs, on a GPU."""
+    num_widened: int = 0
+    """Layers among the weights whose experts are kept as FP8 in place of MXFP4."""
     history_bytes: int = 0
     """Of each slot beside it: what the device needs to draw tokens of requests with penalties or a logit bias, where it does."""
 
@@ -42,6 +44,7 @@ class MemoryPlan:
         device: torch.device,
         workspace_bytes: int = 0,
         history_bytes: int = 0,
+        num_widened: int = 0,
     ) -> MemoryPlan:
         """num_pages 0: as many as fit, on a GPU. Raises ConfigError if that is less than one, or the device is none."""
         available, slot_bytes = available_bytes(device), layout.slot_bytes + history_bytes
@@ -57,6 +60,7 @@ class MemoryPlan:
                 )
         return MemoryPlan(
             weights_bytes=weights_bytes,
+            num_widened=num_widened,
             workspace_bytes=workspace_bytes,
             history_bytes=history_bytes,
             num_pages=num_pages,
@@ -73,8 +77,9 @@ class MemoryPlan:
     def table(self) -> str:
         """A line each for weights, pages, slots and histories, and what stays free."""
         pages, slots, histories = self.num_pages * self.page_bytes, self.num_slots * self.slot_bytes, self.num_slots * self.history_bytes
+        widened = f"  of which {self.num_widened} layers' experts widened to FP8" if self.num_widened else ""
         lines = [
-            f"weights  {_size(self.weights_bytes)}",
+            f"weights  {_size(self.weights_bytes)}{widened}",
             *([f"steps    {_size(self.workspace_bytes)}  for the largest step, and graphs"] if self.workspace_bytes else []),
             f"pages    {_size(pages)}  {self.num_pages} x {self.page_bytes} B ({self.num_pages * PAGE_TOKENS} tokens)",
             f"slots    {_size(slots)}  {self.num_slots} x {self.slot_bytes} B ({self.num_slots} sequences)",

@@ -23,6 +23,7 @@ from engine.histories import history_bytes
 from engine.logprobs import logprobs_of
 from engine.sampler import sample
 from engine.sequence import Sequence
+from engine.widening import widen_experts
 from engine.workspace import measure_workspace
 
 if TYPE_CHECKING:
@@ -104,12 +105,23 @@ def fed_rows(chunks: list[Chunk], before: Launched | None) -> list[int]:
 class ModelRunner:
     """The real one."""
 
-    def __init__(self, loaded: LoadedModel, num_pages: int, num_slots: int, *, chunk_tokens: int = 0, max_decode: int = 0) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        num_pages: int,
+        num_slots: int,
+        *,
+        chunk_tokens: int = 0,
+        max_decode: int = 0,
+        widened_layers: int = 0,
+    ) -> None:
         """num_pages 0: as many as fit, on a GPU. There the largest steps are run before: prompts in chunks of `chunk_tokens`, and decode
-        steps of `max_decode` sequences, which are CUDA graphs; 0: none such."""
+        steps of `max_decode` sequences, which are CUDA graphs; 0: none such. `widened_layers`: as `widen_experts` has it."""
         self._loaded = loaded
         on_gpu = loaded.device.type == "cuda"
         workspace = measure_workspace(loaded, chunk_tokens, max_decode) if on_gpu else 0
+        if widened_layers and widen_experts(loaded, widened_layers, num_pages, num_slots, workspace) and on_gpu:
+            workspace = measure_workspace(loaded, chunk_tokens, max_decode)  # the wide form has kernels of its own
         has_histories = max_decode > 0 and on_gpu and loaded.device_sample is not None
         self._caches = loaded.new_caches(num_pages, num_slots, workspace, history_bytes(loaded.model.vocab_size) if has_histories else 0)
         self._graphs: DecodeGraphs | None = None

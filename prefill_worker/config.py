@@ -21,6 +21,9 @@ class PrefillConfig:
     """Sequences on each rank at once."""
     chunk_tokens: int = 256
     """Prompt tokens computed in one step."""
+    widened_layers: int = -1
+    """Layers whose MXFP4 experts are kept as FP8, with equal results: twice the bytes, and no widening in each step. -1: as many as fit
+    beside pages for num_slots sequences of engine.max_model_len, on a GPU; 0: none."""
     max_waiting: int = 256
     """Requests waiting on a rank for pages or a slot; more are refused as Overloaded."""
     liveness_timeout_s: float = 5.0
@@ -33,6 +36,8 @@ class PrefillConfig:
         for key in ("replicas", "num_pages"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"prefill.{key} is {getattr(self, key)}; it must be at least 0")
+        if self.widened_layers < -1:
+            raise ConfigError(f"prefill.widened_layers is {self.widened_layers}; it must be at least -1")
         if self.redundant_experts < 0:
             raise ConfigError(f"prefill.redundant_experts is {self.redundant_experts}; it must be at least 0")
         if self.redundant_experts and self.ranks_per_replica == 1:

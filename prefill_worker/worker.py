@@ -93,5 +93,11 @@ class PrefillWorker(RankWorker):
             max_tokens=config.chunk_tokens,
             budget_of=even_budget,
             is_latency_bound=False,
-            new_runner=lambda loaded: ModelRunner(loaded, config.num_pages, config.num_slots, chunk_tokens=config.chunk_tokens),
+            new_runner=lambda loaded: ModelRunner(
+                loaded,
+                config.num_pages,
+                config.num_slots,
+                chunk_tokens=config.chunk_tokens,
+                widened_layers=config.widened_layers,
+            ),
         )

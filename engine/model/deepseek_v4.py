@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core.errors import ConfigError
 from engine.batch import Batch
 from engine.cache.arena import LayerCache, ModelCaches
 from engine.config import EngineConfig, ModelConfig
@@ -65,16 +66,16 @@ class Block:
         self._attn_hc = HyperConnection(build, prefix, "attn", is_first=layer == 0)
         self._ffn_hc = HyperConnection(build, prefix, "ffn", is_first=False)
         self._attention = Attention(build, f"{prefix}.attn", ratio)
-        self._moe = MoE(build, f"{prefix}.ffn", is_hash)
+        self.moe = MoE(build, f"{prefix}.ffn", is_hash)
 
     def forward(self, last: torch.Tensor | Unspread, step: Step, cache: LayerCache) -> Unspread:
         """`last`: of the block before; the streams in the first."""
         last = self._attn_hc.run(last, lambda x: (self._attention.forward(x, step, cache), None))
-        return self._ffn_hc.run(last, lambda x: self._moe.forward(x, step.batch.token_ids_T, step.batch.places.positions_T))
+        return self._ffn_hc.run(last, lambda x: self.moe.forward(x, step.batch.token_ids_T, step.batch.places.positions_T))
 
     def join(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Serve the peers' tokens with the experts held here; x: [0, d]."""
-        self._moe.forward(x, token_ids, token_ids)
+        self.moe.forward(x, token_ids, token_ids)
 
 
 class DeepseekV4:
@@ -103,6 +104,25 @@ class DeepseekV4:
         self._norm = build.tensor("norm.weight")
         self._head = Linear(build, "head.weight", torch.float32)
         self.mtp_weights = {name: weights[name] for name in weights if name.startswith("mtp.")}
+        self.num_widened = 0
+        """Layers whose routed experts are in the form for many tokens."""
+
+    def widenable(self) -> list[MoE]:
+        """Those of the layers, first to last, that `widen` would take."""
+        return [layer.moe for layer in self._layers if layer.moe.widening_bytes is not None]
+
+    def widen(self, num_layers: int) -> None:
+        """`MoE.widen` in so many more layers, one after the other. Raises ConfigError, before it begins, if there are fewer."""
+        found = self.widenable()
+        if num_layers > len(found):
+            raise ConfigError(
+                f"{num_layers} layers' experts are to be widened to FP8; {len(found)} can be: those in MXFP4, with a backend for GPUs"
+            )
+        for moe in found[:num_layers]:
+            moe.widen()
+            self.num_widened += 1
+            if self._embed.is_cuda:
+                torch.cuda.empty_cache()  # the smaller form's memory has no use in pieces of its size
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: ModelCaches) -> torch.Tensor:

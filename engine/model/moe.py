@@ -26,6 +26,24 @@ class MoE:
         self._w1_w3 = Linears(build, ((f"{shared}.w1.weight",), (f"{shared}.w3.weight",)))
         self._w2 = Linear(build, f"{shared}.w2.weight")
 
+    @property
+    def widening_bytes(self) -> int | None:
+        """How many more the routed experts take once `widen`ed; None if they cannot be, or are."""
+        found: int | None = self._experts.widening_bytes if "moe_experts" in self._ops.widen else None
+        return found
+
+    @property
+    def experts_bytes(self) -> int:
+        """Of the routed experts held here, where they can be widened."""
+        return int(self._experts.num_bytes)
+
+    def widen(self) -> None:
+        """Hold the routed experts, unchanged in value, in the backend's larger form, which is quicker for many tokens. For a moment both
+        forms are there. Raises ConfigError if they cannot be."""
+        self._experts = self._ops.widen["moe_experts"](self._experts)
+        if self._share is not None:
+            self._share.experts, self._share.form = self._experts, self._ops.widen["moe_experts"]
+
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up; in a group it has no experts, so
         that idle ranks cost their peers little). Returns what is to be added up and rounded to x's dtype: the routed experts' sum, fp32

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
-from engine.ops.registry import Op, load_backend
+from engine.ops.registry import Op, load_backend, load_widen
 
 Draw = Callable[[torch.device, int], tuple[Any, ...]]
 """(device, seed) -> the op's arguments. The same seed gives the same values on one device, not on every device."""
@@ -27,6 +27,8 @@ class Weights:
     """Stands for `pack(*args)`."""
 
     args: tuple[Any, ...]
+    is_wide: bool = False
+    """And then `widen` of it, where the backend offers that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ def prepared(op: Op, backend: str, args: tuple[Any, ...]) -> tuple[Callable[...,
     for arg in args:
         if isinstance(arg, Weights):
             assert pack is not None, f"{op.name} has no packed weights"
-            arg = pack(*arg.args)
+            widen = load_widen(op, backend) if arg.is_wide else None
+            arg = pack(*arg.args) if widen is None else widen(pack(*arg.args))
         packed.append(arg)
     return run, tuple(packed)
 

@@ -6,7 +6,8 @@ An op is a folder `engine/ops/<name>/` whose `__init__.py` defines
 
 where `reference` is the definition: its signature, docstring, semantics and CPU path. A backend module offers a function
 `run` with the same signature. `requires(device)` answers None, or the reason why the backend cannot run there. The layout of
-weights belongs to the backend: an op with weights has a `pack` function (the backend module its own), called once at load.
+weights belongs to the backend: an op with weights has a `pack` function (the backend module its own), called once at load. A backend may
+offer `widen` too: packed weights -> the same values in a larger form that is quicker for many tokens.
 
     ops = bind(engine, device)   # engine.ops names choices; the rest: first usable backend, else the reference
     ops.rms_norm(x, weight, eps)
@@ -63,9 +64,17 @@ class Choice:
 class BoundOps:
     """The chosen function of every op as an attribute, and `choices` for the start-up table and metrics."""
 
-    def __init__(self, functions: dict[str, Callable[..., Any]], pack: dict[str, Callable[..., Any]], choices: tuple[Choice, ...]) -> None:
+    def __init__(
+        self,
+        functions: dict[str, Callable[..., Any]],
+        pack: dict[str, Callable[..., Any]],
+        choices: tuple[Choice, ...],
+        widen: Mapping[str, Callable[[Any], Any]] | None = None,
+    ) -> None:
         self.choices = choices
         self.pack = pack
+        self.widen = widen or {}
+        """Of ops whose backend offers it."""
         self.__dict__.update(functions)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -95,11 +104,16 @@ def load_backend(op: Op, backend: str) -> tuple[Callable[..., Any], Callable[...
     return run, module.pack if op.pack else None
 
 
+def load_widen(op: Op, backend: str) -> Callable[[Any], Any] | None:
+    """A backend's `widen`; None if it offers none."""
+    return None if backend == "reference" else getattr(importlib.import_module(op.backends[backend].module), "widen", None)
+
+
 def bind(engine: EngineConfig, device: torch.device) -> BoundOps:
     """Choose a backend for every op: the one that engine.ops names, else the first that can run here. In float32 mode, which is for
     comparison, only named ones replace the reference. Raises ConfigError for an unknown backend, or a named one that cannot run.
     """
-    functions, packs, choices = {}, {}, []
+    functions, packs, widens, choices = {}, {}, {}, []
     for name in OP_NAMES:
         op = get_op(name)
         reasons = {backend: impl.requires(device) or impl.suits(engine) for backend, impl in op.backends.items()}
@@ -117,7 +131,10 @@ def bind(engine: EngineConfig, device: torch.device) -> BoundOps:
         functions[name], pack = load_backend(op, chosen)
         if pack is not None:
             packs[name] = pack
+            widen = load_widen(op, chosen)
+            if widen is not None:
+                widens[name] = widen
         known = list(reasons)
         passed_over = known[: known.index(chosen)] if chosen in known else known
         choices.append(Choice(name, chosen, tuple(f"{backend}: {reasons[backend] or 'not asked for'}" for backend in passed_over)))
-    return BoundOps(functions, packs, tuple(choices))
+    return BoundOps(functions, packs, tuple(choices), widens)

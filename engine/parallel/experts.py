@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ class LayerShare:
         """Experts of this rank, by place."""
         self.experts: Any = None
         """The weights of `held`, as `moe_experts` has packed them: a dataclass whose tensors have experts as their first dimension."""
+        self.form: Callable[[Any], Any] = lambda experts: experts
+        """What an expert goes through between `pack` and a place here."""
         self.choice = SlotChoice(placement, rank, device)
         """For the tokens of this rank's sequences."""
         self._rank = rank
@@ -70,10 +72,10 @@ class LayerShare:
 class ExpertShare:
     """All layers'."""
 
-    def __init__(self, layers: dict[str, LayerShare], exchange: ExpertExchange) -> None:
+    def __init__(self, layers: dict[str, LayerShare], exchange: ExpertExchange, group: Group) -> None:
         self.layers = layers
         """By the prefix of their tensors: "layers.0.ffn", and so on, then "mtp.0.ffn"."""
-        self._exchange = exchange
+        self._exchange, self._group = exchange, group
 
     @staticmethod
     def open(sharing: Sharing, model: ModelConfig, ops: BoundOps, device: torch.device) -> ExpertShare:
@@ -93,7 +95,11 @@ class ExpertShare:
         group.before_close(exchange.close)
         prefixes = [f"layers.{layer}.ffn" for layer in range(model.num_hidden_layers)]
         prefixes += [f"mtp.{index}.ffn" for index in range(model.num_nextn_predict_layers)]
-        return ExpertShare({prefix: LayerShare(placement, group.rank, exchange, device) for prefix in prefixes}, exchange)
+        return ExpertShare({prefix: LayerShare(placement, group.rank, exchange, device) for prefix in prefixes}, exchange, group)
+
+    def least(self, name: str, number: int) -> int:
+        """Collective, for the opening of things: the least of what the ranks say."""
+        return min(int(said) for said in self._group.gather_bytes(name, str(number).encode()))
 
     def begin_step(self, rows: int) -> None:
         """The ranks are about to take a step with so many rows at most each; 0: they have not agreed on a number."""

@@ -155,7 +155,7 @@ class Rebalancer:
 
     def _read(self, layer: LayerShare, prefix: str, expert: int) -> Any:
         """Raises ConfigError if it cannot take another's place."""
-        one = self._pack(*([self._weights[f"{prefix}.experts.{expert}.{name}.weight"]] for name in ("w1", "w2", "w3")))
+        one = layer.form(self._pack(*([self._weights[f"{prefix}.experts.{expert}.{name}.weight"]] for name in ("w1", "w2", "w3"))))
         check_expert(layer.experts, one)
         return one
 

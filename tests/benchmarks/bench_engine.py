@@ -1,7 +1,7 @@
 """Time whole steps of a model of published shape with dummy weights, on one GPU or on a group of them.
 
 python -m tests.benchmarks.bench_engine [--model deploy/model_shapes/v4_flash] [--layers N] [--ranks 2] [--batches 1,8,32]
-    [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--routing even] [--profile] [--out file.json]
+    [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--routing even] [--widened-layers N] [--profile] [--out file.json]
 
 `--layers` keeps the first so many layers, for devices that do not hold all. A decode step is one replay of its graph, sampling aside;
 `batch` is per rank. A prefill is the chunks of one prompt, or of as many as fill one chunk. With `--routing even` experts are chosen by
@@ -238,10 +238,11 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shape = cut_shape(arguments.model, arguments.layers, pathlib.Path(folder), arguments.routing == "even")
         loaded = LoadedModel.load(shape, engine, sharing)
+    loaded.network.widen(arguments.widened_layers)
     report: dict[str, Any] = {
         "command": " ".join(sys.argv), "commit": commit(), "device": torch.cuda.get_device_name(), "ranks": arguments.ranks,
         "routing": arguments.routing,
-        "layers": loaded.model.num_hidden_layers,
+        "layers": loaded.model.num_hidden_layers, "widened layers": loaded.network.num_widened,
         "copy bandwidth TB/s": round(bandwidth / 1e12, 3), "fp8 rate TFLOP/s": round(rate / 1e12, 1),
         "weights GB": round(tensor_bytes(loaded.network) / 1e9, 2), "ops": {choice.op: choice.backend for choice in loaded.ops.choices},
         "decode": [], "prefill": [],
@@ -290,6 +291,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--routing", choices=["even", "scored"], default="even")
     parser.add_argument("--ops", nargs="*", default=[], metavar="OP=BACKEND")
+    parser.add_argument("--widened-layers", type=int, default=0, help="with experts as FP8 in place of MXFP4 (prefill.widened_layers)")
     parser.add_argument("--profile", action="store_true", help="time by kernel")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()

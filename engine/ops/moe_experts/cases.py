@@ -54,8 +54,9 @@ def experts(
     kind: str = "mxfp4",
     spread: tuple[int, int] = (117, 121),
     one_expert: bool = False,
+    is_wide: bool = False,
 ) -> Draw:
-    """`local`: (first, number) of the experts held here, of num_experts."""
+    """`local`: (first, number) of the experts held here, of num_experts. `is_wide`: MXFP4 that was widened at the start."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         first, held = local or (0, num_experts)
@@ -71,7 +72,7 @@ def experts(
         if one_expert:
             ids = ids % top_k
         x = randn(device, seed + 10_001, tokens, width, dtype=torch.bfloat16)
-        return x, ids, weights, Weights((w1, w2, w3, True)), LIMIT
+        return x, ids, weights, Weights((w1, w2, w3, True), is_wide), LIMIT
 
     return draw
 
@@ -90,6 +91,8 @@ CASES = (
     _case("many rows, interpreted", experts(260, 1, 128, 128, 1), small=True),
     _case("many rows, wide scales", experts(260, 1, 256, 128, 1, spread=(110, 121)), small=True),
     _case("many rows of FP8", experts(260, 1, 128, 128, 1, kind="fp8"), small=True),
+    _case("widened", experts(3, 4, 256, 128, 2, is_wide=True), small=True),
+    _case("many rows, widened", experts(260, 1, 128, 256, 1, is_wide=True), small=True),
     _case("none of them here", experts(4, 8, 256, 256, 2, local=(8, 2))),
     _case("FP8 of Base", experts(40, 8, 1024, 512, kind="fp8"), LOOSE),
     _case("clamped", experts(40, 8, 1024, 512, spread=(121, 124))),
@@ -99,6 +102,7 @@ CASES = (
     _case("some hundred rows", experts(300, 16, 1024, 512)),
     _case("Flash shape, batch 1", experts(1, 16, 4096, 2048)),
     _case("Flash shape, batch 32", experts(32, 16, 4096, 2048)),
+    *(_case(f"Flash shape, widened, T={tokens}", experts(tokens, 16, 4096, 2048, is_wide=True)) for tokens in (1, 40, 300, 700)),
     _case("Pro shape, batch 9", experts(9, 12, 7168, 3072)),
     _case("Flash shape, chunk", experts(1024, 32, 4096, 2048, local=(8, 16))),
 )

@@ -38,3 +38,8 @@ def multiply(
 def pack(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activations: bool) -> PackedExperts:
     """As the Triton backend's."""
     return pack_experts(w1, w2, w3, quantize_activations)
+
+
+def widen(experts: PackedExperts) -> PackedExperts:
+    """As the Triton backend's."""
+    return triton.widen(experts)

@@ -56,6 +56,17 @@ class PackedExperts:
     def num_experts(self) -> int:
         return len(self.w13.codes)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tiles in (self.w13, self.w2) for tensor in (tiles.codes, tiles.scale))
+
+    @property
+    def widening_bytes(self) -> int | None:
+        """How many more they take as FP8; None if they are not MXFP4, or not exact there."""
+        if not (self.fp4 and self.widens):
+            return None
+        return sum(tiles.codes.nbytes - tiles.scale.nbytes + tiles.scale.nbytes // FP8_BLOCK for tiles in (self.w13, self.w2))
+
 
 def pack_experts(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activations: bool) -> PackedExperts:
     """As the reference's, on the device that the weights are on, expert by expert and without a float copy.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from core.errors import ConfigError
 from engine.model.quantized import FP8_BLOCK, Weight
 from engine.ops.moe_experts.tiles import MOST_SPLIT_BLOCKS, PackedExperts, Tiles, pack_experts
 from engine.ops.moe_experts.triton_few import moe_hidden_kernel, moe_out_kernel
@@ -324,3 +325,14 @@ def multiply(
 def pack(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activations: bool) -> PackedExperts:
     """As the reference's; see `pack_experts`."""
     return pack_experts(w1, w2, w3, quantize_activations)
+
+
+def widen(experts: PackedExperts) -> PackedExperts:
+    """The same weights as FP8, in new memory. Raises ConfigError if they are not MXFP4, or not exact as FP8."""
+    if experts.widening_bytes is None:
+        raise ConfigError("engine.ops.moe_experts: these experts are not MXFP4 with group scales that FP8 holds; they cannot be widened")
+
+    def wide(tiles: Tiles) -> Tiles:
+        return Tiles(*_widened(tiles, fp4=True), tiles.num_tiles, tiles.k_tiles, tiles.places)
+
+    return PackedExperts(wide(experts.w13), wide(experts.w2), False, experts.width, experts.arrived, True)
