@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import operator
 from collections.abc import Iterable
 
 from core import errors
@@ -16,8 +14,6 @@ _FINISH_TO_WIRE = {
     FinishReason.STOP: common_pb2.FINISH_STOP,
     FinishReason.LENGTH: common_pb2.FINISH_LENGTH,
 }
-_LOAD_FIELDS = tuple(field.name for field in dataclasses.fields(Load))
-_load_values = operator.attrgetter(*_LOAD_FIELDS)
 _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
 
 
@@ -162,12 +158,41 @@ def decode_reservation(wire: common_pb2.Reservation) -> Reservation:
     )
 
 
+def write_load(load: Load, wire: common_pb2.Load) -> None:
+    """Fill in a new message, field by field: every update of a rank carries its load."""
+    wire.num_running = load.num_running
+    wire.num_waiting = load.num_waiting
+    wire.waiting_tokens = load.waiting_tokens
+    wire.pages_free = load.pages_free
+    wire.pages_total = load.pages_total
+    wire.slots_free = load.slots_free
+    wire.slots_total = load.slots_total
+    wire.transfer_bytes_total = load.transfer_bytes_total
+    wire.transfer_seconds_total = load.transfer_seconds_total
+    wire.steps_total = load.steps_total
+    wire.tokens_total = load.tokens_total
+
+
 def encode_load(load: Load) -> common_pb2.Load:
-    return common_pb2.Load(**dict(zip(_LOAD_FIELDS, _load_values(load), strict=True)))
+    wire = common_pb2.Load()
+    write_load(load, wire)
+    return wire
 
 
 def decode_load(wire: common_pb2.Load) -> Load:
-    return Load(**dict(zip(_LOAD_FIELDS, _load_values(wire), strict=True)))
+    return Load(
+        num_running=wire.num_running,
+        num_waiting=wire.num_waiting,
+        waiting_tokens=wire.waiting_tokens,
+        pages_free=wire.pages_free,
+        pages_total=wire.pages_total,
+        slots_free=wire.slots_free,
+        slots_total=wire.slots_total,
+        transfer_bytes_total=wire.transfer_bytes_total,
+        transfer_seconds_total=wire.transfer_seconds_total,
+        steps_total=wire.steps_total,
+        tokens_total=wire.tokens_total,
+    )
 
 
 def encode_region(region: Region) -> transfer_pb2.Region:

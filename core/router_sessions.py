@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from core.codec import encode_load, encode_member
+from core.codec import encode_member, write_load
 from core.errors import Unavailable
 from core.kv_layout import WIRE_VERSION
 from core.log import get_logger
@@ -61,5 +61,5 @@ class RouterSessions:
 
     def finish(self, update: Any) -> None:
         """Add what every update carries."""
-        update.load.CopyFrom(encode_load(self._loop.load))
+        write_load(self._loop.load, update.load)
         update.draining = self._loop.is_draining
