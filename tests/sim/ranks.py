@@ -128,11 +128,14 @@ class PrefillRank(Rank):
 
     def _sender_quiet_until(self) -> float:
         """What could be written has been. Until something that was is out, there are only the fence and, with hand-offs, the ticks."""
-        links = self.sender._state._links.values()
-        if self.transport.is_busy or any(link.lost is not None for link in links):
+        transport, state, fence = self.transport, self.sender._state, math.inf
+        if transport.flights or transport._finished:
             return 0.0
-        fence = min((link.vouched_at + LIVENESS_S for link in links), default=math.inf)
-        return min(fence, self.sender._next_tick) if self.sender.num_open else fence
+        for link in state._links.values():
+            if link.lost is not None:
+                return 0.0
+            fence = min(fence, link.vouched_at + LIVENESS_S)
+        return min(fence, self.sender._next_tick) if state._hand_offs else fence
 
     def read(self, tag: Tag, kind: str, piece: int) -> int | None:
         job = self.engine._hand_offs._open.get(tag.request_id)
@@ -140,6 +143,10 @@ class PrefillRank(Rank):
         allocator = self.engine._pages if kind == "page" else self.engine._slots
         assert piece in allocator.owned_by(job.request_id), f"{self.name} reads {kind} {piece}, which is not {tag.request_id}'s"
         return (self.runner.pages if kind == "page" else self.runner.slots)[piece]
+
+    def check_link(self, peer: str) -> None:
+        silent_s = self.now() - self.sender._state._links[peer].vouched_at
+        assert silent_s <= LIVENESS_S + WIRE_S, f"{self.name} writes to {peer}, which it has not heard of for {silent_s:.1f} s"
 
 
 class DecodeRank(Rank):
@@ -182,15 +189,19 @@ class DecodeRank(Rank):
     def _engine_quiet_until(self) -> float:
         if self.engine._running or self.engine._flight is not None:
             return 0.0
-        held = self.engine._reservations._held.values()
-        return min((min(one.lease_until, one.deadline) for one in held), default=math.inf)
+        until = math.inf
+        for held in self.engine._reservations._held.values():
+            until = min(until, held.lease_until, held.deadline)
+        return until
 
     def _receiver_quiet_until(self) -> float:
         """Deadlines are looked at in ticks."""
-        state, tick = self.receiver._state, self.receiver._next_tick
-        dues = [due for found in state._epochs.values() for due in (found.answer_by, found.quiet_at) if due is not None]
-        dues += [doubt.ask_at for doubt in state._doubts.values() if doubt.ask_at is not None]
-        return tick + max(math.ceil((min(dues) - tick) / TICK_S), 0) * TICK_S if dues else math.inf
+        state, tick, due = self.receiver._state, self.receiver._next_tick, math.inf
+        for found in state._epochs.values():
+            due = min(due, found.answer_by or math.inf, found.quiet_at or math.inf)
+        for doubt in state._doubts.values():
+            due = min(due, doubt.ask_at or math.inf)
+        return tick + max(math.ceil((due - tick) / TICK_S), 0) * TICK_S if due < math.inf else math.inf
 
     def land(self, tag: Tag, kind: str, piece: int, content: int | None) -> None:
         """Bytes arrive, whoever owns the place by now: that is the rule that matters most."""

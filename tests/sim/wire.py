@@ -18,6 +18,8 @@ WIRE_S = 0.5
 """Longest life of a byte on the wire: the TCP user timeout."""
 
 
+NOTHING_NEW = Polled((), ())
+
 SLOW = 0.1
 """Part of the writes that take many polls."""
 
@@ -63,6 +65,10 @@ class Host(Process):
     def land(self, tag: Tag, kind: str, piece: int, content: int | None) -> None:
         raise NotImplementedError
 
+    def check_link(self, peer: str) -> None:
+        """Whether it may write to this peer now."""
+        raise NotImplementedError
+
 
 class Wire:
     """All transports of a world."""
@@ -87,11 +93,6 @@ class SimTransport:
         self._next_write = 0
         self.told: Callable[[], None] = lambda: None
         """Called when a commit has arrived that the next poll will find."""
-
-    @property
-    def is_busy(self) -> bool:
-        """Something is being written, or was and its writer has not been told."""
-        return bool(self.flights or self._finished)
 
     # -- the verbs -------------------------------------------------------------------------------------------------------------
 
@@ -128,7 +129,10 @@ class SimTransport:
         return flight.write_id
 
     def poll(self) -> Polled:
-        self.advance()
+        if self.flights:
+            self.advance()
+        if not self._finished and not self._notes:
+            return NOTHING_NEW
         finished, self._finished = tuple(self._finished), []
         notes, self._notes = tuple(self._notes), []
         return Polled(finished, notes)
@@ -149,8 +153,8 @@ class SimTransport:
 
     # -- what happens ----------------------------------------------------------------------------------------------------------
 
-    def advance(self) -> None:
-        """The host lets its transport work."""
+    def advance(self, *, is_careless: bool = False) -> None:
+        """The host lets its transport work. is_careless: without looking at the time before."""
         network = self.network
         now = network.loop._now
         for flight in list(self.flights):
@@ -165,6 +169,8 @@ class SimTransport:
                     self._put_on_wire(flight, flight.pieces.pop())  # a part of it got out
                 self._finish(flight, False)
             elif not flight.hangs:
+                if flight.pieces and not is_careless:
+                    self.host.check_link(flight.peer)
                 while flight.pieces and not (flight.is_slow and network.rng.random() < 0.8):
                     self._put_on_wire(flight, flight.pieces.pop())
 

@@ -4,7 +4,8 @@ What must hold, whatever happens:
 
 * every request ends once, with exactly the tokens that an undisturbed run gives, with an error that says that the world was at fault, or
   by its client's own wish; what was streamed before is a beginning of the right tokens;
-* a page has one owner; a write lands only where its reservation still is; nobody reads local pages that are given free;
+* a page has one owner; a write lands only where its reservation still is; nobody reads local pages that are given free; nobody writes to a
+  receiver that it has not heard of for longer than the quarantine allows for;
 * when all is over nothing is left: no page, no slot, no job, no epoch, no hand-off, no write, no task of a request.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 from core.request import Member
 from decode_worker.config import DecodeConfig
@@ -216,7 +218,7 @@ class World(Network):
         """It was stopped inside the transport, and goes on there before anything else."""
         if rank.is_alive:
             self.note(rank, "goes on in the middle of its writes")
-            rank.transport.advance()
+            rank.transport.advance(is_careless=True)
 
     def break_in_mid_write(self) -> None:
         """The next write that is under way: its session is reset, and its sender is stopped before or soon after it has learned of it."""
@@ -375,6 +377,18 @@ class World(Network):
                 assert one.service.num_requests == 0, f"{one.name} counts {one.service.num_requests} requests"
                 for session in one.members._sessions.values():
                     assert not session.in_flight and not session._listeners, f"{one.name} still listens for {list(session._listeners)}"
+
+    def forget(self) -> None:
+        """Take the world apart once nobody looks at it any more: what is left for the collector of garbage to find costs more."""
+        parts: list[Any] = [self.wire, self.loop, *self.clients]
+        for one in self.routers:
+            parts += [*one.members._sessions.values(), one.members, one.relay, one.service, one]
+        for rank in self.ranks.values():
+            assert isinstance(rank, (PrefillRank, DecodeRank))
+            transfer = rank.sender if isinstance(rank, PrefillRank) else rank.receiver
+            parts += [rank.engine, transfer, rank.service, rank.runner, rank.transport, *rank.threads, rank]
+        for part in (*parts, self):
+            vars(part).clear()
 
     def _tear_down(self) -> None:
         """End what is left of the world's tasks; nothing that happens in it matters any more."""
