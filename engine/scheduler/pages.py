@@ -13,7 +13,8 @@ class Allocator:
     def __init__(self, count: int) -> None:
         assert count >= 0, f"{count=}"
         self._count = count
-        self._free = list(range(count - 1, -1, -1))
+        self._ids = list(range(count))
+        self._free = self._ids[::-1]
         self._owned: dict[str, list[int]] = {}
 
     @property
@@ -57,7 +58,7 @@ class Allocator:
     def check_integrity(self) -> None:
         """Assert that free and owned ids together are each id exactly once."""
         ids = sorted(itertools.chain(self._free_ids(), *self._owned.values()))
-        assert ids == list(range(self._count)), f"{type(self).__name__}: {len(ids)} ids accounted for of {self._count}"
+        assert ids == self._ids, f"{type(self).__name__}: {len(ids)} ids accounted for of {self._count}"
 
 
 class PageAllocator(Allocator):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tests.sim.patches import simulated
 from tests.sim.world import World
 
-WORLDS_BETWEEN = 10
+WORLDS_BETWEEN = 30
 """A world is one large cycle of references. Garbage is looked for after so many, while it is still in the caches, and not within them."""
 
 
@@ -63,6 +63,7 @@ def run_many(seeds: Iterable[int], stop: Callable[[str], bool] = lambda rule: Fa
                 try:
                     world.run()
                     tally.count(world)
+                    world.forget()
                 except AssertionError as error:
                     tally.broken[seed] = str(error)
                     if stop(str(error)):

@@ -20,7 +20,7 @@ RESET_S = 0.004
 
 
 class Process:
-    """Something with a clock of its own. Its events go through `later`: they are lost with it, and wait while it is stopped."""
+    """Something with a clock of its own. Its events are lost with it, and wait while it is stopped."""
 
     def __init__(self, world: Network, name: str) -> None:
         self.world, self.name, self.loop = world, name, world.loop
@@ -40,20 +40,7 @@ class Process:
         return self.is_alive and self.loop._now >= self.stopped_until
 
     def later(self, delay: float, call: Callable[..., None], *args: Any) -> None:
-        self.loop.at(self.loop._now + delay, self._fire, call, args)
-
-    def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
-        """Calls for the same time keep their order."""
-        self.loop.at(when, self._fire, call, args)
-
-    def _fire(self, call: Callable[..., None], args: tuple[Any, ...]) -> None:
-        if not self.is_alive:
-            return
-        if self.loop._now < self.stopped_until:
-            self.loop.at(self.stopped_until, self._fire, call, args)
-            return
-        self.world.current = self
-        call(*args)
+        self.loop.at_owner(self.loop._now + delay, self, call, args)
 
     def jump(self, seconds: float) -> None:
         """The clock jumps ahead."""
@@ -132,7 +119,7 @@ class Link:
         if when < other.next_at:
             when = other.next_at
         other.next_at = when
-        other.process.at(when, other.arrive, message)
+        network.loop.at_owner(when, other.process, other.arrive, (message,))
 
     def end(self, process: Process, reason: str) -> None:
         """This process ends the session, or is gone; the other end is told as soon as a message could arrive."""

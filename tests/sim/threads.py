@@ -71,12 +71,17 @@ class SimThread:
         pass
 
     def _wake(self, delay: float) -> None:
-        when = self._process.loop._now + delay
+        loop = self._process.loop
+        now = loop._now
+        when = now + delay
         if when < self._busy_until:
             when = self._busy_until
         if self._due < 0 or when < self._due:
             self._due = when
-            self._process.at(when, self._run, when)
+            if when == now:
+                loop.soon(self._process, self._run, when)
+            else:
+                loop.at_owner(when, self._process, self._run, (when,))
 
     def _run(self, when: float) -> None:
         if when != self._due or not self._is_started:
@@ -106,7 +111,7 @@ class SimOutbox:
     def __init__(self, kind: Callable[[], Any], loop: Any) -> None:
         process = SimThread.current.current
         assert process is not None
-        self._process, self._kind = process, kind
+        self._process = process
         self._pending: Any = None
         self.is_closed = False
         self.link: Link | None = None
@@ -120,9 +125,10 @@ class SimOutbox:
         if self.is_closed:
             return
         if self._pending is None:
-            self._pending = self._kind()
-            self._process.later(0.0, self._flush)
-        self._pending.MergeFrom(part)
+            self._pending = part
+            self._process.loop.soon(self._process, self._flush)
+        else:
+            self._pending.MergeFrom(part)
 
     def _flush(self) -> None:
         update, self._pending = self._pending, None

@@ -7,13 +7,22 @@ in the order in which it was asked for, so a run depends on its seed only.
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any
+from heapq import heappop, heappush
+from typing import Any, Protocol
 
-EVENTS_BETWEEN = 8
+EVENTS_BETWEEN = 4
 """A run asks this often whether it is over."""
+
+
+class Owner(Protocol):
+    """A process."""
+
+    is_alive: bool
+    stopped_until: float
+    world: Any
+    """Its `current` is whose event happens."""
 
 
 class _Call:
@@ -40,7 +49,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         self._ready: deque[_Call] = deque()
-        self._due: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._soon: deque[tuple[Owner, Callable[..., None], tuple[Any, ...]]] = deque()
+        self._due: list[tuple[float, int, Owner | None, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
         self.num_events = 0
         self.is_ended = False
@@ -48,23 +58,54 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
         self._count += 1
-        heapq.heappush(self._due, (when if when > self._now else self._now, self._count, call, args))
+        heappush(self._due, (when if when > self._now else self._now, self._count, None, call, args))
+
+    def at_owner(self, when: float, owner: Owner, call: Callable[..., None], args: tuple[Any, ...]) -> None:
+        """An event of `owner`: lost if it is dead by then, and put off for as long as it is stopped. Those for the same time keep their
+        order."""
+        self._count += 1
+        heappush(self._due, (when if when > self._now else self._now, self._count, owner, call, args))
+
+    def soon(self, owner: Owner, call: Callable[..., None], *args: Any) -> None:
+        """As an event of `owner` at this time, right after what happens now."""
+        self._soon.append((owner, call, args))
 
     def run(self, until: float, is_over: Callable[[], bool] | None = None) -> None:
         """Until the time has come, or `is_over`, which is asked after every few events. Whatever a call or a task raised is raised."""
         asyncio._set_running_loop(self)
-        ready, due = self._ready, self._due
+        ready, soon, due = self._ready, self._soon, self._due
+        num_events, owner, call, args = self.num_events, None, None, ()
         try:
             while True:
-                while ready:
-                    ready.popleft()()
-                if not due or due[0][0] > until or (is_over is not None and self.num_events % EVENTS_BETWEEN == 0 and is_over()):
+                while soon or ready:
+                    if soon:
+                        owner, call, args = soon.popleft()
+                        self._call(owner, call, args)
+                    else:
+                        handle = ready.popleft()
+                        callback = handle._callback
+                        if callback is not None:
+                            callback(*handle._args)
+                if not due or due[0][0] > until or (is_over is not None and num_events % EVENTS_BETWEEN == 0 and is_over()):
                     return
-                self._now, _, call, args = heapq.heappop(due)
-                self.num_events += 1
-                call(*args)
+                self._now, _, owner, call, args = heappop(due)
+                num_events += 1
+                if owner is None:
+                    call(*args)
+                else:
+                    self._call(owner, call, args)
         finally:
+            self.num_events = num_events
             asyncio._set_running_loop(None)
+
+    def _call(self, owner: Owner, call: Callable[..., None], args: tuple[Any, ...]) -> None:
+        if not owner.is_alive:
+            return
+        if self._now < owner.stopped_until:
+            self.at_owner(owner.stopped_until, owner, call, args)
+            return
+        owner.world.current = owner
+        call(*args)
 
     def end(self) -> None:
         """Cancel all tasks and let them come to their ends, whatever they raise."""
