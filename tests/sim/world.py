@@ -35,7 +35,7 @@ ROUTER = RouterConfig(
     max_requests=10,
     request_timeout_s=40.0,
     reserve_timeout_s=2.0,
-    wait_for_members_s=8.0,
+    wait_for_members_s=16.0,  # longer than two outages one after the other, of a prefill and of a decode rank
     max_attempts=12,
 )
 
