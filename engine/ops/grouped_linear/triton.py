@@ -63,7 +63,8 @@ def run(x: torch.Tensor, weight: PackedGroups) -> torch.Tensor:
         block = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
         grouped_linear_kernel[(groups, rows // COLUMNS, triton.cdiv(tokens, block))](
             x, weight.codes, weight.scale, out, tokens, x.stride(0), groups, rows, columns,
-            TOKENS=block, ROWS=COLUMNS, BLOCK=FP8_BLOCK, DOT=tl.bfloat16 if x.is_cuda else tl.float32, num_warps=4, num_stages=stages_of(block),
+            TOKENS=block, ROWS=COLUMNS, BLOCK=FP8_BLOCK, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
+            num_warps=4, num_stages=stages_of(block),
         )  # fmt: skip
     return out
 
