@@ -7,7 +7,7 @@ Order: logit bias, penalties, temperature, top-k, top-p within what top-k left, 
 largest logit / temperature + Gumbel noise. With noise -log(-log u), u uniform and independent per token, that is an exact draw from
 the softmax (Gumbel-max); it needs no sum, and a small change of the logits changes the token with as small a probability. The noise
 of token v comes from `philox.uniforms`(seed, p)[v]. All is computed in float64, but what bias and penalties make of a logit is rounded to
-fp32, as logits are. Ties go to the lowest id everywhere.
+fp32, as logits are, and top-p sums likelihoods in fixed point (`engine.ops.sample.masses`). Ties go to the lowest id everywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from core.errors import InternalError
 from core.request import SamplingParams
-from engine.ops.sample import as_logits
+from engine.ops.sample import as_logits, masses
 from engine.philox import uniforms
 from engine.sequence import Sequence
 
@@ -74,7 +74,7 @@ def _choose(logits: torch.Tensor, sequences: list[Sequence], newest: list[int]) 
         params = [sequences[row].request.sampling for row in drawn]
         positions = [len(sequences[row].token_ids) + (newest[row] >= 0) for row in drawn]
         tempered = temper(logits[drawn], params)
-        keep_only_likely(tempered, params)
+        keep_only_likely(tempered, logits[drawn].float(), params)
         u = uniforms([p.seed for p in params], positions, logits.shape[1], logits.device)
         logits[drawn] = tempered - torch.log(-torch.log(u))
     chosen: list[int] = logits.argmax(dim=1).tolist()
@@ -106,19 +106,20 @@ def temper(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     return (logits - logits.amax(dim=1, keepdim=True)) / temperatures
 
 
-def keep_only_likely(tempered: torch.Tensor, params: list[SamplingParams]) -> None:
-    """Set what top-k, top-p and min-p exclude to -inf, in place; the most likely token always stays."""
+def keep_only_likely(tempered: torch.Tensor, logits: torch.Tensor, params: list[SamplingParams]) -> None:
+    """Set what top-k, top-p and min-p exclude to -inf, in place; the most likely token always stays. logits: fp32, what was tempered."""
     size = tempered.shape[1]
     sorting = [row for row, p in enumerate(params) if 0 < p.top_k < size or p.top_p < 1.0]
     if sorting:
-        values, ids = torch.sort(tempered[sorting], dim=1, descending=True, stable=True)
+        values, ids = torch.sort(logits[sorting], dim=1, descending=True, stable=True)
         top_k = torch.tensor([params[row].top_k or size for row in sorting], device=tempered.device)[:, None]
-        values.masked_fill_(torch.arange(size, device=tempered.device) >= top_k, -math.inf)
-        probabilities = torch.softmax(values, dim=1)
-        before = probabilities.cumsum(dim=1) - probabilities
+        excluded = torch.arange(size, device=tempered.device) >= top_k
+        temperatures = tempered.new_tensor([params[row].temperature for row in sorting])[:, None]
+        parts = masses(values, temperatures).masked_fill(excluded, 0)
+        before, total = parts.cumsum(dim=1) - parts, parts.sum(dim=1, keepdim=True)
         top_p = tempered.new_tensor([params[row].top_p for row in sorting])[:, None]
-        values[:, 1:].masked_fill_((before >= top_p)[:, 1:] & (top_p < 1.0), -math.inf)
-        tempered[sorting] = torch.empty_like(values).scatter_(1, ids, values)
+        excluded[:, 1:] |= ((before.double() >= top_p * total.double()) & (top_p < 1.0))[:, 1:]
+        tempered[sorting] = tempered[sorting].masked_fill(torch.empty_like(excluded).scatter_(1, ids, excluded), -math.inf)
     if any(p.min_p > 0 for p in params):
         floors = tempered.new_tensor([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])[:, None]
         tempered.masked_fill_(tempered < floors, -math.inf)

@@ -1,8 +1,8 @@
 """Logits to tokens without the host: `engine.sampler.sample` for parameters that are tensors on the device.
 
 What a batch asks for decides which tensors there are, so a step's shape is known when it is captured: a batch without filters is one
-pass over the logits, any other may sort. Penalties and logit bias are read from memory that belongs to the sequence's slot, where the token
-drawn is counted, too. Nothing here waits for the device.
+pass over the logits, any other takes some more. Penalties and logit bias are read from memory that belongs to the sequence's slot, where
+the token drawn is counted, too. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ COUNT_MASK = (1 << 20) - 1
 SEEN = 1 << 20
 BIAS_SHIFT = 21
 NUM_TERMS = 3 + MAX_LOGIT_BIAS
+LOG2_E = 1.4426950408889634
+POWER_TERMS = (1 << 30, 744258157, 257898519, 59395848, 9908897, 1024387)
+"""2^-x for x in [0, 1) to 6e-8, times 2^30: t0 - x (t1 - x (t2 - ...))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def sample(logits: torch.Tensor, draws: Draws, histories: Histories | None = Non
     temperature = torch.where(greedy, 1.0, draws.temperature)[:, None]
     tempered = (values - values.amax(dim=1, keepdim=True)) / temperature
     if draws.filters is not None:
-        tempered = _filtered(tempered, draws.filters)
+        tempered = _filtered(tempered, adjusted, temperature, draws.filters)
     noise = -torch.log(-torch.log(uniforms_of(draws.seed, draws.position, logits.shape[1])))
     tokens = torch.where(greedy[:, None], values, tempered + noise).argmax(dim=1)
     tokens = torch.where(logits.amax(dim=1).isfinite(), tokens, -1)
@@ -99,21 +102,37 @@ def _adjusted(logits: torch.Tensor, slot: torch.Tensor, histories: Histories) ->
     return torch.where((slot >= 0)[:, None] & (words != 0) & logits.isfinite(), as_logits(values), logits)
 
 
-def _filtered(tempered: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """What top-k, top-p within it and min-p exclude becomes -inf; the most likely token always stays."""
+def masses(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """int64 [S, V]: what top-p sums up, how likely each token is, 2^30 for the most likely; 0 where less than 2^-31 of that. logits: fp32
+    [S, V]; temperature: float64 [S, 1], not 0. Integers and single fp32 operations, so that every device and every order of summation
+    gives the same: within 2^-31 and some 1e-6 of itself, the mass is 2^30 * e^((logit - largest) / temperature)."""
+    inverse = (1.0 / temperature).clamp(max=1e30).float()
+    halvings = (logits.amax(dim=1, keepdim=True) - logits) * inverse * LOG2_E
+    is_likely = halvings < 31.0
+    fixed = (torch.where(is_likely, halvings, 0.0) * 2.0**24).long()
+    whole, part = fixed >> 24, fixed & (2**24 - 1)
+    power = torch.zeros_like(part)
+    for term in reversed(POWER_TERMS):
+        power = term - ((part * power) >> 24)
+    return torch.where(is_likely, (power + ((1 << whole) >> 1)) >> whole, 0)
+
+
+def _filtered(tempered: torch.Tensor, logits: torch.Tensor, temperature: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """What top-k, top-p within it and min-p exclude becomes -inf; the most likely token always stays. logits: as penalties left them."""
     kept = tempered
     if filters.top_k is not None or filters.top_p is not None:
         place = torch.arange(tempered.shape[1], device=tempered.device)
-        values, ids = torch.sort(tempered, dim=1, descending=True, stable=True)
+        values, ids = torch.sort(logits, dim=1, descending=True, stable=True)
+        excluded = torch.zeros_like(ids, dtype=torch.bool)
         if filters.top_k is not None:
             top_k = filters.top_k[:, None]
-            values = values.masked_fill((place >= top_k) & (top_k > 0), -math.inf)
+            excluded = (place >= top_k) & (top_k > 0)
         if filters.top_p is not None:
             top_p = filters.top_p[:, None]
-            probabilities = torch.softmax(values, dim=1)
-            before = probabilities.cumsum(dim=1) - probabilities
-            values = values.masked_fill((before >= top_p) & (top_p < 1.0) & (place > 0), -math.inf)
-        kept = torch.empty_like(values).scatter_(1, ids, values)
+            parts = masses(values, temperature).masked_fill(excluded, 0)
+            before, total = parts.cumsum(dim=1) - parts, parts.sum(dim=1, keepdim=True)
+            excluded = excluded | ((before.double() >= top_p * total.double()) & (top_p < 1.0) & (place > 0))
+        kept = tempered.masked_fill(torch.empty_like(excluded).scatter_(1, ids, excluded), -math.inf)
     if filters.min_p is not None:
         kept = kept.masked_fill(tempered < torch.log(filters.min_p)[:, None], -math.inf)
     return kept

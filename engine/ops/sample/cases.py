@@ -92,6 +92,7 @@ CASES = (
     _case("mixed", _draw(5, 5000, MIXED), small=True),
     _case("excluded tokens", _changed(_draw(4, 5001, MIXED), _gaps), small=True),
     _case("few filtered", _draw(3, 700, (0.7, 0.0, 1.0), "kpm"), small=True),
+    _case("more filtered", _draw(9, 5001, (0.7, 1.0, 2.0), "kpm"), small=True),
     _case("few filtered with ties", _changed(_draw(2, 700, (1.0,), "p"), _ties), small=True),
     _case("not finite", _changed(_draw(4, 1024, MIXED), _broken), small=True),
     _case("few penalised", _draw(7, 5001, MIXED, penalised=True), small=True, written=(2,)),

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from engine.ops.sample import Draws, Histories
-from engine.ops.sample.triton_filters import kept, largest_of, thresholds
+from engine.ops.sample.triton_filters import kept, thresholds
 from engine.ops.sample.triton_logits import aot, history_arguments, load_logits
 
 BLOCK = 4096
@@ -61,8 +61,8 @@ def _load(logits_ptr, slot_ptr, words_ptr, terms_ptr, row, first, vocab, ADJUST:
 @triton.jit
 def sample_blocks_kernel(
     logits_ptr, slot_ptr, words_ptr, terms_ptr, temperature_ptr, seed_ptr, position_ptr, largest_ptr, low_ptr, high_ptr, token_ptr,
-    count_ptr, floor_ptr, lowest_ptr, top_ptr, vocab, slack, ADJUST: tl.constexpr, PAIRS: tl.constexpr,
-    PADDED_BLOCKS: tl.constexpr, FILTERED: tl.constexpr, ID_BITS: tl.constexpr,
+    count_ptr, floor_ptr, vocab, slack, ADJUST: tl.constexpr, PAIRS: tl.constexpr,
+    FILTERED: tl.constexpr, ID_BITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * (2 * PAIRS)
@@ -81,19 +81,23 @@ def sample_blocks_kernel(
     else:
         if FILTERED:
             floor = tl.load(floor_ptr + row)
-            lowest = tl.load(lowest_ptr + row)
-            top = largest_of(top_ptr, row, tl.num_programs(1), PADDED_BLOCKS)
-            even = kept(even, token, floor, lowest, top, temperature, ID_BITS)
-            odd = kept(odd, token + 1, floor, lowest, top, temperature, ID_BITS)
-        even_bits, odd_bits = _words(tl.load(seed_ptr + row), tl.load(position_ptr + row), first, PAIRS)
-        factor = _inverse(temperature)
-        even_low, even_high = _bounds((even - largest) * factor, _noise(even_bits), slack)
-        odd_low, odd_high = _bounds((odd - largest) * factor, _noise(odd_bits), slack)
-        low = tl.max(tl.maximum(even_low, odd_low), 0)
-        high = tl.max(tl.maximum(even_high, odd_high), 0)
-        even_may, odd_may = even_high >= low, odd_high >= low
-        count = tl.sum(even_may.to(tl.int32) + odd_may.to(tl.int32), 0)
-        chosen = tl.min(tl.where(even_may, token, tl.where(odd_may, token + 1, vocab)), 0)
+            even = kept(even, token, floor, ID_BITS)
+            odd = kept(odd, token + 1, floor, ID_BITS)
+            both = tl.maximum(even, odd)
+        low = float("-inf")
+        high = float("-inf")
+        count = 0
+        chosen = vocab
+        if tl.max(both, 0) > float("-inf"):  # else nothing of the block is left
+            even_bits, odd_bits = _words(tl.load(seed_ptr + row), tl.load(position_ptr + row), first, PAIRS)
+            factor = _inverse(temperature)
+            even_low, even_high = _bounds((even - largest) * factor, _noise(even_bits), slack)
+            odd_low, odd_high = _bounds((odd - largest) * factor, _noise(odd_bits), slack)
+            low = tl.max(tl.maximum(even_low, odd_low), 0)
+            high = tl.max(tl.maximum(even_high, odd_high), 0)
+            even_may, odd_may = even_high >= low, odd_high >= low
+            count = tl.sum(even_may.to(tl.int32) + odd_may.to(tl.int32), 0)
+            chosen = tl.min(tl.where(even_may, token, tl.where(odd_may, token + 1, vocab)), 0)
     tl.store(largest_ptr + out, tl.where(has_nan != 0, float("nan"), largest))
     tl.store(low_ptr + out, low)
     tl.store(high_ptr + out, high)
@@ -117,7 +121,7 @@ def _bounds(tempered, noise, slack):
 @triton.jit
 def sample_decide_kernel(
     logits_ptr, slot_ptr, words_ptr, terms_ptr, temperature_ptr, seed_ptr, position_ptr, largest_ptr, low_ptr, high_ptr, token_ptr,
-    count_ptr, floor_ptr, lowest_ptr, out_ptr, vocab, blocks, slack, ADJUST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr,
+    count_ptr, floor_ptr, out_ptr, vocab, blocks, slack, ADJUST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr,
     PADDED_BLOCKS: tl.constexpr, FILTERED: tl.constexpr, ID_BITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -154,9 +158,8 @@ def sample_decide_kernel(
                     tokens = first + 2 * tl.arange(0, PAIRS)
                     if FILTERED:
                         floor = tl.load(floor_ptr + row)
-                        lowest = tl.load(lowest_ptr + row)
-                        even = kept(even, tokens, floor, lowest, top.to(tl.float64), temperature, ID_BITS)
-                        odd = kept(odd, tokens + 1, floor, lowest, top.to(tl.float64), temperature, ID_BITS)
+                        even = kept(even, tokens, floor, ID_BITS)
+                        odd = kept(odd, tokens + 1, floor, ID_BITS)
                     even_bits, odd_bits = _words(seed, position, first, PAIRS)
                     even_score = _exact(even, even_bits, top, temperature)
                     odd_score = _exact(odd, odd_bits, top, temperature)
@@ -182,25 +185,28 @@ def run(logits: torch.Tensor, draws: Draws, histories: Histories | None = None) 
     blocks = triton.cdiv(vocab, BLOCK)
     largest, low, high = logits.new_empty(3, rows, blocks)
     token, count = torch.empty(2, rows, blocks, dtype=torch.int32, device=logits.device)
-    logits, floor, lowest, top = thresholds(logits, draws, histories, BLOCK)
+    logits, floor = thresholds(logits, draws, histories, BLOCK)
     tensors = (
         logits, *history_arguments(draws, histories), draws.temperature, draws.seed, draws.position, largest, low, high, token, count,
-        floor, lowest,
+        floor,
     )  # fmt: skip
     constants = {
         "ADJUST": histories is not None and draws.filters is None, "FILTERED": draws.filters is not None, "PAIRS": BLOCK // 2,
-        "PADDED_BLOCKS": triton.next_power_of_2(blocks), "ID_BITS": max(1, (vocab - 1).bit_length()),
+        "ID_BITS": max(1, (vocab - 1).bit_length()),
     }  # fmt: skip
-    sample_blocks_kernel[(rows, blocks)](*tensors, top, vocab, SLACK, **constants, **BLOCKS_OPTIONS)
-    sample_decide_kernel[(rows,)](*tensors, out, vocab, blocks, SLACK, COUNT=histories is not None, **constants, num_warps=4)
+    sample_blocks_kernel[(rows, blocks)](*tensors, vocab, SLACK, **constants, **BLOCKS_OPTIONS)
+    sample_decide_kernel[(rows,)](
+        *tensors, out, vocab, blocks, SLACK, COUNT=histories is not None, PADDED_BLOCKS=triton.next_power_of_2(blocks), **constants,
+        num_warps=4,
+    )  # fmt: skip
     return out
 
 
-_SIZES = {"PAIRS": BLOCK // 2, "PADDED_BLOCKS": 32, "ID_BITS": 17}
+_SIZES = {"PAIRS": BLOCK // 2, "ID_BITS": 17}
 AOT = [
     *(aot(sample_blocks_kernel, BLOCKS_OPTIONS, ADJUST=not filtered, FILTERED=filtered, **_SIZES) for filtered in (False, True)),
     *(
-        aot(sample_decide_kernel, {"num_warps": 4}, ADJUST=not filtered, COUNT=True, FILTERED=filtered, **_SIZES)
+        aot(sample_decide_kernel, {"num_warps": 4}, ADJUST=not filtered, COUNT=True, FILTERED=filtered, PADDED_BLOCKS=32, **_SIZES)
         for filtered in (False, True)
     ),
 ]

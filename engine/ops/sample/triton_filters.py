@@ -1,166 +1,309 @@
-"""What top-k, top-p and min-p keep.
+"""What top-k, top-p and min-p keep, without sorting.
 
 Top-k and top-p keep the first tokens in order of logit down, then id up. That order is an integer of 32 + ID_BITS bits, larger for
 earlier tokens, all different; the least one kept is the least for which the tokens above it are fewer than k, or together less likely
-than p. It is found digit by digit:
+than p. It is searched for by numbers and masses (`engine.ops.sample.masses`) of the tokens above some bounds, all integers: their
+sums do not depend on who is added first. For each of top-k and top-p:
 
-    narrow    a block of tokens, for each value of the next digit: how many, or how likely, are those above; before that the digit
-              before, from the sums over all blocks
+    coarse     a block of tokens: how many, or how likely, are those above each of PIVOTS logits, chosen for their distance from the largest
+    collect    a block: those of its tokens that lie between the two logits between which the least one kept must be, into the row's list
+    finish     a row: of the list a 16th, a 256th, ..., until one is left
+
+Rows that want no filter leave each at once. Bounds decide how long the lists are and nothing else.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from engine.ops.sample import Draws, Histories
+from engine.ops.sample import LOG2_E, POWER_TERMS, Draws, Histories
 from engine.ops.sample.triton_logits import aot, history_arguments, load_logits
 
-CHUNK = 512
-DIGIT_BITS = 4
+CHUNK = 1024
+"""Tokens of a list that are looked at in one go."""
+FEW_ROWS = 8
+"""For so few there are more programs and pivots: the multiprocessors have room, and lists become shorter."""
+_T0, _T1, _T2, _T3, _T4, _T5 = (tl.constexpr(term) for term in POWER_TERMS)
+_LOG2_E = tl.constexpr(LOG2_E)
+_LOWEST = tl.constexpr(-(2**31))
+_ORDERS = tl.constexpr(2**62)
+"""More than any order."""
+
+
+@triton.jit
+def _key(logits):
+    """int32, larger for larger logits."""
+    bits = (logits + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _first_order(key, ID_BITS: tl.constexpr):
+    """The least order of tokens with this key."""
+    return (key.to(tl.int64) + 2147483648) << ID_BITS
 
 
 @triton.jit
 def _order(logits, token, ID_BITS: tl.constexpr):
-    bits = (logits + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ((key.to(tl.int64) + 2147483648) << ID_BITS) | ((1 << ID_BITS) - 1 - token)
+    return _first_order(_key(logits), ID_BITS) | ((1 << ID_BITS) - 1 - token)
+
+
+@triton.jit
+def kept(logits, token, floor, ID_BITS: tl.constexpr):
+    """Logits, -inf where a filter excludes the token."""
+    return tl.where(_order(logits, token, ID_BITS) >= floor, logits, float("-inf"))
+
+
+@triton.jit
+def _masses(logits, top, temperature):
+    """int32; as `engine.ops.sample.masses`, bit for bit."""
+    inverse = tl.minimum(1.0 / temperature, 1e30).to(tl.float32)
+    halvings = (top - logits) * inverse * _LOG2_E
+    is_likely = halvings < 31.0
+    fixed = (tl.where(is_likely, halvings, 0.0) * 16777216.0).to(tl.int32)
+    whole = fixed >> 24
+    part = (fixed & 0xFFFFFF).to(tl.int64)
+    power = -((part * _T5) >> 24) + _T4
+    power = -((part * power) >> 24) + _T3
+    power = -((part * power) >> 24) + _T2
+    power = -((part * power) >> 24) + _T1
+    power = (-((part * power) >> 24) + _T0).to(tl.int32)
+    return tl.where(is_likely, (power + ((1 << whole) >> 1)) >> whole, 0)
+
+
+@triton.jit
+def _wants(temperature_ptr, top_k_ptr, top_p_ptr, row, BY_MASS: tl.constexpr):
+    if BY_MASS:
+        wants = tl.load(top_p_ptr + row) < 1
+    else:
+        wants = tl.load(top_k_ptr + row) > 0
+    return wants & (tl.load(temperature_ptr + row) > 0)
 
 
 @triton.jit
 def sample_top_kernel(
-    logits_ptr, slot_ptr, words_ptr, terms_ptr, adjusted_ptr, top_ptr, vocab, ADJUST: tl.constexpr, PAIRS: tl.constexpr
+    logits_ptr, slot_ptr, words_ptr, terms_ptr, adjusted_ptr, top_ptr, floor_ptr, sums_ptr, length_ptr, rows, vocab,
+    ADJUST: tl.constexpr, PAIRS: tl.constexpr, PIVOTS: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of a block; and the adjusted ones, which the other kernels would compute many times."""
+    """The largest logit of a block; the adjusted ones, which the other kernels would compute many times; what they count in, and the
+    least order kept, become 0."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * (2 * PAIRS) + tl.arange(0, 2 * PAIRS)
     logits = load_logits(logits_ptr, slot_ptr, words_ptr, terms_ptr, row, token, vocab, ADJUST)
     if ADJUST:
         tl.store(adjusted_ptr + row * vocab + token, logits, mask=token < vocab)
     tl.store(top_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.max(logits, 0))
+    if tl.program_id(1) == 0:
+        tl.store(floor_ptr + row, tl.zeros([], tl.int64))
+        for stage in tl.static_range(2):
+            at = stage * rows + row
+            tl.store(sums_ptr + at * PIVOTS + tl.arange(0, PIVOTS), tl.zeros([PIVOTS], tl.int64))
+            tl.store(length_ptr + at, 0)
 
 
 @triton.jit
-def largest_of(top_ptr, row, blocks, PADDED_BLOCKS: tl.constexpr):
+def _top(top_ptr, row, blocks, PADDED_BLOCKS: tl.constexpr):
     block = tl.arange(0, PADDED_BLOCKS)
-    return tl.max(tl.load(top_ptr + row * blocks + block, mask=block < blocks, other=float("-inf")), 0).to(tl.float64)
+    return tl.max(tl.load(top_ptr + row * blocks + block, mask=block < blocks, other=float("-inf")), 0)
 
 
 @triton.jit
-def sample_mass_kernel(
-    logits_ptr, top_ptr, temperature_ptr, mass_ptr, vocab, blocks, PADDED_BLOCKS: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf")).to(tl.float64)
-    tempered = (logits - largest_of(top_ptr, row, blocks, PADDED_BLOCKS)) / tl.load(temperature_ptr + row)
-    tl.store(mass_ptr + row * vocab + token, tl.exp(tempered), mask=token < vocab)
+def _least_top(top_ptr, row, blocks, PADDED_BLOCKS: tl.constexpr):
+    block = tl.arange(0, PADDED_BLOCKS)
+    return tl.min(tl.load(top_ptr + row * blocks + block, mask=block < blocks, other=float("inf")), 0)
 
 
 @triton.jit
-def sample_narrow_kernel(
-    logits_ptr, mass_ptr, limit_ptr, floor_ptr, prefix_ptr, partial_ptr, rows, vocab, blocks, step, shift,
-    BY_MASS: tl.constexpr, COUNT: tl.constexpr, ID_BITS: tl.constexpr, PADDED_BLOCKS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+def sample_coarse_kernel(
+    logits_ptr, top_ptr, temperature_ptr, top_k_ptr, top_p_ptr, floor_ptr, sums_ptr, bound_ptr, vocab, tops,
+    BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PADDED_BLOCKS: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Pivots go down in equal steps; the last is below all. For top-p the last but one is as low as it can be needed: all that is below
+    is less than 1 - p. For top-k they span 4 times what the blocks' largest logits do."""
     row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    digit = tl.arange(0, 16)
-    prefix = tl.full([], 0, tl.int64)
-    if step > 0:
-        other = tl.arange(0, PADDED_BLOCKS)
-        at = partial_ptr + ((((step - 1) % 2) * rows + row) * blocks + other[:, None]) * 16 + digit[None, :]
-        above = tl.sum(tl.load(at, mask=(other < blocks)[:, None], other=0.0), 0)
-        limit = tl.load(limit_ptr + row)
+    if _wants(temperature_ptr, top_k_ptr, top_p_ptr, row, BY_MASS):
+        token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
+        key = _key(logits)
+        top = _top(top_ptr, row, tops, PADDED_BLOCKS)
         if BY_MASS:
-            limit = limit * tl.sum(tl.where(digit == 15, above, 0.0), 0)
-        last = tl.sum(((digit < 15) & (above >= limit)).to(tl.int64), 0)
-        prefix = tl.load(prefix_ptr + (step - 1) * rows + row) | (last << (shift + 4))
-    if block == 0:
-        tl.store(prefix_ptr + step * rows + row, prefix)
-    if COUNT:
-        # column d: tokens above digit d; the last column: all
-        bound = tl.where(digit == 15, 0, prefix + ((digit.to(tl.int64) + 1) << shift))
-        floor = tl.load(floor_ptr + row)
-        sums = tl.zeros([CHUNK, 16], tl.float64)
-        first = block * BLOCK
-        for start in range(first, tl.minimum(first + BLOCK, vocab), CHUNK):
-            token = start + tl.arange(0, CHUNK)
-            logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
-            order = _order(logits, token, ID_BITS)
-            if BY_MASS:  # computed once: the 16 columns of a token lie in 16 threads, each of which would compute it again
-                weight = tl.load(mass_ptr + row * vocab + token, mask=token < vocab, other=0.0)
+            temperature = tl.load(temperature_ptr + row)
+            rest = tl.maximum(1 - tl.load(top_p_ptr + row), 1e-9).to(tl.float32)
+            span = tl.log(vocab / rest) * temperature.to(tl.float32)
+            weight = _masses(logits, top, temperature)
+            takes_part = (token < vocab) & (_order(logits, token, ID_BITS) >= tl.load(floor_ptr + row))
+            weight = tl.where(takes_part, weight, 0).to(tl.int64)
+        else:
+            span = (top - _least_top(top_ptr, row, tops, PADDED_BLOCKS)) * 4
+            weight = (token < vocab).to(tl.int32)
+        pivot = tl.arange(0, PIVOTS)
+        sums = tl.zeros([PIVOTS], tl.int64)
+        bounds = tl.full([PIVOTS], _LOWEST, tl.int32)
+        for index in tl.static_range(PIVOTS):
+            if index + 1 < PIVOTS:
+                bound = _key(top - span * ((index + 1) / (PIVOTS - 1)))
+                above = tl.sum(tl.where(key >= bound, weight, 0), 0)
+                bounds = tl.where(pivot == index, bound, bounds)
             else:
-                weight = tl.full([CHUNK], 1.0, tl.float64)
-            weight = tl.where((token < vocab) & (order >= floor), weight, 0.0)
-            sums += tl.where(order[:, None] >= bound[None, :], weight[:, None], 0.0)
-        tl.store(partial_ptr + (((step % 2) * rows + row) * blocks + block) * 16 + digit, tl.sum(sums, 0))
+                above = tl.sum(weight, 0)
+            sums = tl.where(pivot == index, above.to(tl.int64), sums)
+        tl.atomic_add(sums_ptr + row * PIVOTS + pivot, sums)
+        if tl.program_id(1) == 0:
+            tl.store(bound_ptr + row * PIVOTS + pivot, bounds)
 
 
 @triton.jit
-def kept(logits, token, floor, lowest, top, temperature, ID_BITS: tl.constexpr):
-    """Logits, -inf where a filter excludes the token."""
-    kept = (_order(logits, token, ID_BITS) >= floor) & ((logits.to(tl.float64) - top) / temperature >= lowest)
-    return tl.where(kept, logits, float("-inf"))
+def _between(
+    top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PIVOTS: tl.constexpr
+):  # fmt: skip
+    """(float64 limit; sum above high; low and high: orders; whether the least order kept is in low .. high - 1; else all are kept)."""
+    pivot = tl.arange(0, PIVOTS)
+    sums = tl.load(sums_ptr + row * PIVOTS + pivot)
+    orders = _first_order(tl.load(bound_ptr + row * PIVOTS + pivot), ID_BITS)
+    if BY_MASS:
+        limit = tl.maximum(tl.load(top_p_ptr + row) * tl.max(sums, 0).to(tl.float64), 0.5)
+    else:
+        limit = tl.load(top_k_ptr + row).to(tl.float64)
+    enough = sums.to(tl.float64) >= limit
+    above = tl.max(tl.where(enough, 0, sums), 0)
+    low = tl.max(tl.where(enough, orders, 0), 0)
+    high = tl.min(tl.where(enough, _ORDERS, orders), 0)
+    return limit, above, low, high, tl.max(enough.to(tl.int32), 0) > 0
 
 
-def _least_kept(logits: torch.Tensor, mass: torch.Tensor | None, limit: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-    """int64 [S]: the least order that is kept. mass: float64 [S, V], or None to count; limit: float64 [S], of the sum above it, as a
-    part of the whole where there is mass; floor: int64 [S], the least order that takes part."""
-    rows, vocab = logits.shape
-    chunks = triton.cdiv(vocab, CHUNK)
-    block = CHUNK * min(8, triton.next_power_of_2(triton.cdiv(rows * chunks, 1024)))  # some 1024 programs
-    blocks, id_bits = triton.cdiv(vocab, block), max(1, (vocab - 1).bit_length())
-    steps = triton.cdiv(32 + id_bits, DIGIT_BITS)
-    prefix = torch.empty(steps + 1, rows, dtype=torch.int64, device=logits.device)
-    partial = torch.empty(2, rows, blocks, 16, dtype=torch.float64, device=logits.device)
-    tensors = (logits, logits if mass is None else mass, limit, floor, prefix, partial)
-    for step in range(steps + 1):
-        count = step < steps
-        sample_narrow_kernel[(rows, blocks if count else 1)](
-            *tensors, rows, vocab, blocks, step, (steps - 1 - step) * DIGIT_BITS,
-            BY_MASS=mass is not None, COUNT=count, ID_BITS=id_bits, PADDED_BLOCKS=triton.next_power_of_2(blocks), CHUNK=CHUNK,
-            BLOCK=block, num_warps=8,
-        )  # fmt: skip
-    return prefix[steps]
+@triton.jit
+def sample_collect_kernel(
+    logits_ptr, top_ptr, temperature_ptr, top_k_ptr, top_p_ptr, floor_ptr, sums_ptr, bound_ptr, length_ptr, order_ptr, mass_ptr, vocab,
+    tops, BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PADDED_BLOCKS: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if _wants(temperature_ptr, top_k_ptr, top_p_ptr, row, BY_MASS):
+        _, _, low, high, some = _between(top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS, ID_BITS, PIVOTS)
+        if BY_MASS:
+            low = tl.maximum(low, tl.load(floor_ptr + row))
+        token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
+        order = _order(logits, token, ID_BITS)
+        found = ((token < vocab) & (order >= low) & (order < high) & some).to(tl.int32)
+        number = tl.sum(found, 0)
+        if number > 0:
+            at = row * vocab + tl.atomic_add(length_ptr + row, number) + tl.cumsum(found, 0) - 1
+            tl.store(order_ptr + at, order, mask=found > 0)
+            if BY_MASS:
+                top = _top(top_ptr, row, tops, PADDED_BLOCKS)
+                tl.store(mass_ptr + at, _masses(logits, top, tl.load(temperature_ptr + row)), mask=found > 0)
 
 
-def thresholds(
-    logits: torch.Tensor, draws: Draws, histories: Histories | None, block: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logits, adjusted; least order kept int64 [S]; least logarithm of likelihood over the most likely float64 [S]; largest logit fp32
-    [S, blocks] of each `block` tokens)."""
+@triton.jit
+def sample_finish_kernel(
+    temperature_ptr, top_k_ptr, top_p_ptr, floor_ptr, sums_ptr, bound_ptr, length_ptr, order_ptr, mass_ptr, vocab,
+    BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PIVOTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if _wants(temperature_ptr, top_k_ptr, top_p_ptr, row, BY_MASS):
+        limit, above, low, high, some = _between(top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS, ID_BITS, PIVOTS)
+        length = tl.load(length_ptr + row)
+        digit = tl.arange(0, 16)
+        # the tokens from low on reach the limit, those from high on do not
+        while some & (length > 1) & (low + 1 < high):
+            bound = low + digit * ((high - 1 - low) // 16 + 1)
+            sums = tl.full([16], 0, tl.int64) + above
+            for start in range(0, length, CHUNK):
+                place = start + tl.arange(0, CHUNK)
+                order = tl.load(order_ptr + row * vocab + place, mask=place < length, other=-1)
+                if BY_MASS:
+                    weight = tl.load(mass_ptr + row * vocab + place, mask=place < length, other=0).to(tl.int64)
+                    sums += tl.sum(tl.where(order[:, None] >= bound[None, :], weight[:, None], 0), 0)
+                else:
+                    sums += tl.sum((order[:, None] >= bound[None, :]).to(tl.int32), 0).to(tl.int64)
+            enough = (sums.to(tl.float64) >= limit) | (digit == 0)
+            above = tl.maximum(above, tl.max(tl.where(enough, 0, sums), 0))
+            low = tl.max(tl.where(enough, bound, low), 0)
+            high = tl.minimum(high, tl.min(tl.where(enough, high, bound), 0))
+            left = tl.full([], 0, tl.int32)
+            for start in range(0, length, CHUNK):
+                place = start + tl.arange(0, CHUNK)
+                order = tl.load(order_ptr + row * vocab + place, mask=place < length, other=-1)
+                found = ((order >= low) & (order < high)).to(tl.int32)
+                at = row * vocab + left + tl.cumsum(found, 0) - 1
+                left += tl.sum(found, 0)
+                if BY_MASS:
+                    weight = tl.load(mass_ptr + row * vocab + place, mask=place < length, other=0)
+                    tl.debug_barrier()  # all of the chunk are read before others take their places
+                    tl.store(mass_ptr + at, weight, mask=found > 0)
+                else:
+                    tl.debug_barrier()
+                tl.store(order_ptr + at, order, mask=found > 0)
+            length = left
+            tl.debug_barrier()
+        if some:
+            tl.store(floor_ptr + row, tl.maximum(tl.load(floor_ptr + row), low))
+
+
+@triton.jit
+def sample_least_kernel(top_ptr, temperature_ptr, min_p_ptr, floor_ptr, tops, ID_BITS: tl.constexpr, PADDED_BLOCKS: tl.constexpr):
+    """Raises the least order kept to what min-p wants: the least logit with (logit - largest) / temperature >= log(min_p), found byte by
+    byte, -infinity excluded."""
+    row = tl.program_id(0).to(tl.int64)
+    min_p = tl.load(min_p_ptr + row)
+    temperature = tl.load(temperature_ptr + row)
+    if (min_p > 0) & (temperature > 0):
+        top = _top(top_ptr, row, tops, PADDED_BLOCKS)
+        lowest = tl.log(min_p)
+        excluded = tl.full([], 0, tl.int64)  # 2^31 + key of the largest excluded one, but for the bytes not found yet
+        for step in tl.static_range(4):
+            candidate = excluded + (tl.arange(0, 256).to(tl.int64) << (24 - 8 * step))
+            key = (candidate - 2147483648).to(tl.int32)
+            logits = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True).to(tl.float64)
+            is_excluded = (key <= -2139095041) | ((logits - top.to(tl.float64)) / temperature < lowest)
+            excluded = tl.max(tl.where(is_excluded, candidate, excluded), 0)
+        tl.store(floor_ptr + row, tl.maximum(tl.load(floor_ptr + row), (excluded + 1) << ID_BITS))
+
+
+def thresholds(logits: torch.Tensor, draws: Draws, histories: Histories | None, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, adjusted; least order kept, int64 [S])."""
     filters = draws.filters
     if filters is None:
-        return logits, draws.seed, draws.temperature, logits  # the last three are of the right types, and not read
+        return logits, draws.seed  # of the right type, and not read
     rows, vocab = logits.shape
-    blocks = triton.cdiv(vocab, block)
-    top = logits.new_empty(rows, blocks)
+    tops = triton.cdiv(vocab, block)
+    size, pivots = (1024, 32) if rows <= FEW_ROWS else (4096, 16)
+    new = functools.partial(torch.empty, device=logits.device)
+    floor, top = torch.empty_like(draws.seed), new(rows, tops)
+    sums, bounds, lengths = new(2, rows, pivots, dtype=torch.int64), new(rows, pivots, dtype=torch.int32), new(2, rows, dtype=torch.int32)
+    orders, masses = new(rows, vocab, dtype=torch.int64), new(rows, vocab, dtype=torch.int32)
     adjusted = logits if histories is None else torch.empty_like(logits)
-    sample_top_kernel[(rows, blocks)](
-        logits, *history_arguments(draws, histories), adjusted, top, vocab, ADJUST=histories is not None, PAIRS=block // 2, num_warps=8
-    )
-    floor = torch.zeros_like(draws.seed)
-    if filters.top_k is not None:
-        fewest = torch.where(filters.top_k > 0, filters.top_k.double(), torch.inf)
-        floor = _least_kept(adjusted, None, fewest, floor)
-    if filters.top_p is not None:
-        likely = torch.where(filters.top_p < 1, filters.top_p, torch.inf)
-        mass = torch.empty_like(logits, dtype=torch.float64)
-        sample_mass_kernel[(rows, triton.cdiv(vocab, CHUNK))](
-            adjusted, top, draws.temperature, mass, vocab, blocks, PADDED_BLOCKS=triton.next_power_of_2(blocks), CHUNK=CHUNK, num_warps=4
+    id_bits, padded = max(1, (vocab - 1).bit_length()), triton.next_power_of_2(tops)
+    searched, least = {"PIVOTS": pivots, "ID_BITS": id_bits}, {"ID_BITS": id_bits, "PADDED_BLOCKS": padded}
+    sample_top_kernel[(rows, tops)](
+        logits, *history_arguments(draws, histories), adjusted, top, floor, sums, lengths, rows, vocab, ADJUST=histories is not None,
+        PAIRS=block // 2, PIVOTS=pivots, num_warps=8,
+    )  # fmt: skip
+    top_k, top_p = draws.seed if filters.top_k is None else filters.top_k, draws.temperature if filters.top_p is None else filters.top_p
+    wishes, grid = (draws.temperature, top_k, top_p), (rows, triton.cdiv(vocab, size))
+    for by_mass in [False] * (filters.top_k is not None) + [True] * (filters.top_p is not None):
+        found, lists = (floor, sums[int(by_mass)], bounds), (lengths[int(by_mass)], orders, masses)
+        sample_coarse_kernel[grid](
+            adjusted, top, *wishes, *found, vocab, tops, BY_MASS=by_mass, BLOCK=size, **searched, PADDED_BLOCKS=padded, num_warps=4
         )
-        floor = torch.maximum(floor, _least_kept(adjusted, mass, likely, floor))
-    lowest = torch.full_like(draws.temperature, -torch.inf) if filters.min_p is None else filters.min_p.log()
-    return adjusted, floor, lowest, top
+        sample_collect_kernel[grid](
+            adjusted, top, *wishes, *found, *lists, vocab, tops, BY_MASS=by_mass, BLOCK=size, **searched, PADDED_BLOCKS=padded, num_warps=4
+        )
+        sample_finish_kernel[(rows,)](*wishes, *found, *lists, vocab, BY_MASS=by_mass, CHUNK=CHUNK, **searched, num_warps=16)
+    if filters.min_p is not None:
+        sample_least_kernel[(rows,)](top, draws.temperature, filters.min_p, floor, tops, **least, num_warps=8)
+    return adjusted, floor
 
 
+_CONSTANTS = {"PADDED_BLOCKS": 32, "PIVOTS": 16, "ID_BITS": 17}
+_KINDS = [{"BY_MASS": by_mass, **_CONSTANTS} for by_mass in (False, True)]
 AOT = [
-    aot(sample_top_kernel, {"num_warps": 8}, ADJUST=True, PAIRS=2048),
-    aot(sample_mass_kernel, {"num_warps": 4}, PADDED_BLOCKS=32, CHUNK=CHUNK),
-    *(
-        aot(sample_narrow_kernel, {"num_warps": 8}, BY_MASS=by_mass, COUNT=True, ID_BITS=17, PADDED_BLOCKS=256, CHUNK=CHUNK, BLOCK=CHUNK)
-        for by_mass in (False, True)
-    ),
+    aot(sample_top_kernel, {"num_warps": 8}, ADJUST=True, PAIRS=2048, PIVOTS=16),
+    *(aot(kernel, {"num_warps": 4}, BLOCK=4096, **kind) for kernel in (sample_coarse_kernel, sample_collect_kernel) for kind in _KINDS),
+    *(aot(sample_finish_kernel, {"num_warps": 16}, BY_MASS=by_mass, PIVOTS=16, ID_BITS=17, CHUNK=CHUNK) for by_mass in (False, True)),
+    aot(sample_least_kernel, {"num_warps": 8}, ID_BITS=17, PADDED_BLOCKS=32),
 ]

@@ -44,12 +44,10 @@ def history_arguments(draws: Draws, histories: Histories | None) -> tuple[torch.
 
 
 _TYPES = dict.fromkeys(("logits_ptr", "adjusted_ptr", "largest_ptr", "low_ptr", "high_ptr", "top_ptr"), "*fp32")
-_TYPES |= dict.fromkeys(("token_ptr", "count_ptr", "words_ptr"), "*i32") | dict.fromkeys(
-    ("temperature_ptr", "lowest_ptr", "limit_ptr", "partial_ptr", "mass_ptr", "terms_ptr"), "*fp64"
-)
-_TYPES |= dict.fromkeys(("seed_ptr", "position_ptr", "floor_ptr", "prefix_ptr", "out_ptr", "slot_ptr"), "*i64")
-_TYPES |= {"vocab": "i32:16", "slack": "fp32"}
-_TYPES |= dict.fromkeys(("rows", "blocks", "step", "shift"), "i32")
+_TYPES |= dict.fromkeys(("token_ptr", "count_ptr", "words_ptr", "bound_ptr", "length_ptr", "mass_ptr"), "*i32")
+_TYPES |= dict.fromkeys(("temperature_ptr", "terms_ptr", "top_p_ptr", "min_p_ptr"), "*fp64")
+_TYPES |= dict.fromkeys(("seed_ptr", "position_ptr", "floor_ptr", "out_ptr", "slot_ptr", "top_k_ptr", "sums_ptr", "order_ptr"), "*i64")
+_TYPES |= {"vocab": "i32:16", "slack": "fp32"} | dict.fromkeys(("rows", "blocks", "tops"), "i32")
 
 
 def aot(kernel: triton.JITFunction, options: dict[str, int], **constants: object) -> tuple[object, ...]:

@@ -54,4 +54,5 @@ def test_drawing_is_two_launches_and_penalties_add_none() -> None:
     assert launches_of_draw(None, None) == launches_of_draw(None, histories) == {"sample_blocks_kernel": 1, "sample_decide_kernel": 1}
     filters = Filters(torch.full((4,), 5), torch.full((4,), 0.5).double(), None)
     assert launches_of_draw(filters, None) == launches_of_draw(filters, histories)
-    assert launches_of_draw(filters, None)["sample_narrow_kernel"] > 10
+    search = {"sample_coarse_kernel": 2, "sample_collect_kernel": 2, "sample_finish_kernel": 2}
+    assert launches_of_draw(filters, None) == {"sample_top_kernel": 1, **search, "sample_blocks_kernel": 1, "sample_decide_kernel": 1}

@@ -11,7 +11,7 @@ import torch
 
 from core.request import Request, SamplingParams
 from engine.histories import terms_of, words_of
-from engine.ops.sample import COUNT_MASK, Draws, Filters, Histories
+from engine.ops.sample import COUNT_MASK, Draws, Filters, Histories, masses
 from engine.ops.sample import sample as sample_op
 from engine.sampler import has_filters, needs_history, sample, signed
 from engine.sequence import Sequence
@@ -143,6 +143,25 @@ def test_what_penalties_make_of_a_logit_never_leaves_fp32(rng: random.Random) ->
     logits = torch.randn(1, VOCAB)
     logits[0, 5] = -math.inf
     assert sample_op(logits, draws, histories).tolist() == sample(logits, [one])
+
+
+def test_masses_are_likelihoods() -> None:
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(2)) * 5
+    logits[:, 7] = -math.inf
+    temperature = torch.tensor([1.0, 0.3, 2.0, 1e-300], dtype=torch.float64)[:, None]
+    values = logits.double()
+    expected = torch.exp((values - values.amax(dim=1, keepdim=True)) / temperature)
+    assert torch.allclose(masses(logits, temperature).double() / 2.0**30, expected, rtol=2e-6, atol=2.0**-31)
+    assert masses(logits, temperature)[3].tolist() == (logits[3] == logits[3].max()).long().mul(2**30).tolist()
+
+
+def test_of_ten_equal_tokens_nine_reach_nine_tenths() -> None:
+    logits = torch.full((2000, VOCAB), -100.0)
+    logits[:, 20:30] = 0.0
+    zero, rows = torch.zeros(2000, dtype=torch.int64), torch.arange(2000)
+    ones = torch.ones(2000, dtype=torch.float64)
+    tokens = sample_op(logits, Draws(ones, zero, rows, Filters(None, 0.9 * ones, None)))
+    assert set(tokens.tolist()) == set(range(20, 29))
 
 
 @pytest.mark.gpu
