@@ -55,10 +55,10 @@ def stages_of(tokens: int) -> int:
 def run(x: torch.Tensor, weight: PackedGroups) -> torch.Tensor:
     tokens, groups, columns = x.shape
     rows = weight.codes.shape[1]
-    if weight.scale is None or tokens > MOST_STREAMED:
-        return torch.bmm(x.transpose(0, 1), _widened(weight).transpose(1, 2)).transpose(0, 1)
     out = torch.empty(tokens, groups, rows, dtype=x.dtype, device=x.device)
-    if tokens:
+    if weight.scale is None or tokens > MOST_STREAMED:
+        torch.bmm(x.transpose(0, 1), _widened(weight).transpose(1, 2), out=out.transpose(0, 1))  # cuBLAS writes rows this far apart
+    elif tokens:
         x = x.contiguous()
         block = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
         grouped_linear_kernel[(groups, rows // COLUMNS, triton.cdiv(tokens, block))](
