@@ -6,19 +6,30 @@
 
 Names come in pairs (`x.started`, `x.done` or `x.failed`). info: once per request or state change; debug: per step and per write, which
 is what a timeline of one request is drawn from (`tests/benchmarks/timeline.py`). Processes of one machine share the time axis.
+
+Warnings and errors are written at once. Lines below are written by a thread some ms later: who writes waits for the reader of the pipe
+and lets the process's other threads go first, which is not for the midst of a step or a hand-off.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
 import logging
 import os
 import sys
+import threading
+import time
+from collections import deque
 from typing import Any
 
 from core.errors import ConfigError
 
 LEVELS = ("debug", "info", "warning", "error")
+
+DELAY_S = 0.01
+"""Of lines below warning: those of so long are written together."""
 
 
 class _Formatter(logging.Formatter):
@@ -29,6 +40,45 @@ class _Formatter(logging.Formatter):
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+class DelayedHandler(logging.StreamHandler[Any]):
+    """Writes as the module says, in the order of the calls. A process that is killed loses its last lines, but for what came before a
+    warning; one that exits does not."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._records: deque[logging.LogRecord] = deque()
+        self._wake = threading.Event()
+        self._writing = threading.Lock()
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+        atexit.register(self.write_out)
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        self._records.append(record)
+        if record.levelno >= logging.WARNING:
+            self.write_out()
+        elif not self._wake.is_set():
+            self._wake.set()
+        return True
+
+    def write_out(self) -> None:
+        """Returns when all that was said before is written."""
+        with self._writing:
+            lines = []
+            while self._records:
+                lines.append(self.format(self._records.popleft()) + self.terminator)
+            if lines:
+                with contextlib.suppress(OSError, ValueError):  # the disk is full, or nobody reads any more, or the stream is closed
+                    self.stream.write("".join(lines))
+                    self.stream.flush()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            time.sleep(DELAY_S)
+            self._wake.clear()
+            self.write_out()
 
 
 def _quote(value: Any) -> str:
@@ -80,7 +130,7 @@ def set_up_logging(default: str = "info") -> None:
     level = os.environ.get("BATON_LOG_LEVEL", default)
     if level not in LEVELS:
         raise ConfigError(f"BATON_LOG_LEVEL is {level!r}; allowed: {', '.join(LEVELS)}")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = DelayedHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     root = logging.getLogger("baton")
     root.handlers[:] = [handler]
