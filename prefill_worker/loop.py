@@ -213,6 +213,9 @@ class PrefillLoop:
             return
         job.first_token = result.token
         job.stages["prefill"] = self._clock.now() - job.started
+        if sequence.finish_reason is None:  # first of all, since other threads may begin to run when the router is told
+            job.state = State.SENDING
+            self._hand_offs.push(job)
         tokens = Tokens(
             request_id=job.request_id,
             token_ids=(result.token,),
@@ -226,9 +229,6 @@ class PrefillLoop:
         if sequence.finish_reason is not None:
             self._metrics.requests.labels("finished").inc()
             self._hand_offs.close(job)
-            return
-        job.state = State.SENDING
-        self._hand_offs.push(job)
 
     def _hand_on(self, request_id: str, reservation: Reservation, outbox: Outbox) -> None:
         job = self._jobs.get(request_id)

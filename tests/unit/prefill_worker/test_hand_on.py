@@ -113,6 +113,14 @@ def test_a_failed_hand_off_keeps_the_pages_and_the_next_reservation_gets_them_al
     assert rank.loop._steps == steps, "nothing was computed again"
 
 
+def test_the_sender_has_the_commit_before_the_router_is_told_the_first_token(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(rank.outbox, "post", lambda update: seen.append(rank.sender.orders[-1]) if update.first_tokens else None)
+    rank.run()
+    rank.turns(4)
+    assert [order[0] for order in seen] == ["commit"]
+
+
 def test_computing_goes_on_without_a_place_to_send_to(rank: Rank) -> None:
     rank.run()
     rank.turns(1)
