@@ -46,8 +46,8 @@ class TransferConfig:
     checksum: bool = False
     """Checked mode: the commit carries a checksum of each page and the slot, and the receiver compares. On GPUs both ends copy every piece
     to the host for it: for tests and for trying out a fabric."""
-    poll_interval_ms: float = 0.5
-    """How often both sides poll the transport while anything is outstanding."""
+    poll_interval_ms: float = 0.2
+    """How often both sides poll the transport while anything is outstanding; a poll takes some microseconds."""
 
     def __post_init__(self) -> None:
         for key, value, allowed in (

@@ -36,6 +36,9 @@ log = get_logger("sender")
 TICK_S = 0.25
 """How often leases and deadlines are looked at, and an idle transport is polled."""
 
+SHORT_POLLS, SHORT_POLL_S = 10, 2e-5
+"""So many polls after a write was begun follow each other at once: most writes are out by then, and it is the polls that move them on."""
+
 
 class KVSender(transfer_pb2_grpc.EndingServicer):
     def __init__(
@@ -79,6 +82,8 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         self._thread = InboxThread("kv-sender", self._turn, self._died)
         self._own = OwnTransport(self._thread, config, member, pages, slots)
         self._next_tick = clock.now() + TICK_S
+        self._num_short_polls = 0
+        """Still to come."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- for the worker --------------------------------------------------------------------------------------------------------
@@ -140,7 +145,10 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
             self._metrics.open_hand_offs.set(self._state.num_open)
             self._metrics.bytes_in_flight.set(self._state.bytes_in_flight)
         self._write()
-        return self._config.poll_interval_ms / 1000 if self._state.needs_progress else TICK_S
+        if not self._state.needs_progress:
+            return TICK_S
+        interval_s = self._config.poll_interval_ms / 1000
+        return min(SHORT_POLL_S, interval_s) if self._num_short_polls else interval_s
 
     def _died(self, error: Exception) -> None:
         """What is in flight can no longer be told."""
@@ -152,6 +160,7 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         self._perform(self._state.fence(self._clock.now()))
 
     def _poll(self) -> None:
+        self._num_short_polls = max(self._num_short_polls - 1, 0)
         for write_id, succeeded in self._own.transport.poll().finished:
             request_id = self._writes.pop(write_id, None)
             if request_id is not None:
@@ -170,7 +179,7 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
                 self._perform(self._state.write_refused(post, error))
                 continue
             self._writes[write_id] = post.request_id
-            now = self._clock.now()
+            now, self._num_short_polls = self._clock.now(), SHORT_POLLS
             self._state.posted(post, write_id, now)
             self._metrics.written.inc(post.num_bytes)
             log.debug(

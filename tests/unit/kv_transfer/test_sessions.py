@@ -27,6 +27,7 @@ from kv_transfer.receiver import Committed, Quiesced, Renewed, SenderLost
 from kv_transfer.receiving import KVReceiver
 from kv_transfer.sender import Closed, CommitOrder, HandedOff
 from kv_transfer.sending import KVSender
+from kv_transfer.transports.memory import Fate
 
 PAGE, SLOT, COUNT = 256, 64, 8
 CONFIG = TransferConfig(transport="memory", checksum=True)
@@ -128,6 +129,21 @@ def test_pages_arrive_where_they_were_granted_and_each_side_hears_of_it() -> Non
         assert await ends.next(ends.sent) == Closed("r1", None)
 
     run(test)
+
+
+def test_a_write_is_seen_out_without_a_wait_for_the_poll_interval() -> None:
+    async def test(ends: Ends) -> None:
+        cast(Any, ends.sender)._own.transport.fate = lambda write: Fate(delay_polls=8)
+        ends.receiver.expect(1, "r1", (5, 2), 3, 300)
+        ends.sender.open("r1", ends.grant())
+        ends.sender.push_pages("r1", 0, [1, 4])
+        assert isinstance(await ends.next(ends.received), Renewed)
+        ends.sender.commit("r1", CommitOrder(local_slot_id=0, num_tokens=300, first_token=9))
+        handed_off = await ends.next(ends.sent)
+        assert isinstance(handed_off, HandedOff)
+        assert handed_off.seconds < 1.0, "two writes, nine polls each: as many wake-ups by the session's pings take seconds"
+
+    run(test, config=dataclasses.replace(CONFIG, poll_interval_ms=1e6))
 
 
 async def _refused(ends: Ends, *says: str) -> None:
