@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 
+from kv_transfer.config import TransferConfig
 from tests.benchmarks.bench_engine import commit, cut_shape
 from tests.benchmarks.timeline_parts import Parts
 from tests.benchmarks.timeline_story import Story, draw, read_story
@@ -99,9 +100,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--output-len", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warm-ups", type=int, default=2)
-    parser.add_argument("--poll-interval-ms", type=float, default=0.5)
+    parser.add_argument("--poll-interval-ms", type=float, default=TransferConfig().poll_interval_ms)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="without a suffix")
     arguments = parser.parse_args()
