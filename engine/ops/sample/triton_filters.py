@@ -15,6 +15,7 @@ Rows that want no filter leave each at once. Bounds decide how long the lists ar
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +28,7 @@ CHUNK = 1024
 """Tokens of a list that are looked at in one go."""
 FEW_ROWS = 8
 """For so few there are more programs and pivots: the multiprocessors have room, and lists become shorter."""
+COARSE_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 _T0, _T1, _T2, _T3, _T4, _T5 = (tl.constexpr(term) for term in POWER_TERMS)
 _LOG2_E = tl.constexpr(LOG2_E)
 _LOWEST = tl.constexpr(-(2**31))
@@ -53,9 +55,21 @@ def _order(logits, token, ID_BITS: tl.constexpr):
 
 
 @triton.jit
+def _logits_of(order, ID_BITS: tl.constexpr):
+    key = ((order >> ID_BITS) - 2147483648).to(tl.int32)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def kept(logits, token, floor, ID_BITS: tl.constexpr):
     """Logits, -inf where a filter excludes the token."""
     return tl.where(_order(logits, token, ID_BITS) >= floor, logits, float("-inf"))
+
+
+@triton.jit
+def _less(term: tl.constexpr, part, power):
+    """term - part * power, part in units of 2^-32."""
+    return tl.full(part.shape, term, tl.uint32) - tl.umulhi(part, power)
 
 
 @triton.jit
@@ -66,12 +80,9 @@ def _masses(logits, top, temperature):
     is_likely = halvings < 31.0
     fixed = (tl.where(is_likely, halvings, 0.0) * 16777216.0).to(tl.int32)
     whole = fixed >> 24
-    part = (fixed & 0xFFFFFF).to(tl.int64)
-    power = -((part * _T5) >> 24) + _T4
-    power = -((part * power) >> 24) + _T3
-    power = -((part * power) >> 24) + _T2
-    power = -((part * power) >> 24) + _T1
-    power = (-((part * power) >> 24) + _T0).to(tl.int32)
+    part = fixed.to(tl.uint32) << 8
+    power = _less(_T4, part, tl.full(part.shape, _T5, tl.uint32))
+    power = _less(_T0, part, _less(_T1, part, _less(_T2, part, _less(_T3, part, power)))).to(tl.int32)
     return tl.where(is_likely, (power + ((1 << whole) >> 1)) >> whole, 0)
 
 
@@ -136,20 +147,20 @@ def sample_coarse_kernel(
             span = tl.log(vocab / rest) * temperature.to(tl.float32)
             weight = _masses(logits, top, temperature)
             takes_part = (token < vocab) & (_order(logits, token, ID_BITS) >= tl.load(floor_ptr + row))
-            weight = tl.where(takes_part, weight, 0).to(tl.int64)
+            weight = tl.where(takes_part, weight, 0).to(tl.uint32)  # 32 bits to choose between, 64 to add
         else:
             span = (top - _least_top(top_ptr, row, tops, PADDED_BLOCKS)) * 4
-            weight = (token < vocab).to(tl.int32)
+            weight = (token < vocab).to(tl.uint32)
         pivot = tl.arange(0, PIVOTS)
         sums = tl.zeros([PIVOTS], tl.int64)
         bounds = tl.full([PIVOTS], _LOWEST, tl.int32)
         for index in tl.static_range(PIVOTS):
             if index + 1 < PIVOTS:
                 bound = _key(top - span * ((index + 1) / (PIVOTS - 1)))
-                above = tl.sum(tl.where(key >= bound, weight, 0), 0)
+                above = tl.sum(tl.where(key >= bound, weight, 0).to(tl.int64 if BY_MASS else tl.int32), 0)
                 bounds = tl.where(pivot == index, bound, bounds)
             else:
-                above = tl.sum(weight, 0)
+                above = tl.sum(weight.to(tl.int64 if BY_MASS else tl.int32), 0)
             sums = tl.where(pivot == index, above.to(tl.int64), sums)
         tl.atomic_add(sums_ptr + row * PIVOTS + pivot, sums)
         if tl.program_id(1) == 0:
@@ -157,56 +168,61 @@ def sample_coarse_kernel(
 
 
 @triton.jit
-def _between(
-    top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PIVOTS: tl.constexpr
-):  # fmt: skip
-    """(float64 limit; sum above high; low and high: orders; whether the least order kept is in low .. high - 1; else all are kept)."""
+def _between(top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS: tl.constexpr, PIVOTS: tl.constexpr):
+    """(float64 limit; sum above high; low and high: keys; whether the least one kept is in low .. high - 1; else all are kept)."""
     pivot = tl.arange(0, PIVOTS)
     sums = tl.load(sums_ptr + row * PIVOTS + pivot)
-    orders = _first_order(tl.load(bound_ptr + row * PIVOTS + pivot), ID_BITS)
+    bounds = tl.load(bound_ptr + row * PIVOTS + pivot)
     if BY_MASS:
         limit = tl.maximum(tl.load(top_p_ptr + row) * tl.max(sums, 0).to(tl.float64), 0.5)
     else:
         limit = tl.load(top_k_ptr + row).to(tl.float64)
     enough = sums.to(tl.float64) >= limit
     above = tl.max(tl.where(enough, 0, sums), 0)
-    low = tl.max(tl.where(enough, orders, 0), 0)
-    high = tl.min(tl.where(enough, _ORDERS, orders), 0)
+    low = tl.max(tl.where(enough, bounds, _LOWEST), 0)
+    high = tl.min(tl.where(enough, 0x7FFFFFFF, bounds), 0)
     return limit, above, low, high, tl.max(enough.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def sample_collect_kernel(
-    logits_ptr, top_ptr, temperature_ptr, top_k_ptr, top_p_ptr, floor_ptr, sums_ptr, bound_ptr, length_ptr, order_ptr, mass_ptr, vocab,
-    tops, BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PADDED_BLOCKS: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, length_ptr, order_ptr, vocab,
+    BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if _wants(temperature_ptr, top_k_ptr, top_p_ptr, row, BY_MASS):
-        _, _, low, high, some = _between(top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS, ID_BITS, PIVOTS)
-        if BY_MASS:
-            low = tl.maximum(low, tl.load(floor_ptr + row))
+        _, _, low, high, some = _between(top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS, PIVOTS)
         token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
-        order = _order(logits, token, ID_BITS)
-        found = ((token < vocab) & (order >= low) & (order < high) & some).to(tl.int32)
+        key = _key(logits)
+        found = ((token < vocab) & (key >= low) & (key < high) & some).to(tl.int32)
         number = tl.sum(found, 0)
         if number > 0:
-            at = row * vocab + tl.atomic_add(length_ptr + row, number) + tl.cumsum(found, 0) - 1
-            tl.store(order_ptr + at, order, mask=found > 0)
-            if BY_MASS:
-                top = _top(top_ptr, row, tops, PADDED_BLOCKS)
-                tl.store(mass_ptr + at, _masses(logits, top, tl.load(temperature_ptr + row)), mask=found > 0)
+            start = tl.atomic_add(length_ptr + row, number)
+            at = row * vocab + start + tl.cumsum(found, 0) - 1
+            tl.store(order_ptr + at, _order(logits, token, ID_BITS), mask=found > 0)
 
 
 @triton.jit
 def sample_finish_kernel(
-    temperature_ptr, top_k_ptr, top_p_ptr, floor_ptr, sums_ptr, bound_ptr, length_ptr, order_ptr, mass_ptr, vocab,
-    BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PIVOTS: tl.constexpr, CHUNK: tl.constexpr,
+    top_ptr, temperature_ptr, top_k_ptr, top_p_ptr, floor_ptr, sums_ptr, bound_ptr, length_ptr, order_ptr, mass_ptr, vocab, tops,
+    BY_MASS: tl.constexpr, ID_BITS: tl.constexpr, PADDED_BLOCKS: tl.constexpr, PIVOTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if _wants(temperature_ptr, top_k_ptr, top_p_ptr, row, BY_MASS):
-        limit, above, low, high, some = _between(top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS, ID_BITS, PIVOTS)
+        limit, above, low_key, high_key, some = _between(top_k_ptr, top_p_ptr, sums_ptr, bound_ptr, row, BY_MASS, PIVOTS)
+        low, high = _first_order(low_key, ID_BITS), _first_order(high_key, ID_BITS)
         length = tl.load(length_ptr + row)
+        floor = tl.load(floor_ptr + row)
+        if BY_MASS:
+            top = _top(top_ptr, row, tops, PADDED_BLOCKS)
+            temperature = tl.load(temperature_ptr + row)
+            for start in range(0, length, CHUNK):
+                place = start + tl.arange(0, CHUNK)
+                order = tl.load(order_ptr + row * vocab + place, mask=place < length, other=0)
+                mass = _masses(_logits_of(order, ID_BITS), top, temperature)
+                tl.store(mass_ptr + row * vocab + place, tl.where(order >= floor, mass, 0), mask=place < length)
+            tl.debug_barrier()
         digit = tl.arange(0, 16)
         # the tokens from low on reach the limit, those from high on do not
         while some & (length > 1) & (low + 1 < high):
@@ -241,7 +257,7 @@ def sample_finish_kernel(
             length = left
             tl.debug_barrier()
         if some:
-            tl.store(floor_ptr + row, tl.maximum(tl.load(floor_ptr + row), low))
+            tl.store(floor_ptr + row, tl.maximum(floor, low))
 
 
 @triton.jit
@@ -257,9 +273,8 @@ def sample_least_kernel(top_ptr, temperature_ptr, min_p_ptr, floor_ptr, tops, ID
         excluded = tl.full([], 0, tl.int64)  # 2^31 + key of the largest excluded one, but for the bytes not found yet
         for step in tl.static_range(4):
             candidate = excluded + (tl.arange(0, 256).to(tl.int64) << (24 - 8 * step))
-            key = (candidate - 2147483648).to(tl.int32)
-            logits = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True).to(tl.float64)
-            is_excluded = (key <= -2139095041) | ((logits - top.to(tl.float64)) / temperature < lowest)
+            tempered = (_logits_of(candidate, 0).to(tl.float64) - top.to(tl.float64)) / temperature
+            is_excluded = (candidate <= 8388607) | (tempered < lowest)  # 8388607: -infinity's
             excluded = tl.max(tl.where(is_excluded, candidate, excluded), 0)
         tl.store(floor_ptr + row, tl.maximum(tl.load(floor_ptr + row), (excluded + 1) << ID_BITS))
 
@@ -271,14 +286,13 @@ def thresholds(logits: torch.Tensor, draws: Draws, histories: Histories | None, 
         return logits, draws.seed  # of the right type, and not read
     rows, vocab = logits.shape
     tops = triton.cdiv(vocab, block)
-    size, pivots = (1024, 32) if rows <= FEW_ROWS else (4096, 16)
+    size, pivots = (1024, 32) if rows <= FEW_ROWS else (4096, 8)
     new = functools.partial(torch.empty, device=logits.device)
     floor, top = torch.empty_like(draws.seed), new(rows, tops)
     sums, bounds, lengths = new(2, rows, pivots, dtype=torch.int64), new(rows, pivots, dtype=torch.int32), new(2, rows, dtype=torch.int32)
     orders, masses = new(rows, vocab, dtype=torch.int64), new(rows, vocab, dtype=torch.int32)
     adjusted = logits if histories is None else torch.empty_like(logits)
     id_bits, padded = max(1, (vocab - 1).bit_length()), triton.next_power_of_2(tops)
-    searched, least = {"PIVOTS": pivots, "ID_BITS": id_bits}, {"ID_BITS": id_bits, "PADDED_BLOCKS": padded}
     sample_top_kernel[(rows, tops)](
         logits, *history_arguments(draws, histories), adjusted, top, floor, sums, lengths, rows, vocab, ADJUST=histories is not None,
         PAIRS=block // 2, PIVOTS=pivots, num_warps=8,
@@ -286,24 +300,25 @@ def thresholds(logits: torch.Tensor, draws: Draws, histories: Histories | None, 
     top_k, top_p = draws.seed if filters.top_k is None else filters.top_k, draws.temperature if filters.top_p is None else filters.top_p
     wishes, grid = (draws.temperature, top_k, top_p), (rows, triton.cdiv(vocab, size))
     for by_mass in [False] * (filters.top_k is not None) + [True] * (filters.top_p is not None):
-        found, lists = (floor, sums[int(by_mass)], bounds), (lengths[int(by_mass)], orders, masses)
+        found, length = (sums[int(by_mass)], bounds), lengths[int(by_mass)]
+        searched: dict[str, Any] = {"BY_MASS": by_mass, "PIVOTS": pivots, "ID_BITS": id_bits}
         sample_coarse_kernel[grid](
-            adjusted, top, *wishes, *found, vocab, tops, BY_MASS=by_mass, BLOCK=size, **searched, PADDED_BLOCKS=padded, num_warps=4
+            adjusted, top, *wishes, floor, *found, vocab, tops, BLOCK=size, PADDED_BLOCKS=padded, **searched, **COARSE_OPTIONS
         )
-        sample_collect_kernel[grid](
-            adjusted, top, *wishes, *found, *lists, vocab, tops, BY_MASS=by_mass, BLOCK=size, **searched, PADDED_BLOCKS=padded, num_warps=4
+        sample_collect_kernel[grid](adjusted, *wishes, *found, length, orders, vocab, BLOCK=size, **searched, num_warps=4)
+        sample_finish_kernel[(rows,)](
+            top, *wishes, floor, *found, length, orders, masses, vocab, tops, CHUNK=CHUNK, PADDED_BLOCKS=padded, **searched, num_warps=16
         )
-        sample_finish_kernel[(rows,)](*wishes, *found, *lists, vocab, BY_MASS=by_mass, CHUNK=CHUNK, **searched, num_warps=16)
     if filters.min_p is not None:
-        sample_least_kernel[(rows,)](top, draws.temperature, filters.min_p, floor, tops, **least, num_warps=8)
+        sample_least_kernel[(rows,)](top, draws.temperature, filters.min_p, floor, tops, ID_BITS=id_bits, PADDED_BLOCKS=padded, num_warps=8)
     return adjusted, floor
 
 
-_CONSTANTS = {"PADDED_BLOCKS": 32, "PIVOTS": 16, "ID_BITS": 17}
-_KINDS = [{"BY_MASS": by_mass, **_CONSTANTS} for by_mass in (False, True)]
+_KINDS: list[dict[str, Any]] = [{"BY_MASS": by_mass, "PIVOTS": 8, "ID_BITS": 17} for by_mass in (False, True)]
 AOT = [
-    aot(sample_top_kernel, {"num_warps": 8}, ADJUST=True, PAIRS=2048, PIVOTS=16),
-    *(aot(kernel, {"num_warps": 4}, BLOCK=4096, **kind) for kernel in (sample_coarse_kernel, sample_collect_kernel) for kind in _KINDS),
-    *(aot(sample_finish_kernel, {"num_warps": 16}, BY_MASS=by_mass, PIVOTS=16, ID_BITS=17, CHUNK=CHUNK) for by_mass in (False, True)),
+    aot(sample_top_kernel, {"num_warps": 8}, ADJUST=True, PAIRS=2048, PIVOTS=8),
+    *(aot(sample_coarse_kernel, COARSE_OPTIONS, BLOCK=4096, PADDED_BLOCKS=32, **kind) for kind in _KINDS),
+    *(aot(sample_collect_kernel, {"num_warps": 4}, BLOCK=4096, **kind) for kind in _KINDS),
+    *(aot(sample_finish_kernel, {"num_warps": 16}, CHUNK=CHUNK, PADDED_BLOCKS=32, **kind) for kind in _KINDS),
     aot(sample_least_kernel, {"num_warps": 8}, ID_BITS=17, PADDED_BLOCKS=32),
 ]
