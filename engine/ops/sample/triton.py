@@ -18,6 +18,7 @@ import triton.language as tl
 from engine.ops.sample import Draws, Histories
 from engine.ops.sample.triton_filters import kept, thresholds
 from engine.ops.sample.triton_logits import aot, history_arguments, load_logits
+from engine.ops.triton_rounding import INTERPRETED
 
 BLOCK = 4096
 """Tokens of a program."""
@@ -29,24 +30,40 @@ SLACK = 1.0
 
 @triton.jit
 def _words(seed, position, first, PAIRS: tl.constexpr):
-    """52 random bits, int64, for the even and the odd tokens of PAIRS pairs, as engine/philox.py draws them."""
+    """Two words, uint32, for the even tokens of PAIRS pairs, then for the odd ones: engine/philox.py takes the top 52 bits of both."""
     pair = (first // 2 + tl.arange(0, PAIRS)).to(tl.uint32)
     zero = tl.zeros([PAIRS], tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, pair, zero + position.to(tl.uint32), zero, zero)
-    return (w0.to(tl.int64) << 20) | (w1.to(tl.int64) >> 12), (w2.to(tl.int64) << 20) | (w3.to(tl.int64) >> 12)
+    return tl.philox(seed, pair, zero + position.to(tl.uint32), zero, zero)
 
 
 @triton.jit
-def _noise(bits):
-    """-log(-log u), u = (bits + 1/2) / 2^52, in fp32 with an error under 1e-5 + 1e-6 |result|."""
-    u = (2 * bits + 1).to(tl.float32) * 1.1102230246251565e-16
-    t = ((1 << 53) - (2 * bits + 1)).to(tl.float32) * 1.1102230246251565e-16
-    near = t * (1 + t * (0.5 + t * (0.33333333 + t * (0.25 + t * (0.2 + t * 0.16666667)))))  # -log(1 - t) for small t
-    return -tl.log(tl.where(t < 0.0625, near, -tl.log(u)))
+def _log2(x):
+    """Within 2^-22, or 2^-22 of the result outside of (1/2, 2)."""
+    if INTERPRETED:
+        y = tl.log2(x)
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
-def _exact(logits, bits, largest, temperature):
+def _noise(word, next_word):
+    """(-log(-log u) in fp32 with an error under 1e-5 + 1e-6 |result|; whether that is so: if not, the error is under 18). No integer is
+    converted: 23 bits become a mantissa, the next 23 another."""
+    head = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    tail = (((word & 511) << 14) | (next_word >> 18) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+    tail *= 1.1920928955078125e-07
+    u = (head - 1.0) + tail  # within 2^-47, as 1 - u is
+    t = (2.0 - head) - tail
+    is_certain = tl.minimum(u, t) >= 1.862645149230957e-09
+    u, t = tl.maximum(u, 1.862645149230957e-09), tl.maximum(t, 1.862645149230957e-09)
+    near = t * (1 + t * (0.5 + t * (0.33333333 + t * (0.25 + t * 0.2))))  # -log(1 - t) for small t
+    return _log2(tl.where(t < 0.0625, near, _log2(u) * -0.6931471805599453)) * -0.6931471805599453, is_certain
+
+
+@triton.jit
+def _exact(logits, word, next_word, largest, temperature):
+    bits = (word.to(tl.int64) << 20) | (next_word.to(tl.int64) >> 12)
     u = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
     return (logits.to(tl.float64) - largest.to(tl.float64)) / temperature - tl.log(-tl.log(u))
 
@@ -89,10 +106,10 @@ def sample_blocks_kernel(
         count = 0
         chosen = vocab
         if tl.max(both, 0) > float("-inf"):  # else nothing of the block is left
-            even_bits, odd_bits = _words(tl.load(seed_ptr + row), tl.load(position_ptr + row), first, PAIRS)
+            w0, w1, w2, w3 = _words(tl.load(seed_ptr + row), tl.load(position_ptr + row), first, PAIRS)
             factor = _inverse(temperature)
-            even_low, even_high = _bounds((even - largest) * factor, _noise(even_bits), slack)
-            odd_low, odd_high = _bounds((odd - largest) * factor, _noise(odd_bits), slack)
+            even_low, even_high = _bounds((even - largest) * factor, w0, w1, slack)
+            odd_low, odd_high = _bounds((odd - largest) * factor, w2, w3, slack)
             low = tl.max(tl.maximum(even_low, odd_low), 0)
             high = tl.max(tl.maximum(even_high, odd_high), 0)
             even_may, odd_may = even_high >= low, odd_high >= low
@@ -111,11 +128,12 @@ def _inverse(temperature):
 
 
 @triton.jit
-def _bounds(tempered, noise, slack):
-    """Of their sum; tempered is no more than 0, and may be -inf."""
-    error = slack * (2e-5 + 1e-6 * (tl.abs(noise) - tempered))
-    possible = tempered > float("-inf")
-    return tl.where(possible, tempered + noise - error, float("-inf")), tl.where(possible, tempered + noise + error, float("-inf"))
+def _bounds(tempered, word, next_word, slack):
+    """Of tempered + noise; tempered is no more than 0, and may be -inf, as both bounds are then."""
+    noise, is_certain = _noise(word, next_word)
+    error = slack * (2e-5 + 1e-6 * (tl.abs(noise) - tl.maximum(tempered, -1e30)))
+    error = tl.where(is_certain, error, error + 18.0)
+    return tempered + noise - error, tempered + noise + error
 
 
 @triton.jit
@@ -160,9 +178,9 @@ def sample_decide_kernel(
                         floor = tl.load(floor_ptr + row)
                         even = kept(even, tokens, floor, ID_BITS)
                         odd = kept(odd, tokens + 1, floor, ID_BITS)
-                    even_bits, odd_bits = _words(seed, position, first, PAIRS)
-                    even_score = _exact(even, even_bits, top, temperature)
-                    odd_score = _exact(odd, odd_bits, top, temperature)
+                    w0, w1, w2, w3 = _words(seed, position, first, PAIRS)
+                    even_score = _exact(even, w0, w1, top, temperature)
+                    odd_score = _exact(odd, w2, w3, top, temperature)
                     score = tl.max(tl.maximum(even_score, odd_score), 0)
                     candidate = tl.min(tl.where(even_score == score, tokens, tl.where(odd_score == score, tokens + 1, vocab)), 0)
                     chosen = tl.where(score > best, candidate.to(tl.int64), chosen)
