@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import sys
 from collections.abc import Iterable
 
 from core import errors
@@ -59,10 +61,28 @@ def decode_sampling(wire: common_pb2.SamplingParams) -> SamplingParams:
     )
 
 
+def _pack(token_ids: Iterable[int]) -> bytes:
+    words = array.array("I", token_ids)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
+
+
+def _unpack(packed: bytes) -> tuple[int, ...]:
+    """Raises InvalidRequest if it ends in the midst of a word."""
+    words = array.array("I")
+    if len(packed) % words.itemsize:
+        raise errors.InvalidRequest(f"token ids of {len(packed)} bytes; they are words of {words.itemsize}", param="prompt")
+    words.frombytes(packed)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return tuple(words)
+
+
 def encode_request(request: Request) -> common_pb2.Request:
     return common_pb2.Request(
         request_id=request.request_id,
-        token_ids=request.token_ids,
+        token_ids=_pack(request.token_ids),
         prompt_len=request.prompt_len,
         sampling=encode_sampling(request.sampling),
         deadline_s=request.deadline_s,
@@ -73,7 +93,7 @@ def decode_request(wire: common_pb2.Request) -> Request:
     """Raises InvalidRequest."""
     return Request(
         request_id=wire.request_id,
-        token_ids=tuple(wire.token_ids),
+        token_ids=_unpack(wire.token_ids),
         prompt_len=wire.prompt_len,
         sampling=decode_sampling(wire.sampling),
         deadline_s=wire.deadline_s,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 PAGE_TOKENS = 256
 """Tokens covered by one page."""
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 """Raised whenever the meaning of any byte of a page, slot or transfer message changes."""
 
 

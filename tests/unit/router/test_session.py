@@ -78,7 +78,7 @@ class Loop:
 
 
 def wire(*names: str) -> list[common_pb2.Request]:
-    return [common_pb2.Request(request_id=name, token_ids=[1]) for name in names]
+    return [common_pb2.Request(request_id=name, token_ids=bytes([1, 0, 0, 0])) for name in names]
 
 
 def test_cancels_count_first_and_what_is_cancelled_in_its_own_message_never_begins() -> None:
@@ -98,11 +98,12 @@ def test_a_request_that_cannot_be_read_ends_itself_and_not_the_session() -> None
     async def live() -> None:
         loop: Any = Loop()
         outbox = Outbox(decode_pb2.DecodeUpdate, asyncio.get_running_loop())
-        bad, good = wire("bad", "good")
+        bad, worse, good = wire("bad", "worse", "good")
         bad.sampling.bias_ids.extend([1, 2])
-        DecodeService(loop, MEMBER, 5.0).handle(decode_pb2.DecodeCommand(reserves=[bad, good]), outbox)
+        worse.token_ids = bytes(5)
+        DecodeService(loop, MEMBER, 5.0).handle(decode_pb2.DecodeCommand(reserves=[bad, worse, good]), outbox)
         assert loop.told == [("reserve", "good")]
-        (failure,) = (await outbox.next(1.0)).failures
-        assert (failure.request_id, failure.error.code) == ("bad", "InvalidRequest")
+        failures = (await outbox.next(1.0)).failures
+        assert {failure.request_id: failure.error.code for failure in failures} == dict.fromkeys(("bad", "worse"), "InvalidRequest")
 
     asyncio.run(live())
