@@ -132,4 +132,5 @@ BENCH = (
     *(_bench("drawn, penalised", rows, 1.0, penalised="some") for rows in (3, 33, 129)),
     *(_bench("top-p", rows, 1.0, "p") for rows in (1, 32, 128)),
     *(_bench("top-p, none penalised", rows, 1.0, "p", "none") for rows in (1, 32, 128)),
+    *(_bench("top-k, top-p, min-p", rows, 1.0, "kpm") for rows in (1, 32, 128)),
 )
