@@ -47,11 +47,6 @@ def grouped_linear_kernel(
     tl.store(out_ptr + (token.to(tl.int64)[:, None] * groups + group) * rows + row[None, :], acc, mask=real)
 
 
-def stages_of(tokens: int) -> int:
-    """A stage of a program is 4 KB of weights: with few tokens there is room for as many as hide the memory's latency."""
-    return 8 if tokens <= 32 else 4
-
-
 def run(x: torch.Tensor, weight: PackedGroups) -> torch.Tensor:
     tokens, groups, columns = x.shape
     rows = weight.codes.shape[1]
@@ -63,8 +58,7 @@ def run(x: torch.Tensor, weight: PackedGroups) -> torch.Tensor:
         block = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
         grouped_linear_kernel[(groups, rows // COLUMNS, triton.cdiv(tokens, block))](
             x, weight.codes, weight.scale, out, tokens, x.stride(0), groups, rows, columns,
-            TOKENS=block, ROWS=COLUMNS, BLOCK=FP8_BLOCK, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
-            num_warps=4, num_stages=stages_of(block),
+            TOKENS=block, ROWS=COLUMNS, BLOCK=FP8_BLOCK, DOT=tl.bfloat16 if x.is_cuda else tl.float32, num_warps=4, num_stages=4,
         )  # fmt: skip
     return out
 
@@ -111,7 +105,7 @@ AOT = [
         grouped_linear_kernel,
         _SIGNATURE,
         {"TOKENS": tokens, "ROWS": COLUMNS, "BLOCK": FP8_BLOCK, "DOT": tl.bfloat16},
-        {"num_warps": 4, "num_stages": stages_of(tokens)},
+        {"num_warps": 4, "num_stages": 4},
     )
     for tokens in (16, 32, 64)
 ] + [
