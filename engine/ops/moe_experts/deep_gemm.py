@@ -31,7 +31,8 @@ def multiply(
 ) -> torch.Tensor:
     """triton.Product."""
     out = torch.empty(len(codes), weight.shape[1], dtype=torch.bfloat16, device=codes.device)
-    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes, scales), (weight, weight_scale), out, slots.experts)
+    # Told where each expert's rows end, it visits no block without rows; of those there are as many as pairs whose expert is elsewhere.
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes, scales), (weight, weight_scale), out, slots.ends, use_psum_layout=True)
     return out
 
 

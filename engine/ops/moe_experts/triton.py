@@ -75,8 +75,8 @@ class Slots:
     """int32 [num_slots]: token * top_k + place; -1 behind a block's last."""
     block_expert: torch.Tensor
     """int32 [num_slots / block_m], -1 behind the last block."""
-    experts: torch.Tensor
-    """int32 [num_slots]: block_expert of each slot."""
+    ends: torch.Tensor
+    """int32 [E]: the slot behind each expert's last pair; its first is that of a block, the one behind the expert's before."""
     slots: torch.Tensor
     """int32 [T * top_k]: a pair's slot; undefined for experts that are not here."""
     block_m: int
@@ -232,7 +232,6 @@ def _many(
         slots.block_expert,
         codes,
         scales,
-        slots.experts,
         num_slots,
         ids.shape[1],
         x.shape[1],
@@ -265,16 +264,16 @@ def _list(ids: torch.Tensor, num_experts: int, block_m: int) -> Slots:
     pairs, device = ids.numel(), ids.device
     max_blocks = min(pairs, num_experts) + pairs // block_m
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-    by_slot = torch.empty(2, max_blocks * block_m, dtype=torch.int32, device=device)
-    block_expert = torch.empty(max_blocks, dtype=torch.int32, device=device)
-    slots = Slots(by_slot[0], block_expert, by_slot[1], torch.empty(pairs, dtype=torch.int32, device=device), block_m)
+    sizes = max_blocks * block_m, max_blocks, num_experts, pairs
+    slots = Slots(*(torch.empty(size, dtype=torch.int32, device=device) for size in sizes), block_m)
     moe_count_kernel[(num_experts,)](ids, counts, pairs, CHUNK=CHUNK, num_warps=8)
     moe_list_kernel[(num_experts,)](
         ids,
         counts,
         slots.pairs,
-        block_expert,
+        slots.block_expert,
         slots.slots,
+        slots.ends,
         pairs,
         num_experts,
         max_blocks,

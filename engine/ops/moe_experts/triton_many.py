@@ -49,7 +49,6 @@ def moe_gather_kernel(
     block_expert_ptr,
     codes_ptr,
     scales_ptr,
-    experts_ptr,
     num_slots,
     top_k,
     width,
@@ -57,13 +56,10 @@ def moe_gather_kernel(
     BLOCK_M: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Slot s gets the token of its pair, quantised: codes [num_slots, k_tiles * 128], scales [k_tiles, num_slots], and its expert,
-    -1 for slots of no block. Slots of a block behind its last pair keep what is there: nobody reads what comes of them."""
+    """Slot s gets the token of its pair, quantised: codes [num_slots, k_tiles * 128], scales [k_tiles, num_slots]. Slots of a block behind
+    its last pair keep what is there: nobody reads what comes of them."""
     slot = tl.program_id(0).to(tl.int64)
-    expert = tl.load(block_expert_ptr + slot // BLOCK_M)
-    if tl.program_id(1) == 0:
-        tl.store(experts_ptr + slot, expert)
-    if expert < 0:
+    if tl.load(block_expert_ptr + slot // BLOCK_M) < 0:
         return
     pair = tl.load(pairs_ptr + slot)
     if pair < 0:
@@ -150,7 +146,7 @@ def moe_act_kernel(
 
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
 _SLOTS = {"codes_ptr": _FP8, "scales_ptr": "*fp32", "block_expert_ptr": _I32, "num_slots": "i32"}
-_GATHER = {**_SLOTS, "x_ptr": "*bf16", "pairs_ptr": _I32, "experts_ptr": _I32, "top_k": "i32", "width": _WIDE, "k_tiles": _WIDE}
+_GATHER = {**_SLOTS, "x_ptr": "*bf16", "pairs_ptr": _I32, "top_k": "i32", "width": _WIDE, "k_tiles": _WIDE}
 _MANY = {**_SLOTS, "wide_ptr": _FP8, "wide_scales_ptr": "*fp32", "out_ptr": "*bf16", "num_tiles": _WIDE, "k_tiles": _WIDE}
 _ACT = {**_SLOTS, "gate_up_ptr": "*bf16", "pairs_ptr": _I32, "weights_ptr": "*fp32", "num_tiles": _WIDE, "limit": "fp32"}
 _WIDEN = {"tiles_ptr": "*u8", "words_ptr": _I32, "wide_ptr": _FP8, "scale_ptr": "*fp32", "num_tiles": _WIDE, "k_tiles": _WIDE}

@@ -45,6 +45,7 @@ def list_pairs(
     pairs_ptr,
     block_expert_ptr,
     slots_ptr,
+    ends_ptr,
     num_pairs,
     num_experts,
     max_blocks,
@@ -54,7 +55,8 @@ def list_pairs(
     COUNTED: tl.constexpr,
 ):
     """Program e lists the pairs of expert e, in order, in blocks of BLOCK_M with -1 behind the last; program 0 also says that the
-    remaining blocks are nobody's. COUNTED: counts are there, and each pair's slot is kept, too."""
+    remaining blocks are nobody's. COUNTED: counts are there, and each pair's slot is kept, too, and the slot behind each expert's last
+    pair (that of its first block, if it has none)."""
     program = tl.program_id(0)
     experts = tl.arange(0, PADDED_E)
     counts = count_pairs(ids_ptr, counts_ptr, num_pairs, num_experts, PADDED_E, CHUNK, COUNTED)
@@ -76,6 +78,8 @@ def list_pairs(
             found += tl.sum(mine.to(tl.int32), 0)
         place = found + tl.arange(0, BLOCK_M)
         tl.store(pairs_ptr + base + place, tl.full([BLOCK_M], -1, tl.int32), mask=place < own_blocks * BLOCK_M)
+    if COUNTED:
+        tl.store(ends_ptr + program, base + found)
     if program == 0:
         for block in range(tl.sum(blocks, 0), max_blocks):
             tl.store(block_expert_ptr + block, -1)
@@ -109,6 +113,7 @@ def moe_route_kernel(
             pairs_ptr,
             block_expert_ptr,
             ids_ptr,
+            ids_ptr,
             num_pairs,
             num_experts,
             max_blocks,
@@ -136,6 +141,7 @@ def moe_list_kernel(
     pairs_ptr,
     block_expert_ptr,
     slots_ptr,
+    ends_ptr,
     num_pairs,
     num_experts,
     max_blocks,
@@ -150,6 +156,7 @@ def moe_list_kernel(
         pairs_ptr,
         block_expert_ptr,
         slots_ptr,
+        ends_ptr,
         num_pairs,
         num_experts,
         max_blocks,
@@ -200,7 +207,7 @@ AOT = [
     (moe_count_kernel, {"ids_ptr": "*i64", "counts_ptr": "*i32", "num_pairs": "i32"}, {"CHUNK": 4096}, {"num_warps": 8}),
     (
         moe_list_kernel,
-        {**_LIST, "counts_ptr": "*i32", "slots_ptr": "*i32"},
+        {**_LIST, "counts_ptr": "*i32", "slots_ptr": "*i32", "ends_ptr": "*i32"},
         {"PADDED_E": 512, "BLOCK_M": 128, "CHUNK": 4096},
         {"num_warps": 8},
     ),
