@@ -18,7 +18,7 @@ PARTS = (
     ("plain projections, head", ("nvjet", "splitKreduce", "linear_few")),
     ("attention", ("flash_", "flash_fwd", "get_mla_metadata", "sparse_attn", "derotate")),
     ("hyper-connections", ("one_launch", "project_kernel", "finish_kernel", "hc_")),
-    ("exchange", ("nccl",)),
+    ("exchange", ("nccl", "direct_", "exchange_")),
     (
         "norms, stores, compressors, index, router",
         ("norm", "kv_store", "compress", "index_query", "index_topk", "decode_logits", "moe_gate"),
