@@ -100,18 +100,10 @@ class Report:
 
 class Chaos:
     def __init__(
-        self,
-        cluster: Cluster,
-        seed: int,
-        *,
-        num_clients: int = 6,
-        num_scenarios: int = 28,
-        pace_s: tuple[float, float] = (2.0, 6.0),
-        say: Callable[[str], None] = print,
+        self, cluster: Cluster, seed: int, *, num_clients: int = 6, num_scenarios: int = 28, say: Callable[[str], None] = print
     ) -> None:
-        """`pace_s`: least and longest time from one event to the next."""
         self._cluster, self._seed, self._num_clients, self._num_scenarios = cluster, seed, num_clients, num_scenarios
-        self._random, self._pace_s = Random(f"{seed}/events"), pace_s
+        self._random = Random(f"{seed}/events")
         self._say_line = say
         self._began = time.monotonic()
         self._pids: dict[str, int] = {}
@@ -141,7 +133,7 @@ class Chaos:
         watching = asyncio.create_task(self._watch(traffic))
         background: set[asyncio.Task[None]] = set()
         while time.monotonic() < self._began + 60 * minutes and not running.done():
-            await asyncio.sleep(self._random.uniform(*self._pace_s))
+            await asyncio.sleep(self._random.uniform(2.0, 6.0))
             if not self._is_second_half and time.monotonic() > self._began + 30 * minutes:
                 self._is_second_half = True
                 self._say(f"second half: {', '.join(SPARED)} are spared")
