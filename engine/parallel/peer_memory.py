@@ -40,6 +40,8 @@ class PeerMemory:
         self._group, self._driver = group, driver
         self._size = -(-num_bytes // GRANULE) * GRANULE
         self._mine = 0
+        self._context = ctypes.c_void_p()
+        """CUcontext; current in the thread that opens, and not in every one that closes."""
         self._peers: dict[int, int] = {}
         try:
             self._open((host or BOOT_ID.read_text().strip()).encode())
@@ -50,10 +52,11 @@ class PeerMemory:
         """Of the first byte, by rank."""
 
     def close(self) -> None:
-        """Collective: a view ends when nobody uses it any more, and memory when it has no views. If a rank is gone, the process's end
-        gives both back."""
+        """Collective, in any thread: a view ends when nobody uses it any more, and memory when it has no views. If a rank is gone, the
+        process's end gives both back."""
         try:
             self._group.barrier()
+            self._call("cuCtxSetCurrent", self._context)
             self._call("cuCtxSynchronize")
             for rank, address in self._peers.items():
                 self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address), of=rank)
@@ -94,6 +97,7 @@ class PeerMemory:
 
     def _export(self) -> bytes:
         address, handle = ctypes.c_uint64(), _Handle()
+        self._call("cuCtxGetCurrent", ctypes.byref(self._context))
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(self._size))
         self._mine = address.value
         self._call("cuMemsetD8_v2", address, ctypes.c_ubyte(0xFF), ctypes.c_size_t(self._size))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import json
 import os
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from engine.parallel.peer_memory import GRANULE, PeerMemory
 from tests.support.ranks import run_group
 
 RANKS = 3
+CONTEXT = 0x5EED
 
 
 def test_tokens_arrive_and_sums_return_while_ranks_run_apart_until_one_falls_silent() -> None:
@@ -35,17 +38,32 @@ def test_tokens_arrive_and_sums_return_while_ranks_run_apart_until_one_falls_sil
 
 
 class Driver:
-    """libcuda of one rank: memory of rank r lies at r << 32 for itself, and 1 << 60 further for others."""
+    """libcuda of one rank: memory of rank r lies at r << 32 for itself, and 1 << 60 further for others. A context is current in the thread
+    that makes this, and in no other."""
 
     def __init__(self, rank: int, refuses: dict[str, int] | None = None) -> None:
         self._rank, self._refuses = rank, refuses or {}
         self.held: set[int] = set()
         self.num_bytes = 0
+        self._threads = {threading.get_ident()}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return lambda *arguments: self._refuses.get(name) or getattr(self, f"_{name}")(*(getattr(a, "_obj", a) for a in arguments)) or 0
+        return lambda *arguments: self._refuses.get(name) or self._called(name, *(getattr(a, "_obj", a) for a in arguments))
+
+    def _called(self, name: str, *arguments: Any) -> int:
+        if name != "cuCtxSetCurrent" and threading.get_ident() not in self._threads:
+            return 201
+        getattr(self, f"_{name}")(*arguments)
+        return 0
+
+    def _cuCtxGetCurrent(self, context: Any) -> None:
+        context.value = CONTEXT
+
+    def _cuCtxSetCurrent(self, context: Any) -> None:
+        assert context.value == CONTEXT
+        self._threads.add(threading.get_ident())
 
     def _cuMemAlloc_v2(self, address: Any, size: Any) -> None:
         address.value, self.num_bytes = (self._rank + 1) << 32, size.value
@@ -74,12 +92,13 @@ class Driver:
         self.held.clear()
 
 
-def test_all_ranks_map_all_memory_and_give_it_back() -> None:
+def test_all_ranks_map_all_memory_and_give_it_back_from_any_thread() -> None:
     def rank(group: Group) -> tuple[tuple[int, ...], set[int]]:
         driver = Driver(group.rank)
         memory = PeerMemory(group, GRANULE + 1, driver)
         assert driver.num_bytes == 2 * GRANULE and len(driver.held) == RANKS
-        memory.close()
+        with concurrent.futures.ThreadPoolExecutor(1) as another_thread:
+            another_thread.submit(memory.close).result()
         return memory.addresses, driver.held
 
     for number, (addresses, held) in enumerate(run_group(RANKS, rank)):
