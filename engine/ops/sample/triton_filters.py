@@ -32,8 +32,6 @@ COARSE_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 _T0, _T1, _T2, _T3, _T4, _T5 = (tl.constexpr(term) for term in POWER_TERMS)
 _LOG2_E = tl.constexpr(LOG2_E)
 _LOWEST = tl.constexpr(-(2**31))
-_ORDERS = tl.constexpr(2**62)
-"""More than any order."""
 
 
 @triton.jit
