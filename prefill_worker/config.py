@@ -23,7 +23,7 @@ class PrefillConfig:
     """Prompt tokens computed in one step."""
     widened_layers: int = -1
     """Layers whose MXFP4 experts are kept as FP8, with equal results: twice the bytes, and no widening in each step. -1: as many as fit
-    beside pages for num_slots sequences of engine.max_model_len, on a GPU; 0: none."""
+    beside num_pages (0: what num_slots sequences of engine.max_model_len can fill), on a GPU; 0: none."""
     max_waiting: int = 256
     """Requests waiting on a rank for pages or a slot; more are refused as Overloaded."""
     liveness_timeout_s: float = 5.0

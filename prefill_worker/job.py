@@ -1,6 +1,6 @@
 """One request on a prefill rank, from acceptance until nothing reads its pages any more.
 
-    WAITING (no pages yet) -> COMPUTING -> SENDING (first token is out) -> gone when decode has taken its first step
+    WAITING (no pages yet) -> COMPUTING -> SENDING (first token is known) -> gone when decode has taken its first step
 
 From each of them a job that fails or is cancelled goes to CLOSING, and is gone when the sender has let go of its pages.
 """
