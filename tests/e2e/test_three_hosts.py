@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from deploy.client import ControlClient
 from deploy.folder import ClusterFolder
+from protos import control_pb2
 from tests.support import hosts
 from tests.support.cluster import MODEL, ROOT
 from tests.support.patience import overload
@@ -95,11 +95,13 @@ class ThreeHosts:
         return output
 
     def status(self) -> Any:
-        def ask() -> Any:
-            with ControlClient(f"{self.net.address(0)}:{CONTROL}", self.folder.read_control_token()) as client:
-                return client.status()
-
-        return self.net.call(0, ask)
+        """Asked by a process on the host: gRPC connects from threads of its own, which may be of the hosts' outside."""
+        ask = "ControlClient(*sys.argv[1:]).status().SerializeToString()"
+        code = f"import sys; from deploy.client import ControlClient; sys.stdout.buffer.write({ask})"
+        command = [sys.executable, "-c", code, f"{self.net.address(0)}:{CONTROL}", self.folder.read_control_token()]
+        asked = subprocess.run(self.net.command(0, command), cwd=ROOT, env=self._env, capture_output=True, timeout=60, check=False)
+        assert asked.returncode == 0, f"{asked.stderr.decode()}\n{self.logs()}"
+        return control_pb2.ClusterStatus.FromString(asked.stdout)
 
     def host_of(self, rank: Any) -> int:
         address = rank.member.address.rpartition(":")[0]

@@ -82,7 +82,8 @@ class Hosts:
         self._in(self._hub, "tc", "qdisc", "del", "dev", f"v{host}", "root")
 
     def call(self, host: int, function: Callable[[], T]) -> T:
-        """Run a function here, in a thread whose sockets are the host's."""
+        """Run a function here, in a thread whose sockets are the host's. Not one that leaves its sockets to threads of a library, as gRPC
+        does: those of a process that has used it before are not the host's."""
 
         def inside() -> T:
             fd = os.open(f"/run/netns/{self.name(host)}", os.O_RDONLY)
