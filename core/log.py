@@ -31,6 +31,9 @@ LEVELS = ("debug", "info", "warning", "error")
 DELAY_S = 0.01
 """Of lines below warning: those of so long are written together."""
 
+MOST_WAITING = 10_000
+"""Lines. While nobody reads, who has more to say waits."""
+
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -50,13 +53,13 @@ class DelayedHandler(logging.StreamHandler[Any]):
         super().__init__(stream)
         self._records: deque[logging.LogRecord] = deque()
         self._wake = threading.Event()
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()  # a signal's handler may have something to say in the midst of it
         threading.Thread(target=self._run, name="log", daemon=True).start()
         atexit.register(self.write_out)
 
     def handle(self, record: logging.LogRecord) -> bool:
         self._records.append(record)
-        if record.levelno >= logging.WARNING:
+        if record.levelno >= logging.WARNING or len(self._records) > MOST_WAITING:
             self.write_out()
         elif not self._wake.is_set():
             self._wake.set()

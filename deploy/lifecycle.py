@@ -22,7 +22,8 @@ from deploy.spec import ClusterSpec, check_files
 
 Say = Callable[[str], None]
 
-KEEPER_TIMEOUT_S = 60.0
+KEEPER_TIMEOUT_S = 180.0
+"""Ray takes 5 s to start, and over 60 on two cores that are busy with much else. One that fails ends at once."""
 GRACE_S = 15.0
 
 

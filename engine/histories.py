@@ -8,6 +8,8 @@ followed, wherever they were computed. After that every draw counts its token. S
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -34,8 +36,9 @@ class SlotHistories:
             torch.zeros(num_slots, NUM_TERMS, dtype=torch.float64, device=device),
         )
         self._vocab_size, self._recorder = vocab_size, recorder
-        self._held: dict[int, tuple[Sequence, int]] = {}
-        """Slot -> whose tokens its memory counts, and how many of them when all draws that were asked for are done."""
+        self._held: dict[int, tuple[weakref.ref[Sequence], int]] = {}
+        """Slot -> whose tokens its memory counts, and how many of them when all draws that were asked for are done. Sequences that have
+        ended, with all their tokens, are not kept for it."""
 
     def slots_of(self, chunks: list[Chunk]) -> list[int]:
         """Of each chunk the slot whose memory its draw reads and writes, -1: none. To be called once for every step that draws, in their
@@ -44,11 +47,11 @@ class SlotHistories:
 
     def _filled(self, chunk: Chunk) -> int:
         sequence, slot_id = chunk.sequence, chunk.sequence.slot_id
-        if self._held.get(slot_id) != (sequence, chunk.end):
+        if self._held.get(slot_id) != (weakref.ref(sequence), chunk.end):
             assert chunk.end <= len(sequence.token_ids), f"{sequence.request_id}: token {chunk.end - 1} was drawn elsewhere"
             self._recorder.put(self.memory.words[slot_id], words_of(sequence, chunk.end, self._vocab_size))
             self._recorder.put(self.memory.terms[slot_id], terms_of(sequence.request.sampling))
-        self._held[slot_id] = sequence, chunk.end + 1
+        self._held[slot_id] = weakref.ref(sequence), chunk.end + 1
         return slot_id
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from core.request import FinishReason, Request
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """Compared by identity: two sequences of one request are two sequences."""
 

@@ -316,12 +316,16 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
         self._order(lambda: self._state.sender_lost(session.key, session.origin, self._clock.now()))
 
     async def _reach(self, session: _Session) -> None:
-        """Learn, while the sender lives, whether it is itself that answers at its address."""
-        answer = await ask(dataclasses.replace(session.origin, link=""), ASK_TIMEOUT_S)
-        if answer is Answer.OVER:
-            session.origin = dataclasses.replace(session.origin, was_reached=True)
-        else:
-            log.warning("transfer.unreachable", sender=session.key, address=session.origin.address, answer=answer.value)
+        """Learn, while the sender lives, whether it is itself that answers at its address. It may be busy when a session begins."""
+        is_told = False
+        while (answer := await ask(dataclasses.replace(session.origin, link=""), ASK_TIMEOUT_S)) is not Answer.OVER:
+            if not is_told:
+                log.warning("transfer.unreachable", sender=session.key, address=session.origin.address, answer=answer.value)
+            is_told = True
+            await asyncio.sleep(ASK_TIMEOUT_S)
+            if self._sessions.get(session.key) is not session:
+                return
+        session.origin = dataclasses.replace(session.origin, was_reached=True)
 
     def _ask(self, action: Ask) -> None:
         async def asked() -> None:

@@ -14,6 +14,7 @@ from core.clock import SystemClock
 from core.errors import ConfigError
 from core.log import get_logger
 from core.metrics import new_registry
+from core.process import die
 from core.request import Member
 from router.app import create_app
 from router.chat import ChatFormat
@@ -76,6 +77,7 @@ class Router:
         self.members.update(list(self._first_members))
         if self._follow is not None:
             self._watch = asyncio.create_task(self._follow(self.members))
+            self._watch.add_done_callback(_end_with)
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:
             if self._serving.done():
@@ -100,6 +102,12 @@ class Router:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
         await self.members.close()
+
+
+def _end_with(watch: asyncio.Task[None]) -> None:
+    """A router that does not learn of ranks any more would answer 503 for ever."""
+    if not watch.cancelled() and (error := watch.exception()) is not None:
+        die(f"ranks are not followed any more: {error!r}")
 
 
 def _listen(host: str, port: int, is_shared: bool) -> socket.socket:
