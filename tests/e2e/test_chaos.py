@@ -17,6 +17,6 @@ MINUTES = 3
 
 def test_kills_cuts_and_storms_lose_no_request_change_no_token_and_leave_nothing(tmp_path: pathlib.Path, rng: random.Random) -> None:
     with ChaosCluster(tmp_path) as cluster:
-        report = asyncio.run(Chaos(cluster, rng.randrange(2**32), num_scenarios=21).run(MINUTES))
+        report = asyncio.run(Chaos(cluster, rng.randrange(2**32), num_clients=3, num_scenarios=21).run(MINUTES))
         assert not report.problems, "\n".join(report.problems) + f"\n{cluster.logs()}"
         assert report.num_finished > 10 * MINUTES and report.num_events > 5 * MINUTES, "it was chaos"
