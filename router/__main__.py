@@ -6,9 +6,8 @@ import sys
 from dataclasses import dataclass, field
 
 from core.config import load_config
-from core.errors import Mismatch
 from core.model_section import ModelSection
-from core.process import OtherSections, die, new_parser, run, serve
+from core.process import OtherSections, new_parser, run, serve
 from router.addresses import Address, follow_addresses, wait_for_ranks
 from router.config import RouterConfig
 from router.members import Members
@@ -32,10 +31,7 @@ async def main() -> None:
     addresses = [Address("prefill", text) for text in options.prefill] + [Address("decode", text) for text in options.decode]
 
     async def watch(members: Members) -> None:
-        try:
-            ranks = await wait_for_ranks(addresses)
-        except Mismatch as error:
-            die(str(error))
+        ranks = await wait_for_ranks(addresses)
         router.learn_max_model_len(min(rank.max_model_len for rank in ranks))
         await follow_addresses(addresses, members)
 

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from core.clock import SystemClock
-from core.errors import ConfigError
+from core.errors import BatonError, ConfigError
 from core.log import get_logger
 from core.metrics import new_registry
 from core.process import die
@@ -107,7 +107,7 @@ class Router:
 def _end_with(watch: asyncio.Task[None]) -> None:
     """A router that does not learn of ranks any more would answer 503 for ever."""
     if not watch.cancelled() and (error := watch.exception()) is not None:
-        die(f"ranks are not followed any more: {error!r}")
+        die(str(error) if isinstance(error, BatonError) else f"ranks are not followed any more: {error!r}")
 
 
 def _listen(host: str, port: int, is_shared: bool) -> socket.socket:

@@ -6,6 +6,8 @@ import io
 import logging
 import threading
 
+import pytest
+
 from core.log import DelayedHandler
 
 
@@ -43,6 +45,17 @@ def test_a_warning_is_there_when_the_call_returns_and_after_what_was_said_before
         handler.handle(record(logging.DEBUG, str(number)))
     handler.handle(record(logging.WARNING, "last"))
     assert stream.getvalue().split() == [*map(str, range(50)), "last"]
+
+
+def test_while_nobody_reads_who_has_more_to_say_writes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.log.DELAY_S", 60.0)
+    monkeypatch.setattr("core.log.MOST_WAITING", 3)
+    stream = Stream()
+    handler = DelayedHandler(stream)
+    for number in range(4):
+        handler.handle(record(logging.INFO, str(number)))
+    assert stream.getvalue().split() == ["0", "1", "2", "3"]
+    assert stream.writers == [threading.current_thread().name]
 
 
 def test_a_stream_that_cannot_be_written_to_costs_its_lines_and_nothing_else() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,15 @@ def test_the_next_owner_of_a_slot_finds_nothing_of_the_last_one(histories: SlotH
     assert recorder.num_puts == 4
     assert histories.memory.words[1].tolist() == words_of(after, 2, VOCAB).tolist()
     assert histories.memory.terms[1, :4].tolist() == [0.0, 0.0, 1.5, 0.0]
+
+
+def test_a_sequence_that_has_ended_is_not_kept(histories: SlotHistories) -> None:
+    sequence = decoding(0, [5, 6], [7], presence_penalty=0.5)
+    step(histories, sequence)
+    ended = weakref.ref(sequence)
+    del sequence
+    gc.collect()
+    assert ended() is None
 
 
 def test_tokens_that_were_drawn_elsewhere_are_taken_in_when_they_are_known(histories: SlotHistories) -> None:

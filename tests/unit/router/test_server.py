@@ -10,6 +10,7 @@ import pytest
 
 from core.errors import ConfigError
 from router.config import RouterConfig
+from router.members import Members
 from router.server import Router
 
 MODEL = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "demo_model" / "checkpoint"
@@ -51,3 +52,19 @@ def test_small_writes_are_sent_at_once() -> None:
         await router.stop()
 
     asyncio.run(live())
+
+
+def test_a_router_that_does_not_learn_of_ranks_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: list[str] = []
+    monkeypatch.setattr("router.server.die", reasons.append)
+
+    async def watch(members: Members) -> None:
+        raise OSError("the list is gone")
+
+    async def live() -> None:
+        router = Router(config=RouterConfig(port=0), served_name="demo", tokenizer_folder=MODEL, max_model_len=512, watch=watch)
+        await router.start()
+        await router.stop()
+
+    asyncio.run(live())
+    assert len(reasons) == 1 and "the list is gone" in reasons[0]
