@@ -70,8 +70,12 @@ class BoundOps:
         pack: dict[str, Callable[..., Any]],
         choices: tuple[Choice, ...],
         widen: Mapping[str, Callable[[Any], Any]] | None = None,
+        named: frozenset[str] = frozenset(),
     ) -> None:
         self.choices = choices
+        self.named = named
+        """Ops whose backend engine.ops names. A backend that finds only when it is used that it cannot serve may leave the work to another
+        one if it was chosen here, and raises ConfigError if it was named."""
         self.pack = pack
         self.widen = widen or {}
         """Of ops whose backend offers it."""
@@ -127,7 +131,8 @@ def bind(engine: EngineConfig, device: torch.device) -> BoundOps:
             allowed = ", ".join(("reference", *op.backends))
             raise ConfigError(f"engine.ops.{name}: unknown backend {wanted!r}; allowed: {allowed}")
         else:
-            raise ConfigError(f"engine.ops.{name}: backend {wanted!r} cannot run here: {reasons[wanted]}")
+            allowed = ", ".join(("reference", *(backend for backend, reason in reasons.items() if reason is None)))
+            raise ConfigError(f"engine.ops.{name}: backend {wanted!r} cannot run here: {reasons[wanted]}; allowed here: {allowed}")
         functions[name], pack = load_backend(op, chosen)
         if pack is not None:
             packs[name] = pack
@@ -137,4 +142,4 @@ def bind(engine: EngineConfig, device: torch.device) -> BoundOps:
         known = list(reasons)
         passed_over = known[: known.index(chosen)] if chosen in known else known
         choices.append(Choice(name, chosen, tuple(f"{backend}: {reasons[backend] or 'not asked for'}" for backend in passed_over)))
-    return BoundOps(functions, packs, tuple(choices), widens)
+    return BoundOps(functions, packs, tuple(choices), widens, frozenset(engine.ops))

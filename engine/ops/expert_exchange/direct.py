@@ -2,7 +2,8 @@
 the sums back the same way. What `gather` does in two kernels and two collectives, with the latency of two stores over NVLink.
 
 For decode steps of up to MOST_TOKENS tokens a rank; larger ones, where bandwidth counts, and prompts go as `gather` sends them. So does
-everything where the ranks cannot reach each other's memory: they try it when the exchange is opened, and all say why not.
+everything where the ranks cannot reach each other's memory and `direct` was chosen for them: they try it when the exchange is opened, and
+all say why not. Where the file names `direct`, they do not start.
 
 Calls on several streams take effect in the order in which the host makes them. Replays of graphs do not pass here: who replays on another
 stream than before has it wait for that one.
@@ -141,29 +142,39 @@ def problem_of(exchange: DirectExchange, rank: int, ranks: int, shape: ExchangeS
 
 
 def run(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
-    """As the reference."""
+    """As the reference. Raises ConfigError, on all ranks alike, if engine.ops names `direct` and they cannot reach each other's memory."""
     if not shape.is_latency_bound:
         return PaddedGatherExchange(group, shape)
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize(device)  # makes the primary context current
-    return open_direct(group, shape, device, ctypes.CDLL("libcuda.so.1"), GatherExchange(group, shape, ops))
+    return direct_or(GatherExchange(group, shape, ops), group, shape, device, ctypes.CDLL("libcuda.so.1"), "expert_exchange" in ops.named)
 
 
-def open_direct(group: Group, shape: ExchangeShape, device: torch.device, driver: Any, others: ExpertExchange) -> ExpertExchange:
-    """`others` where the ranks' memory is not within reach."""
+def direct_or(
+    others: ExpertExchange, group: Group, shape: ExchangeShape, device: torch.device, driver: Any, is_named: bool
+) -> ExpertExchange:
+    """`others` where the ranks cannot reach each other's memory, unless `direct` was asked for by name: then as `run`."""
     try:
-        if group.size > MOST_RANKS:
-            raise ConfigError(f"{group.size} ranks; it is for up to {MOST_RANKS} on one host")
-        memory = PeerMemory(group, Inbox(group.size, shape).num_bytes, driver)
+        return _opened(others, group, shape, device, driver)
     except ConfigError as error:
-        log.info("exchange.gathers", member=group.seat.member, instead_of="direct", reason=error)
+        if is_named:
+            raise ConfigError(
+                f"engine.ops.expert_exchange: direct cannot serve {group.seat.name}: {error}; choose gather, or name none"
+            ) from error
+        log.warning("exchange.gathers", member=group.seat.member, instead_of="direct", reason=error)
         return others
+
+
+def _opened(others: ExpertExchange, group: Group, shape: ExchangeShape, device: torch.device, driver: Any) -> DirectExchange:
+    """Raises ConfigError on all ranks alike, saying what is in the way."""
+    if group.size > MOST_RANKS:
+        raise ConfigError(f"{group.size} ranks; it is for up to {MOST_RANKS} on one host")
+    memory = PeerMemory(group, Inbox(group.size, shape).num_bytes, driver)
     exchange = DirectExchange(group, shape, memory.addresses, device, others, memory)
     found = group.gather_bytes("direct", problem_of(exchange, group.rank, group.size, shape, device).encode())
     reasons = [f"{group.seat.member_of(rank)}: {one.decode()}" for rank, one in enumerate(found) if one]
     if reasons:
         memory.close()
-        log.warning("exchange.gathers", member=group.seat.member, instead_of="direct", reason="; ".join(reasons))
-        return others
+        raise ConfigError("; ".join(reasons))
     log.info("exchange.direct", member=group.seat.member, mib=round(Inbox(group.size, shape).num_bytes / 2**20, 1))
     return exchange

@@ -6,6 +6,7 @@ import concurrent.futures
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -147,15 +148,26 @@ def test_a_call_on_another_stream_waits_for_the_last_one(monkeypatch: pytest.Mon
     assert (first.waited_for, second.waited_for, captured.waited_for) == ([second], [first], [])
 
 
-def test_ranks_that_cannot_reach_each_other_gather() -> None:
+@pytest.mark.parametrize("is_named", [False, True])
+def test_ranks_that_cannot_reach_each_other_gather_unless_the_file_says_direct(is_named: bool) -> None:
     pytest.importorskip("triton")
-    from engine.ops.expert_exchange.direct import open_direct
+    from engine.ops.expert_exchange.direct import direct_or
 
     shape = ExchangeShape(hidden_size=64, num_slots=8, max_tokens=4, is_latency_bound=True)
     others: Any = object()
 
-    def rank(group: Group) -> object:
+    def rank(group: Group) -> str:
         driver = Driver(group.rank, {"cuIpcGetMemHandle": 800} if group.rank else None)
-        return open_direct(group, shape, torch.device("cpu"), driver, others)
+        try:
+            assert direct_or(others, group, shape, torch.device("cpu"), driver, is_named) is others
+        except ConfigError as error:
+            return str(error)
+        return "gathers"
 
-    assert run_group(2, rank) == [others, others]
+    found = run_group(2, rank)
+    if not is_named:
+        assert found == ["gathers"] * 2
+        return
+    assert found[0] == found[1]
+    says = r"^engine\.ops\.expert_exchange: direct cannot serve decode/0: decode/0\.1: cuIpcGetMemHandle .* 800; choose gather"
+    assert re.search(says, found[0]), found[0]

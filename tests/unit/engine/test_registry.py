@@ -24,6 +24,7 @@ def test_every_folder_is_an_op_and_every_op_a_folder() -> None:
 
 def test_all_ops_are_bound_and_the_table_names_them() -> None:
     ops = bind(EngineConfig(ops={"rms_norm": "reference"}), CPU)
+    assert ops.named == {"rms_norm"}
     assert {choice.op for choice in ops.choices} == set(OP_NAMES)
     assert all(name in ops.table() for name in OP_NAMES)
     x = torch.randn(3, 8)
@@ -42,7 +43,7 @@ def test_an_explicit_backend_that_cannot_run_is_refused_with_its_reason(monkeypa
     op = get_op("rms_norm")
     broken = Op(op.name, op.reference, op.pack, {"triton": Impl("no.such.module", lambda device: "needs a GPU")})
     monkeypatch.setattr("engine.ops.rms_norm.OP", broken)
-    with pytest.raises(ConfigError, match="cannot run here: needs a GPU"):
+    with pytest.raises(ConfigError, match=r"cannot run here: needs a GPU; allowed here: reference$"):
         bind(EngineConfig(ops={"rms_norm": "triton"}), CPU)
     (choice,) = [choice for choice in bind(EngineConfig(), CPU).choices if choice.op == "rms_norm"]
     assert (choice.backend, choice.reasons) == ("reference", ("triton: needs a GPU",))
