@@ -14,7 +14,7 @@ class MoE:
         self._scaling, self._limit = model.routed_scaling_factor, model.swiglu_limit
         self._gate = Linear(build, f"{prefix}.gate.weight", torch.float32)
         self._bias = None if is_hash else build.tensor(f"{prefix}.gate.bias").float()
-        self._table = build.tensor(f"{prefix}.gate.tid2eid").long() if is_hash else None
+        self._table = build.tensor(f"{prefix}.gate.tid2eid").long().contiguous() if is_hash else None
         self._share = None if build.share is None else build.share.layers[prefix]
         held = range(model.n_routed_experts) if self._share is None else self._share.held
         experts = [f"{prefix}.experts.{index}" for index in held]
@@ -49,8 +49,7 @@ class MoE:
         that idle ranks cost their peers little). Returns what is to be added up and rounded to x's dtype: the routed experts' sum, fp32
         [T, d], and the shared expert's output, [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
         shared = self._side.start(lambda: self._shared(x))
-        fixed = None if self._table is None else self._table[token_ids]
-        ids, weights = self._ops.moe_gate(self._gate(x), self._bias, fixed, self._topk, self._scaling)
+        ids, weights = self._ops.moe_gate(self._gate(x), self._bias, self._table, token_ids, self._topk, self._scaling)
         if self._share is None:
             routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
         else:

@@ -9,16 +9,17 @@ from engine.ops.registry import Impl, Op
 
 
 def moe_gate(
-    logits: torch.Tensor, bias: torch.Tensor | None, fixed_ids: torch.Tensor | None, top_k: int, scaling: float
+    logits: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, token_ids: torch.Tensor, top_k: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits: fp32 [T, E]. Score layers give `bias` (fp32 [E], used for selection only), hash layers `fixed_ids` (int64 [T, top_k]).
+    """logits: fp32 [T, E]. Score layers give `bias` (fp32 [E], used for selection only), hash layers `table` (int64 [vocab, top_k]), whose
+    rows `token_ids` (int64 [T]) name the experts.
 
     Returns (expert ids int64 [T, top_k], weights fp32 [T, top_k] = scaling * score / sum of selected scores), where score =
     sqrt(softplus(logit)). Of equal biased scores the lower id is selected.
     """
     scores = torch.nn.functional.softplus(logits.double()).sqrt().float()
-    if fixed_ids is not None:
-        ids = fixed_ids
+    if table is not None:
+        ids = table[token_ids]
     else:
         assert bias is not None
         ids = torch.sort(scores + bias, dim=1, descending=True, stable=True).indices[:, :top_k]

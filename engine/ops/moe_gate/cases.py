@@ -7,12 +7,18 @@ import torch
 from engine.ops.cases import Bench, Case, Draw, generator, randn
 
 TOP_K, SCALING = 6, 1.5
+VOCABULARY = 512
 REASON = "weights: one fp32 division in place of a float64 one; expert ids are compared exactly"
+
+
+def _tokens(device: torch.device, seed: int, tokens: int) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (tokens,), generator=generator(device, seed), device=device)
 
 
 def _scored(tokens: int, experts: int, spread: float = 2.0) -> Draw:
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        return randn(device, seed, tokens, experts, scale=spread), randn(device, seed + 1, experts, scale=0.1), None, TOP_K, SCALING
+        bias = randn(device, seed + 1, experts, scale=0.1)
+        return randn(device, seed, tokens, experts, scale=spread), bias, None, _tokens(device, seed + 2, tokens), TOP_K, SCALING
 
     return draw
 
@@ -22,15 +28,15 @@ def _ties(tokens: int, experts: int) -> Draw:
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         logits = torch.randint(-2, 3, (tokens, experts), generator=generator(device, seed), device=device).float()
-        return logits, torch.zeros(experts, device=device), None, TOP_K, SCALING
+        return logits, torch.zeros(experts, device=device), None, _tokens(device, seed + 2, tokens), TOP_K, SCALING
 
     return draw
 
 
 def _hashed(tokens: int, experts: int) -> Draw:
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        ids = torch.rand(tokens, experts, generator=generator(device, seed + 1), device=device).argsort(1)[:, :TOP_K].contiguous()
-        return randn(device, seed, tokens, experts), None, ids, TOP_K, SCALING
+        table = torch.rand(VOCABULARY, experts, generator=generator(device, seed + 1), device=device).argsort(1)[:, :TOP_K].contiguous()
+        return randn(device, seed, tokens, experts), None, table, _tokens(device, seed + 2, tokens), TOP_K, SCALING
 
     return draw
 

@@ -20,7 +20,8 @@ FEW_TOKENS = 1024
 def moe_gate_kernel(
     logits_ptr,
     bias_ptr,
-    fixed_ptr,
+    table_ptr,
+    token_ids_ptr,
     ids_ptr,
     weights_ptr,
     num_experts,
@@ -33,7 +34,7 @@ def moe_gate_kernel(
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED_K)
     if FIXED:
-        ids = tl.load(fixed_ptr + token * TOP_K + place, mask=place < TOP_K, other=0)
+        ids = tl.load(table_ptr + tl.load(token_ids_ptr + token) * TOP_K + place, mask=place < TOP_K, other=0)
     else:
         expert = tl.arange(0, PADDED_E)
         real = expert < num_experts
@@ -66,9 +67,9 @@ def _score(logits):
 
 
 def run(
-    logits: torch.Tensor, bias: torch.Tensor | None, fixed_ids: torch.Tensor | None, top_k: int, scaling: float
+    logits: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, token_ids: torch.Tensor, top_k: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the reference; logits contiguous in rows."""
+    """As the reference; table and token_ids contiguous."""
     tokens, experts = logits.shape
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
@@ -76,7 +77,8 @@ def run(
         moe_gate_kernel[(tokens,)](
             logits.contiguous(),
             logits if bias is None else bias,
-            ids if fixed_ids is None else fixed_ids.contiguous(),
+            ids if table is None else table,
+            token_ids,
             ids,
             weights,
             experts,
@@ -84,16 +86,17 @@ def run(
             TOP_K=top_k,
             PADDED_K=triton.next_power_of_2(top_k),
             PADDED_E=triton.next_power_of_2(experts),
-            FIXED=fixed_ids is not None,
+            FIXED=table is not None,
             num_warps=4 if tokens <= FEW_TOKENS else 1,
         )
-    return ids if fixed_ids is None else fixed_ids, weights
+    return ids, weights
 
 
 _SIGNATURE = {
     "logits_ptr": "*fp32",
     "bias_ptr": "*fp32",
-    "fixed_ptr": "*i64",
+    "table_ptr": "*i64",
+    "token_ids_ptr": "*i64",
     "ids_ptr": "*i64",
     "weights_ptr": "*fp32",
     "num_experts": "i32:16",
