@@ -1,6 +1,6 @@
 """Time the exchange of experts against bare calls of the library below it, in one run: what our part adds.
 
-python -m tests.benchmarks.bench_exchange [--ranks 2] [--device cuda] [--tokens 1,32,128] [--prompt-tokens 4096] [--hidden 4096]
+python -m tests.benchmarks.bench_exchange [--ranks 2] [--device cuda] [--tokens 1,32,128,256] [--prompt-tokens 4096] [--hidden 4096]
     [--experts 256] [--top-k 6] [--out FILE.json]
 
 One row is a dispatch and a combine with nothing in between, of so many tokens a rank, on the slowest rank. Decode (`--tokens`) is timed as
@@ -260,7 +260,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the exchange of experts against bare calls.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tokens", type=ints, default=[1, 32, 128], help="of each rank in a decode step")
+    parser.add_argument("--tokens", type=ints, default=[1, 32, 128, 256], help="of each rank in a decode step")
     parser.add_argument("--prompt-tokens", type=ints, default=[4096], help="of each rank in a prefill step")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--experts", type=int, default=256)

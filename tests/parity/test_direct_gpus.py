@@ -22,7 +22,7 @@ from engine.parallel.group import Group, Limits, Rendezvous, Seat
 pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu]
 
 HIDDEN, EXPERTS, TOP_K, REDUNDANT = 4096, 64, 6, 8
-SIZES = (1, 3, 32, 128)
+SIZES = (1, 3, 32, 256)
 """Tokens of each rank, a graph each; all through the same inboxes."""
 REPLAYS = 1000
 PLACEMENT_OF = {

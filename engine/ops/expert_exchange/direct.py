@@ -30,7 +30,7 @@ from engine.parallel.peer_memory import PeerMemory
 log = get_logger("exchange")
 
 MOST_RANKS = 8
-MOST_TOKENS = 128
+MOST_TOKENS = 256
 """Of a rank. Beyond, kernels that wait would keep others' from running for longer than NCCL takes."""
 MOST_EXPERTS = 16
 """Of a token."""
