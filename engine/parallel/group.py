@@ -130,11 +130,12 @@ class Group:
         self._closers.append(close)
 
     def when_lost(self, call: Callable[[], None]) -> None:
-        """Have something called when a rank is known to be gone, from any thread: what waits for it on a device is to end."""
+        """Have something called when a rank is known to be gone, or this one goes, from any thread: what waits on a device is to end. It
+        may be called several times."""
         self._mourners.append(call)
 
     def lose(self) -> None:
-        """A rank is gone, or stuck."""
+        """A rank is gone, or stuck, or is leaving."""
         for call in self._mourners:
             call()
 

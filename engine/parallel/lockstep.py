@@ -165,10 +165,11 @@ class GroupSteps:
             self._is_change_wanted = True
 
     def close(self) -> None:
-        """Tell the others, and leave. Once."""
+        """Tell the others, and leave. Once. A step that is under way here is not waited for: not all ranks may have begun it."""
         with self._lock:
             self.is_ending = True
             self._send_all(_Kind.BYE, 0, self._seat.rank)
+        self._lose()
         self._stop_sender.close()
         if self._thread is not None:
             self._thread.join()
@@ -281,6 +282,7 @@ class GroupSteps:
                 self._go = Go(step, value, kind == _Kind.CHANGE)
             elif kind == _Kind.BYE:
                 self.is_ending = True
+                self._lose()
                 if self._board is not None:
                     self._send_all(_Kind.BYE, 0, value)
             elif not self.is_ending and not self._lost:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from core.clock import SystemClock
 from core.errors import GroupLost
 from engine.config import EngineConfig
 from engine.ops.expert_exchange import ExchangeShape
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, balanced_placement
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
+from engine.parallel.lockstep import GroupSteps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu]
 
@@ -122,26 +124,30 @@ def replay(rank: int, size: int, rendezvous: str) -> None:
     group.close()
 
 
-def fall_silent(rank: int, size: int, rendezvous: str, is_told: bool) -> None:
-    """Rank 1 does not come to the second replay. The others wait until the host knows, or as long as they may."""
-    group, exchange, choice = joined(rank, size, rendezvous, 30.0 if is_told else 3.0)
+def fall_silent(rank: int, size: int, rendezvous: str, end: str) -> None:
+    """Rank 1 does not come to the second replay. The others wait until the host knows, until rank 1 has left, or as long as they may."""
+    group, exchange, choice = joined(rank, size, rendezvous, 3.0 if end == "waits" else 30.0)
+    steps = GroupSteps(group, max, SystemClock())
+    steps.start(lambda: None, pytest.fail)
     step = Step(exchange, choice, rank, 3)
     step.draw(is_idle=False)
     step.graph.replay()
     torch.cuda.synchronize()
     exchange.check()
     group.barrier()
+    if rank == 1 and end == "leaves":
+        time.sleep(0.3)
+        steps.close()
     if rank != 1:
-        timer = threading.Timer(0.2, group.lose)
-        if is_told:
-            timer.start()
+        if end == "is told":
+            threading.Timer(0.2, group.lose).start()
         began = time.monotonic()
         step.graph.replay()
         step.graph.replay()
         torch.cuda.synchronize()
         seconds = time.monotonic() - began
-        print(f"rank {rank}: {'told' if is_told else 'waited'}, ended after {seconds:.3f} s", flush=True)
-        assert 0.1 < seconds < (1.0 if is_told else 25.0)
+        print(f"rank {rank}: {end}, ended after {seconds:.3f} s", flush=True)
+        assert 0.1 < seconds < (25.0 if end == "waits" else 1.0)
         assert bool(step.out.isnan().all()), "sums without a rank's"
         with pytest.raises(GroupLost):
             exchange.check()
@@ -158,7 +164,7 @@ def test_replays_give_the_sums_of_all_ranks(size: int) -> None:
     torch.multiprocessing.spawn(replay, (size, rendezvous.address), nprocs=size)
 
 
-@pytest.mark.parametrize("is_told", [True, False])
-def test_a_silent_rank_ends_the_wait(is_told: bool) -> None:
+@pytest.mark.parametrize("end", ["is told", "leaves", "waits"])
+def test_a_silent_rank_ends_the_wait(end: str) -> None:
     rendezvous = Rendezvous("127.0.0.1")
-    torch.multiprocessing.spawn(fall_silent, (2, rendezvous.address, is_told), nprocs=2)
+    torch.multiprocessing.spawn(fall_silent, (2, rendezvous.address, end), nprocs=2)

@@ -242,6 +242,23 @@ def test_a_step_that_does_not_end_is_noticed_while_the_rank_is_in_it(asks_for_th
     assert run_group(2, rank, Limits(start_s=20.0, step_s=1.0)) == [[], ["decode/0.1: a step takes over 3 s"]]
 
 
+def test_a_rank_that_leaves_releases_what_waits_on_a_device_there_and_at_its_peers() -> None:
+    opened_by_all = threading.Barrier(3)
+
+    def rank(group: Group) -> bool:
+        told = threading.Event()
+        group.when_lost(told.set)
+        steps = opened(group, SystemClock(), lambda: None)
+        opened_by_all.wait(20)
+        assert not told.is_set()
+        if group.rank != 1:
+            assert told.wait(20), "before it leaves itself: its thread may be in a step that rank 1 does not take"
+        steps.close()
+        return told.is_set()
+
+    assert run_group(3, rank) == [True] * 3
+
+
 def test_a_rank_that_leaves_on_purpose_is_no_failure() -> None:
     left = threading.Event()
 
