@@ -162,8 +162,9 @@ def measure(loads: list[Load], group: Group, device: torch.device) -> Iterator[d
         print(f"direct is left out: {exchanges.no_direct}", flush=True)
     for load in loads:
         found = list(bodies(load, exchanges, group, device))
-        calls = [prepared(make(), device, in_graph=load.is_decode and device.type == "cuda") for _, _, make in found]
-        times = timed(calls, group, device, CALLS if load.is_decode and device.type == "cuda" else 1)
+        in_graph = load.is_decode and device.type == "cuda"
+        calls = [captured(make(), CALLS) if in_graph else make() for _, _, make in found]
+        times = timed(calls, group, device, CALLS if in_graph else 1)
         slowest = {name: slowest_of(group, statistics.median(one)) for (name, _, _), one in zip(found, times, strict=True)}
         for name, base, _ in found:
             yield {
@@ -173,23 +174,22 @@ def measure(loads: list[Load], group: Group, device: torch.device) -> Iterator[d
     exchanges.close()
 
 
-def prepared(call: Callable[[], object], device: torch.device, in_graph: bool) -> Callable[[], object]:
-    """What is to be timed: a call, or a replay of CALLS of them."""
-    if device.type == "cpu":
-        return call
-    stream = torch.cuda.Stream()
+def captured(call: Callable[[], object], times: int) -> Callable[[], object]:
+    """A replay of so many calls, which holds the tensors of `call`: the graph reads them, and does not."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             call()
     torch.cuda.synchronize()
-    if not in_graph:
-        return call
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for _ in range(CALLS):
+        for _ in range(times):
             call()
-    return graph.replay
+
+    def replay(held: Callable[[], object] = call) -> None:
+        graph.replay()
+
+    return replay
 
 
 def timed(calls: list[Callable[[], object]], group: Group, device: torch.device, parts: int) -> list[list[float]]:

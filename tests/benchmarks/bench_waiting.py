@@ -37,12 +37,14 @@ from engine.ops.expert_exchange import Arrived, ExpertExchange
 from engine.parallel.experts import ExpertShare, LayerShare, Sharing
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
 from tests.benchmarks.bench_engine import FILLED_TOKENS, commit, cut_shape, fill, new_sequence
-from tests.benchmarks.bench_exchange import slowest_of
+from tests.benchmarks.bench_exchange import captured, slowest_of
 from tests.benchmarks.bench_serving import table
-from tests.benchmarks.step_profile import profile_step
+from tests.benchmarks.step_profile import kernel_spans
 
 EXCHANGE_KERNELS = ("ncclDevKernel", "deep_ep::", "direct_dispatch", "direct_combine")
 REPEATS = 12
+PROFILED = 4
+"""Steps."""
 CPU = torch.device("cpu")
 
 Step = Callable[[], object]
@@ -116,7 +118,7 @@ class Bench:
             for layer in layers:
                 layer.exchange.combine(sums, layer.dispatch(x, ids, weights, positions))
 
-        return run if self._graphs is None else _captured(run)
+        return run if self._graphs is None else captured(run, 1)
 
     def timed(self, step: Step) -> tuple[float, float]:
         """(milliseconds of a step, of the exchange in it); medians over REPEATS in a row, after one that brings the ranks together."""
@@ -141,20 +143,18 @@ class Bench:
             event.record()
         torch.cuda.synchronize()
         median = statistics.median(start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False))
-        self.group.barrier()
-        spent = profile_step(lambda: (step(), step()))  # type: ignore[arg-type, return-value]
-        return median, sum(us for name, us in spent.items() if any(part in name for part in EXCHANGE_KERNELS)) / 2e3
+        return median, self._in_exchange_ms(step)
 
+    def _in_exchange_ms(self, step: Step) -> float:
+        """By the profiler, of a step that follows another: the first one brings the ranks together."""
 
-def _captured(run: Callable[[], None]) -> Step:
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        run()
-    return graph.replay
+        def run() -> None:
+            self.group.barrier()
+            for _ in range(PROFILED + 1):
+                step()
+
+        spans = [(start, end) for start, end, name in kernel_spans(run) if any(part in name for part in EXCHANGE_KERNELS)]
+        return sum(end - start for start, end in spans[len(spans) // (PROFILED + 1) :]) / PROFILED / 1e3
 
 
 def time_inside(share: ExpertShare) -> None:

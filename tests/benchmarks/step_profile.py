@@ -9,19 +9,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def profile_step(step: torch.cuda.CUDAGraph | Callable[[], None]) -> dict[str, float]:
-    """Microseconds of device time by kernel ("calls x name"), most first; "idle" is what no kernel covers between first and last."""
-    run = step.replay if isinstance(step, torch.cuda.CUDAGraph) else step
+def kernel_spans(run: Callable[[], object]) -> list[tuple[float, float, str]]:
+    """(start, end, name) of each kernel of a second run, microseconds, in order of start."""
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         run()
         torch.cuda.synchronize()
-    spans = sorted(
+    return sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in found.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
+
+
+def profile_step(step: torch.cuda.CUDAGraph | Callable[[], None]) -> dict[str, float]:
+    """Microseconds of device time by kernel ("calls x name"), most first; "idle" is what no kernel covers between first and last."""
+    spans = kernel_spans(step.replay if isinstance(step, torch.cuda.CUDAGraph) else step)
     spent: collections.Counter[str] = collections.Counter()
     calls: collections.Counter[str] = collections.Counter()
     idle, last = 0.0, spans[0][0] if spans else 0.0
