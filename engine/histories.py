@@ -62,7 +62,7 @@ def words_of(sequence: Sequence, num_tokens: int, vocab_size: int) -> npt.NDArra
     assert len(output) <= COUNT_MASK, f"{sequence.request_id}: {len(output)} tokens of output cannot be counted"
     words = np.bincount(output, minlength=vocab_size)
     if request.sampling.repetition_penalty != 1.0:
-        words[sequence.token_ids[: request.prompt_len]] |= SEEN
+        words[np.fromiter(request.token_ids, np.int64, request.prompt_len)] |= SEEN  # a list as an index takes four times as long
     for number, token in enumerate(_biases(request.sampling), 1):
         words[token] |= number << BIAS_SHIFT
     return words.astype(np.uint32).view(np.int32)
