@@ -99,12 +99,13 @@ class Reservations:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
         promised = sum(max(self._expected_pages(h.request), len(self.pages.owned_by(name))) for name, h in self._held.items())
         quarantined = sum(len(self.pages.owned_by(_quarantine(epoch))) for epoch in self._quarantined)
-        digests, count = page_digests(request.token_ids), -(-len(request.token_ids) // PAGE_TOKENS)
+        count = -(-len(request.token_ids) // PAGE_TOKENS)
         if promised + quarantined + self._expected_pages(request) > self.pages.num_total or count > self.pages.num_free:
             raise Overloaded(f"no {self._expected_pages(request)} pages are free for {request.request_id}")
         slots = self.slots.allocate(request.request_id, 1)
         if slots is None:
             raise Overloaded(f"all {self.slots.num_total} slots are taken")
+        digests = page_digests(request.token_ids)  # not before: a refused request asks again within milliseconds, and this takes some
         kept = self.pages.claim(request.request_id, digests)
         missing = self.pages.allocate(request.request_id, count - len(kept))
         assert missing is not None

@@ -87,6 +87,18 @@ def test_slots_are_counted_too() -> None:
     reservations.check_integrity()
 
 
+@pytest.mark.parametrize("lacks", ["pages", "slots"])
+def test_no_digests_are_made_of_a_prompt_that_is_refused(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes again and again, from each router's first in line."""
+    reservations = new_reservations(num_pages=4 if lacks == "pages" else 8, num_slots=1 if lacks == "slots" else 4)
+    reservations.reserve(new_request("a"), 0.0)
+    monkeypatch.setattr("decode_worker.reservations.page_digests", lambda token_ids: pytest.fail("digests"))
+    for _ in range(3):
+        with pytest.raises(Overloaded, match=lacks):
+            reservations.reserve(new_request("b"), 0.0)
+    reservations.check_integrity()
+
+
 def turn(name: str, token_ids: tuple[int, ...]) -> Request:
     return Request(request_id=name, token_ids=token_ids, prompt_len=len(token_ids), sampling=SamplingParams(max_tokens=10))
 
