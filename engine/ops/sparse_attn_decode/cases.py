@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 
 from engine.cache.arena import RowPool
@@ -26,8 +29,9 @@ def pool(device: torch.device, seed: int, units: int, rows: int, form: RowFormat
     return RowPool(form, memory[:, :split].unflatten(1, (rows, form.data_bytes)), scales)
 
 
-def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv_format: str = "fp8") -> Draw:
-    """Sequences of these lengths (0: a filler row) in a layer of this ratio."""
+def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv_format: str = "fp8", is_alone: bool = False) -> Draw:
+    """Sequences of these lengths (0: a filler row) in a layer of this ratio. `is_alone`: its units lie side by side, not in pages and
+    slots of all layers."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         form, count = kv_rows(kv_format, 512, 64), len(lengths)
@@ -37,7 +41,8 @@ def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv
         window_rows = torch.where(ring < length[:, None], slots[:, None] * 128 + ring, -1).int()
         q = randn(device, seed + 1, count, heads, 512, dtype=torch.bfloat16)
         sink = randn(device, seed + 2, heads)
-        window = pool(device, seed + 3, count + 2, 128, form, 100 * 576 * 128)
+        row_bytes = form.data_bytes + form.scale_bytes
+        window = pool(device, seed + 3, count + 2, 128, form, _aligned(128 * row_bytes) if is_alone else 100 * 576 * 128)
         if not ratio:
             none = torch.empty(count, 0, dtype=torch.int32, device=device)
             return q, window, window_rows, None, none, torch.zeros(count, dtype=torch.int32, device=device), sink, SCALE, {}
@@ -46,7 +51,7 @@ def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv
         used = seen.clamp(max=topk) if ratio == 4 else seen
         widest, most = max(lengths) // ratio, min(topk, max(lengths) // ratio) if ratio == 4 else max(lengths) // ratio
         pages = max(1, sum(-(-one // 256) for one in lengths))
-        entries = pool(device, seed + 4, pages, per_page, form, 4 * 576 * per_page)
+        entries = pool(device, seed + 4, pages, per_page, form, _aligned(per_page * row_bytes) if is_alone else 4 * 576 * per_page)
         first = (torch.cumsum(-(-length // 256), 0) - -(-length // 256)) * per_page
         order = torch.rand(count, max(widest, 1), generator=generator(device, seed + 5), device=device)
         order = order.masked_fill(torch.arange(max(widest, 1), device=device) >= seen[:, None], 2.0).argsort(1)[:, :most]
@@ -54,6 +59,11 @@ def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv
         return q, window, window_rows, entries, rows, used.int(), sink, SCALE, {}
 
     return draw
+
+
+def _aligned(num_bytes: int) -> int:
+    """FlashMLA takes strides of 576 bytes."""
+    return -(-num_bytes // 576) * 576
 
 
 def _case(name: str, draw: Draw, small: bool = False, kv_format: str = "fp8") -> Case:
@@ -74,6 +84,24 @@ CASES = (
 )
 
 
+def _bare(lengths: tuple[int, ...], ratio: int) -> Callable[[torch.device, int], Callable[[], object]]:
+    """FlashMLA's kernel alone, 64 heads, over a cache of this layer alone: arguments and schedule are as it wants them."""
+
+    def make(device: torch.device, seed: int) -> Callable[[], object]:
+        import flash_mla
+
+        from engine.ops.sparse_attn_decode.flash_mla import blocks
+
+        q, window, window_rows, entries, rows, used, sink, scale, _ = decode(lengths, 64, ratio, is_alone=True)(device, seed)
+        more = {"extra_k_cache": blocks(entries), "extra_indices_in_kvcache": rows[:, None], "extra_topk_length": used} if ratio else {}
+        options = {"softmax_scale": scale, "attn_sink": sink, "use_legacy": True, "kv_format": "V4", **more}
+        options["indices"] = window_rows[:, None]
+        cache, schedule, q = blocks(window), flash_mla.get_mla_metadata()[0], q[:, None]
+        return lambda: flash_mla.flash_mla_with_kvcache(q, cache, None, None, 512, schedule, **options)
+
+    return make
+
+
 def _bench(batch: int, context: int, ratio: int, heads: int = 64) -> Bench:
     entries = {0: 0, 4: min(512, context // 4), 128: context // 128}[ratio]
     rows = batch * (128 + entries)
@@ -83,6 +111,7 @@ def _bench(batch: int, context: int, ratio: int, heads: int = 64) -> Bench:
         num_bytes=rows * 588 + 2 * batch * heads * 1024,
         num_flops=4 * rows * heads * 512,
         rate="bf16",
+        baselines={"bare FlashMLA": _bare((context,) * batch, ratio)} if importlib.util.find_spec("flash_mla") else {},
     )
 
 

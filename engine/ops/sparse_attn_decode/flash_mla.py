@@ -38,12 +38,12 @@ def run(
     more: dict[str, Any] = {}
     if entries is not None and entry_rows.shape[1]:
         rows = torch.nn.functional.pad(entry_rows, (0, -entry_rows.shape[1] % ROWS), value=-1) if entry_rows.shape[1] % ROWS else entry_rows
-        more = {"extra_k_cache": _blocks(entries), "extra_indices_in_kvcache": rows[:, None], "extra_topk_length": num_entries}
+        more = {"extra_k_cache": blocks(entries), "extra_indices_in_kvcache": rows[:, None], "extra_topk_length": num_entries}
     if "schedule" not in memo:
         memo["schedule"], _ = flash_mla.get_mla_metadata()
     out, _ = flash_mla.flash_mla_with_kvcache(
         q[:, None],
-        _blocks(window),
+        blocks(window),
         None,
         None,
         width,
@@ -58,7 +58,7 @@ def run(
     return out[:, 0, :heads].contiguous()
 
 
-def _blocks(pool: RowPool) -> torch.Tensor:
+def blocks(pool: RowPool) -> torch.Tensor:
     """uint8 [units, R, 1, bytes of a row]: data rows, then scale rows, as they lie in each unit."""
     units, rows, data_bytes = pool.data.shape
     row_bytes = data_bytes + pool.scale.shape[2]
