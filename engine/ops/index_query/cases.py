@@ -63,6 +63,9 @@ CASES = (
     _case("one token fp4", 1, "fp4", FP32, 1e-4, small=True),
     _case("small heads in fp32", 3, "fp32", FP32, 1e-6, small=True, heads=5, width=32),
     _case("a batch of fp32", 33, "fp8", FP32, 1e-3),
+    _case("tokens that need the matrix", 17, "fp8", FP32, 1e-3, small=True, heads=4),
+    _case("eight tokens of bf16", 8, "fp8"),
+    _case("eight tokens of bf16 in fp4", 8, "fp4", bound=2e-2),
     _case("one token of bf16", 1, "fp8"),
     _case("a batch", 129, "fp8"),
     _case("a batch in fp4", 129, "fp4", bound=2e-2),
@@ -76,4 +79,4 @@ def _bench(tokens: int) -> Bench:
     return Bench(f"T={tokens}", _draw(tokens, "fp8", torch.bfloat16), num_bytes)
 
 
-BENCH = (_bench(1), _bench(32), _bench(128), _bench(8192))
+BENCH = (_bench(1), _bench(8), _bench(32), _bench(128), _bench(8192))

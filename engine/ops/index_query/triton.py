@@ -1,4 +1,8 @@
-"""Index queries in one pass: a program turns, spreads and quantises some heads of a token or a few."""
+"""Index queries in one pass: a program turns, spreads and quantises some heads of a token or a few.
+
+Many heads are spread by a product with Hadamard's matrix on the matrix units; few by seven turns of additions in registers, which wait for
+no matrix to be loaded, over as many programs as there are for it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,13 @@ import triton.language as tl
 from engine.cache.rows import RowFormat
 from engine.ops.index_query import hadamard
 from engine.ops.triton_rounding import round_bf16, to_bf16
-from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, turns
+from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, spread, turns
 
-ROWS = 64
-"""Heads of one program."""
+FEW_TOKENS = 16
+FEW_ROWS, FEW_WARPS = 4, 1
+"""Heads of one program, and its warps, up to so many tokens,"""
+ROWS, WARPS = 64, 4
+"""and above."""
 
 
 @functools.cache
@@ -27,6 +34,7 @@ def signs(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def index_query_kernel(
     q_ptr, weights_ptr, cos_ptr, sin_ptr, signs_ptr, out_ptr, factors_ptr, num_rows, factor,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, DIM)
@@ -37,11 +45,14 @@ def index_query_kernel(
     c, s = turns(cos_ptr, sin_ptr, tl.where(there, row // HEADS, -1), DIM, ROPE)
     x = rotated(x, c, s, ROWS, DIM)
     if FORM == "fp8_index" or FORM == "fp4_index":
-        matrix = tl.load(signs_ptr + channel[:, None] * DIM + channel[None, :])
-        if BF16:  # products with 1 and -1 are exact
-            x = round_bf16(tl.dot(to_bf16(x), matrix) * (DIM**-0.5))
+        if MATRIX:
+            matrix = tl.load(signs_ptr + channel[:, None] * DIM + channel[None, :])
+            if BF16:  # products with 1 and -1 are exact
+                x = round_bf16(tl.dot(to_bf16(x), matrix) * (DIM**-0.5))
+            else:
+                x = tl.dot(x, matrix, input_precision="ieee") * (DIM**-0.5)
         else:
-            x = tl.dot(x, matrix, input_precision="ieee") * (DIM**-0.5)
+            x = rounded(spread(rounded(x, BF16), ROWS, DIM), BF16)
     else:
         x = rounded(x, BF16)
     if FORM == "fp8_index":
@@ -67,11 +78,14 @@ def run(
     name = form_name(form)
     out = torch.empty(q.shape, dtype=torch.uint8 if name == "fp8_index" else form.dtype, device=q.device)
     factors = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    matrix = signs(dim, q.dtype, q.device) if name in ("fp8_index", "fp4_index") else q
+    is_few = tokens <= FEW_TOKENS
+    matrix = signs(dim, q.dtype, q.device) if name in ("fp8_index", "fp4_index") and not is_few else q
+    rows, warps = (FEW_ROWS, FEW_WARPS) if is_few else (ROWS, WARPS)
     if tokens:
-        index_query_kernel[(triton.cdiv(tokens * heads, ROWS),)](
+        index_query_kernel[(triton.cdiv(tokens * heads, rows),)](
             q.contiguous(), weights.contiguous(), cos, sin, matrix, out, factors, tokens * heads, scale,
-            ROWS=ROWS, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, num_warps=4,
+            ROWS=rows, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, MATRIX=not is_few,
+            num_warps=warps,
         )  # fmt: skip
     return out.view(torch.float8_e4m3fn) if name == "fp8_index" else out, factors
 
@@ -82,8 +96,9 @@ AOT = [
     (
         index_query_kernel,
         _SIGNATURE | {"out_ptr": out},
-        {"ROWS": ROWS, "HEADS": 64, "DIM": 128, "ROPE": 64, "FORM": form, "BF16": True},
-        {"num_warps": 4},
+        {"ROWS": rows, "HEADS": 64, "DIM": 128, "ROPE": 64, "FORM": form, "BF16": True, "MATRIX": matrix},
+        {"num_warps": warps},
     )
     for form, out in (("fp8_index", "*u8"), ("fp4_index", "*bf16"), ("bf16", "*bf16"))
+    for rows, warps, matrix in ((ROWS, WARPS, True), (FEW_ROWS, FEW_WARPS, False))
 ]
