@@ -75,6 +75,11 @@ CASES = (
     _case("window alone", decode((1, 127, 128, 129, 5), 64, 0)),
     _case("one head block, few tokens", decode((1, 3, 40), 16, 4, topk=8), small=True),
     _case("heads of the demo model, bf16 rows", decode((5, 1200), 4, 128, kv_format="bf16"), small=True, kv_format="bf16"),
+    _case("sequences for the kernel of long lists", decode((1, 0, 3, 4, 5, 127, 128, 129, 300), 4, 4, topk=64), small=True),
+    _case("few sequences of window alone", decode((0, 5, 200), 4, 0), small=True),
+    _case("one sequence", decode((8192,), 64, 4)),
+    _case("eight sequences, some short", decode((8192, 1, 0, 3000, 130, 127, 8000, 512), 64, 4)),
+    _case("one sequence of many entries", decode((131000,), 64, 128)),
     _case("sequences without entries beside ones with", decode((3, 4, 5, 127, 2500), 64, 4)),
     _case("fillers", decode((0, 700, 0), 64, 4)),
     _case("ratio 4, selected", decode((8192, 4096, 2047, 2049), 64, 4)),
@@ -115,4 +120,4 @@ def _bench(batch: int, context: int, ratio: int, heads: int = 64) -> Bench:
     )
 
 
-BENCH = tuple(_bench(batch, context, ratio) for batch in (1, 32, 128) for context, ratio in ((8192, 0), (8192, 4), (131072, 128)))
+BENCH = tuple(_bench(batch, context, ratio) for batch in (1, 8, 32, 128) for context, ratio in ((8192, 0), (8192, 4), (131072, 128)))

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from engine.cache.arena import RowPool
 from engine.cache.rows import Fp8KvRows
+from engine.ops.sparse_attn_decode.triton_few import run_few, takes
 
 ROWS = 32
 """Rows that a program takes at a time."""
@@ -129,6 +130,8 @@ def run(
     out = torch.empty_like(q)
     if not sequences:
         return out
+    if takes(sequences, entry_rows.shape[1]):
+        return run_few(q.contiguous(), window, window_rows.contiguous(), entries, entry_rows, num_entries, sink, scale)
     if entries is None or not entry_rows.shape[1]:
         entries, num_entries = window, torch.zeros_like(num_entries)
     block = max(16, min(64, triton.next_power_of_2(heads)))

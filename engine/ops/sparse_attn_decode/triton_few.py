@@ -1,0 +1,223 @@
+"""Sparse decode attention of few sequences, whose rows are few too: two short launches over many programs.
+
+    scores    a tile of a sequence's rows, some heads                     -> q K scaled, fp32 [S, H, window | entries]
+    values    some channels of a sequence, some heads: softmax, times V   -> o
+
+No program's result is a part of a sum with another's, so nothing is combined afterwards. Kernels for long lists (FlashMLA's, that of
+triton.py) give a sequence of 640 rows to two or a few programs, each of which goes through its rows in turn.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.cache.arena import RowPool
+from engine.cache.rows import Fp8KvRows
+
+MOST_SEQUENCES = 8
+MOST_ENTRIES = 1024
+"""Entries of a sequence that one program can hold the weights of."""
+HEADS = 16
+"""Of a program."""
+ROWS = 32
+"""Of a program of `scores`."""
+COLUMNS = 32
+"""Channels of a program of `values`: of one scale."""
+SCORES_WARPS, VALUES_WARPS = 4, 4
+CODES = tl.constexpr(448)
+"""Channels of an FP8 row before those in bf16; its scales are of 64 channels each."""
+
+
+@triton.jit
+def _listed(rows_ptr, first, count, N: tl.constexpr):
+    """Rows [first, first + N) of a list of `count`: int64, -1 unused."""
+    place = first + tl.arange(0, N)
+    return tl.load(rows_ptr + place, mask=place < count, other=-1).to(tl.int64)
+
+
+@triton.jit
+def _products(
+    q_ptr, real, data_ptr, scale_ptr, stride, rows, PER_UNIT: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr
+):
+    """fp32 [HEADS, N] of the heads at q_ptr [HEADS, 1] with rows of a pool; unused rows count as zero."""
+    N: tl.constexpr = rows.shape[0]
+    used = rows >= 0
+    unit, row = tl.maximum(rows, 0) // PER_UNIT, tl.maximum(rows, 0) % PER_UNIT
+    column = tl.arange(0, WIDTH)
+    if FP8:
+        TAIL: tl.constexpr = WIDTH - CODES
+        group, inner, tail = tl.arange(0, WIDTH // 64), tl.arange(0, 64), tl.arange(0, TAIL)
+        base = data_ptr + unit * stride + row * (CODES + 2 * TAIL)
+        mask = used[:, None] & (group < CODES // 64)[None, :]
+        codes = tl.load(base[:, None, None] + group[None, :, None] * 64 + inner[None, None, :], mask=tl.expand_dims(mask, 2), other=0)
+        exponent = tl.load(scale_ptr + (unit * stride + row * 8)[:, None] + group[None, :], mask=mask, other=0)
+        last = tl.load((base + CODES).to(tl.pointer_type(tl.bfloat16))[:, None] + tail[None, :], mask=used[:, None], other=0.0)
+        q = tl.load(q_ptr + column[None, :], mask=real[:, None] & (column < CODES)[None, :], other=0.0)
+        q_last = tl.load(q_ptr + CODES + tail[None, :], mask=real[:, None], other=0.0)
+        power = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        k = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * tl.expand_dims(power, 2)
+        k = tl.reshape(k.to(DOT), [N, WIDTH])
+        out = tl.dot(q.to(tl.float32).to(DOT), tl.trans(k), input_precision="ieee")
+        out = tl.dot(q_last.to(tl.float32).to(DOT), tl.trans(last.to(tl.float32).to(DOT)), out, input_precision="ieee")
+    else:
+        base = (data_ptr + unit * stride).to(tl.pointer_type(tl.bfloat16)) + row * WIDTH
+        k = tl.load(base[:, None] + column[None, :], mask=used[:, None], other=0.0)
+        q = tl.load(q_ptr + column[None, :], mask=real[:, None], other=0.0)
+        out = tl.dot(q.to(tl.float32).to(DOT), tl.trans(k.to(tl.float32).to(DOT)), input_precision="ieee")
+    return out
+
+
+@triton.jit
+def attn_scores_kernel(
+    q_ptr, window_ptr, window_scale_ptr, window_stride, window_rows_ptr, num_window,
+    entries_ptr, entries_scale_ptr, entries_stride, entry_rows_ptr, entry_row_stride, num_entries_ptr,
+    scores_ptr, num_heads, length, scale,
+    WINDOW_PER_UNIT: tl.constexpr, ENTRIES_PER_UNIT: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Program (s, block of heads, tile): columns [tile * ROWS, ...) of scores [S, H, length]; the first WINDOW are the window's."""
+    sequence, column = tl.program_id(0).to(tl.int64), tl.program_id(2) * ROWS
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    real = head < num_heads
+    q_rows = q_ptr + (sequence * num_heads + head)[:, None] * WIDTH
+    if column < WINDOW:
+        rows = _listed(window_rows_ptr + sequence * num_window, column, num_window, ROWS)
+        out = _products(q_rows, real, window_ptr, window_scale_ptr, window_stride, rows, WINDOW_PER_UNIT, WIDTH, FP8, DOT)
+    else:
+        count = tl.load(num_entries_ptr + sequence)
+        if column - WINDOW >= count:
+            return
+        rows = _listed(entry_rows_ptr + sequence * entry_row_stride, column - WINDOW, count, ROWS)
+        out = _products(q_rows, real, entries_ptr, entries_scale_ptr, entries_stride, rows, ENTRIES_PER_UNIT, WIDTH, FP8, DOT)
+    out = tl.where((rows >= 0)[None, :], out * scale, float("-inf"))
+    at = scores_ptr + (sequence * num_heads + head)[:, None] * length + column + tl.arange(0, ROWS)[None, :]
+    tl.store(at, out, mask=real[:, None])
+
+
+@triton.jit
+def _channels(
+    data_ptr, scale_ptr, stride, rows, first, PER_UNIT: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr, COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """DOT [N, COLUMNS]: channels [first, first + COLUMNS) of rows of a pool, zero where unused."""
+    used = rows >= 0
+    unit, row = tl.maximum(rows, 0) // PER_UNIT, tl.maximum(rows, 0) % PER_UNIT
+    column = first + tl.arange(0, COLUMNS)
+    if FP8:
+        base = data_ptr + unit * stride + row * (2 * WIDTH - CODES)
+        if first < CODES:
+            codes = tl.load(base[:, None] + column[None, :], mask=used[:, None], other=0)
+            exponent = tl.load(scale_ptr + unit * stride + row * 8 + first // 64, mask=used, other=0)
+            power = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+            v = (codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * power[:, None]).to(DOT)
+        else:
+            last = (base + CODES).to(tl.pointer_type(tl.bfloat16))
+            v = tl.load(last[:, None] + (column - CODES)[None, :], mask=used[:, None], other=0.0).to(tl.float32).to(DOT)
+    else:
+        base = (data_ptr + unit * stride).to(tl.pointer_type(tl.bfloat16)) + row * WIDTH
+        v = tl.load(base[:, None] + column[None, :], mask=used[:, None], other=0.0).to(tl.float32).to(DOT)
+    return v
+
+
+@triton.jit
+def attn_values_kernel(
+    scores_ptr, sink_ptr, window_ptr, window_scale_ptr, window_stride, window_rows_ptr, num_window,
+    entries_ptr, entries_scale_ptr, entries_stride, entry_rows_ptr, entry_row_stride, num_entries_ptr,
+    out_ptr, num_heads, length,
+    WINDOW_PER_UNIT: tl.constexpr, ENTRIES_PER_UNIT: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+    FP8: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Program (s, block of heads, block of channels). ENTRIES: of a sequence at most, 0 or a power of two."""
+    sequence, first = tl.program_id(0).to(tl.int64), tl.program_id(2) * COLUMNS
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    real = head < num_heads
+    at = scores_ptr + (sequence * num_heads + head)[:, None] * length
+    place = tl.arange(0, WINDOW)
+    window_rows = _listed(window_rows_ptr + sequence * num_window, 0, num_window, WINDOW)
+    top = tl.load(sink_ptr + head, mask=real, other=0.0)
+    sink = top
+    window = tl.load(at + place[None, :], mask=real[:, None], other=float("-inf"))
+    top = tl.maximum(top, tl.max(window, 1))
+    if ENTRIES:
+        place = tl.arange(0, ENTRIES)
+        count = tl.load(num_entries_ptr + sequence)
+        entry_rows = _listed(entry_rows_ptr + sequence * entry_row_stride, 0, count, ENTRIES)
+        entries = tl.load(at + WINDOW + place[None, :], mask=real[:, None] & (place < count)[None, :], other=float("-inf"))
+        top = tl.maximum(top, tl.max(entries, 1))
+    weights = tl.exp(window - top[:, None])
+    total = tl.exp(sink - top) + tl.sum(weights, 1)
+    v = _channels(window_ptr, window_scale_ptr, window_stride, window_rows, first, WINDOW_PER_UNIT, WIDTH, FP8, COLUMNS, DOT)
+    acc = tl.dot(weights.to(DOT), v, input_precision="ieee")
+    if ENTRIES:
+        weights = tl.exp(entries - top[:, None])
+        total += tl.sum(weights, 1)
+        v = _channels(entries_ptr, entries_scale_ptr, entries_stride, entry_rows, first, ENTRIES_PER_UNIT, WIDTH, FP8, COLUMNS, DOT)
+        acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
+    out = out_ptr + (sequence * num_heads + head)[:, None] * WIDTH + first + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out, acc / total[:, None], mask=real[:, None])
+
+
+def takes(sequences: int, num_entries: int) -> bool:
+    """Whether these kernels are for so many sequences and rows of `entry_rows`."""
+    return sequences <= MOST_SEQUENCES and num_entries <= MOST_ENTRIES
+
+
+def run_few(
+    q: torch.Tensor,
+    window: RowPool,
+    window_rows: torch.Tensor,
+    entries: RowPool | None,
+    entry_rows: torch.Tensor,
+    num_entries: torch.Tensor,
+    sink: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """As the reference, for at least one sequence and what `takes` admits."""
+    sequences, heads, width = q.shape
+    out = torch.empty_like(q)
+    most = 0 if entries is None else entry_rows.shape[1]
+    entries = window if entries is None else entries
+    padded_window, padded = triton.next_power_of_2(window_rows.shape[1]), triton.next_power_of_2(max(ROWS, most)) if most else 0
+    length = padded_window + padded
+    scores = torch.empty(sequences, heads, length, dtype=torch.float32, device=q.device)
+    blocks, tiles = triton.cdiv(heads, HEADS), padded_window // ROWS + triton.cdiv(most, ROWS)
+    assert q.is_contiguous() and window_rows.is_contiguous() and window_rows.shape[1] >= ROWS, f"{q.stride()=} {window_rows.shape=}"
+    pools = (
+        window.data, window.scale, window.data.stride(0), window_rows, window_rows.shape[1],
+        entries.data, entries.scale, entries.data.stride(0), entry_rows, entry_rows.stride(0), num_entries,
+    )  # fmt: skip
+    shared = {
+        "WINDOW_PER_UNIT": window.data.shape[1], "ENTRIES_PER_UNIT": entries.data.shape[1], "WINDOW": padded_window, "WIDTH": width,
+        "FP8": isinstance(window.form, Fp8KvRows), "HEADS": HEADS, "DOT": tl.bfloat16 if q.is_cuda else tl.float32,
+    }  # fmt: skip
+    attn_scores_kernel[(sequences, blocks, tiles)](q, *pools, scores, heads, length, scale, **shared, ROWS=ROWS, num_warps=SCORES_WARPS)
+    attn_values_kernel[(sequences, blocks, width // COLUMNS)](
+        scores, sink, *pools, out, heads, length, **shared, ENTRIES=padded, COLUMNS=COLUMNS, num_warps=VALUES_WARPS
+    )
+    return out
+
+
+_POOLS = {"window_ptr": "*u8", "window_scale_ptr": "*u8", "window_stride": "i64:16", "window_rows_ptr": "*i32", "num_window": "i32:16"}
+_POOLS |= {"entries_ptr": "*u8", "entries_scale_ptr": "*u8", "entries_stride": "i64:16", "entry_rows_ptr": "*i32"}
+_POOLS |= {"entry_row_stride": "i64:16", "num_entries_ptr": "*i32", "scores_ptr": "*fp32", "num_heads": "i32:16", "length": "i32:16"}
+_SHARED = {"WINDOW": 128, "WIDTH": 512, "HEADS": HEADS, "DOT": tl.bfloat16, "WINDOW_PER_UNIT": 128}
+AOT = [
+    one
+    for per_unit, fp8, most in ((64, True, 512), (64, True, 1024), (2, True, 64), (64, False, 512), (128, True, 0))
+    for one in (
+        (
+            attn_scores_kernel,
+            _POOLS | {"q_ptr": "*bf16", "scale": "fp32"},
+            _SHARED | {"ENTRIES_PER_UNIT": per_unit, "FP8": fp8, "ROWS": ROWS},
+            {"num_warps": SCORES_WARPS},
+        ),
+        (
+            attn_values_kernel,
+            _POOLS | {"sink_ptr": "*fp32", "out_ptr": "*bf16"},
+            _SHARED | {"ENTRIES_PER_UNIT": per_unit, "FP8": fp8, "ENTRIES": most, "COLUMNS": COLUMNS},
+            {"num_warps": VALUES_WARPS},
+        ),
+    )
+]
