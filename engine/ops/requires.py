@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,10 @@ from engine.ops.cuda_source import nvrtc_library
 
 OLDEST_CAPABILITY = (9, 0)
 """Hopper: FP8 matrix instructions with 2-way accumulation in fp32 and the register file the tile tables assume."""
+
+DEEP_GEMM = "sgl-deep-gemm", "0.1.4"
+"""The package whose `deep_gemm` the adapters are for. Some others lack the use_psum_layout of its grouped products, and some were seen to
+load beside another torch than theirs and to misread its tensors."""
 
 
 def cuda(device: torch.device) -> str | None:
@@ -39,6 +44,13 @@ def deep_gemm(device: torch.device) -> str | None:
         return reason
     if not importlib.util.find_spec("deep_gemm"):
         return "deep_gemm is not installed"
+    package, version = DEEP_GEMM
+    try:
+        found = f"of {package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        found = f"not of {package}"
+    if found != f"of {package} {version}":
+        return f"deep_gemm is {found}; needs {package} {version}, for use_psum_layout and tensors as torch lays them out"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     if not (os.access(os.path.join(home, "bin", "nvcc"), os.X_OK) or shutil.which("nvcc")):
         return "deep_gemm compiles its kernels with nvcc, which is not here (CUDA_HOME says where to look)"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import pathlib
+import shutil
+import tomllib
 
 import pytest
 import torch
 
 from core.errors import ConfigError
 from engine.config import EngineConfig
+from engine.ops import registry, requires
 from engine.ops.names import OP_NAMES
 from engine.ops.registry import Impl, Op, bind, get_op, load_backend
 
@@ -47,6 +52,40 @@ def test_an_explicit_backend_that_cannot_run_is_refused_with_its_reason(monkeypa
         bind(EngineConfig(ops={"rms_norm": "triton"}), CPU)
     (choice,) = [choice for choice in bind(EngineConfig(), CPU).choices if choice.op == "rms_norm"]
     assert (choice.backend, choice.reasons) == ("reference", ("triton: needs a GPU",))
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("0.1.4", None),
+        ("0.2.0", "deep_gemm is of sgl-deep-gemm 0.2.0; needs sgl-deep-gemm 0.1.4, for use_psum_layout"),
+        ("", "deep_gemm is not of sgl-deep-gemm; needs sgl-deep-gemm 0.1.4, for use_psum_layout"),
+    ],
+)
+def test_another_deep_gemm_is_passed_over_for_triton(version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version_of(package: str) -> str:
+        if not version:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(requires, "cuda", lambda device: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", version_of)
+    monkeypatch.setattr(registry, "OP_NAMES", ("moe_experts",))
+    monkeypatch.setattr(registry, "load_backend", lambda op, backend: (op.reference, None))
+    (choice,) = bind(EngineConfig(), CPU).choices
+    if reason is None:
+        assert (choice.backend, choice.reasons) == ("deep_gemm", ())
+        return
+    assert choice.backend == "triton" and choice.reasons[0].startswith(f"deep_gemm: {reason}")
+    with pytest.raises(ConfigError, match=f"cannot run here: {reason}.*; allowed here: reference, triton"):
+        bind(EngineConfig(ops={"moe_experts": "deep_gemm"}), CPU)
+
+
+def test_the_deep_gemm_that_is_asked_for_is_the_one_that_the_extra_installs() -> None:
+    project = tomllib.loads((pathlib.Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())
+    assert "==".join(requires.DEEP_GEMM) in project["project"]["optional-dependencies"]["kernels"]
 
 
 def test_a_backend_with_another_signature_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
