@@ -95,11 +95,15 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
     async def start(self) -> None:
         """To be called on the worker's event loop, where the sessions will run. Raises what keeps the transport from starting."""
         self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        """Done when the transport is closed."""
         await self._own.start()
 
     async def close(self) -> None:
         """End the thread and its transport, then all sessions. Hand-offs under way are lost to their receivers. May be called twice."""
         await self._own.close()
+        if not self._ended.done():
+            self._ended.set_result(None)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -313,11 +317,16 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         mine = self._member.incarnation
         if request.incarnation != mine:
             return transfer_pb2.EndReply(incarnation=mine)
-        is_over: bool = await asyncio.wrap_future(self.end(request.link))
-        return transfer_pb2.EndReply(incarnation=mine, is_over=is_over)
+        answer = asyncio.wrap_future(self.end(request.link))
+        try:
+            await asyncio.wait((answer, self._ended), return_when=asyncio.FIRST_COMPLETED)  # a thread that has ended does not answer
+            return transfer_pb2.EndReply(incarnation=mine, is_over=answer.result() if answer.done() else True)
+        finally:
+            answer.cancel()
 
     def end(self, link: str) -> concurrent.futures.Future[bool]:
-        """The receiver knows this session no more. True: no write of it is under way, and none will follow."""
+        """The receiver knows this session no more. True: no write of it is under way, and none will follow. Never done if
+        `close` was called before: all sessions are over when that returns."""
         ended: concurrent.futures.Future[bool] = concurrent.futures.Future()
 
         def end() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+import threading
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -120,11 +121,20 @@ def test_an_address_that_is_none_says_nothing(address: str) -> None:
 
 
 def test_no_writes_are_left_when_the_port_is_free() -> None:
-    """A receiver takes a refusal for the end of all writes, so a rank that ends closes its sender before its port."""
+    """A receiver takes a refusal for the end of all writes, so a rank that ends closes its sender before its port. Meanwhile it answers."""
 
     async def run() -> None:
         async with listening_sender() as (sender, origin):
-            await sender.close()
-            assert await ask(origin, 0.2) is Answer.SILENCE, "its thread has ended; its port has not"
+            is_ending = threading.Event()
+            sender._thread.put(lambda: cast(None, is_ending.wait(20)))
+            closing = asyncio.create_task(sender.close())
+            await asyncio.sleep(0)
+            asking = asyncio.create_task(ask(origin, 10.0))
+            done, _ = await asyncio.wait((closing, asking), timeout=0.02)
+            assert not done, "its thread has something to do, perhaps to write"
+            is_ending.set()
+            assert await asking is Answer.OVER, "its thread has ended; its port has not"
+            await closing
+            assert await ask(origin, 10.0) is Answer.OVER
 
     asyncio.run(run())
