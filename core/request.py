@@ -130,8 +130,13 @@ class Member:
 
     @property
     def name(self) -> str:
-        """ "prefill/0.1": replica 0, rank 1. Reused by a restarted rank; (name, incarnation) is unique."""
+        """ "prefill/0.1": replica 0, rank 1. Reused by a restarted rank."""
         return f"{self.role}/{self.replica}.{self.rank}"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(name, incarnation): unique, one life of the rank."""
+        return self.name, self.incarnation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

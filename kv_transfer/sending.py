@@ -74,7 +74,7 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         self._sessions: dict[str, PeerSession] = {}
         """By link; owned by the thread."""
         self._links: dict[tuple[str, int], str] = {}
-        """(member name, incarnation) -> its latest link."""
+        """Member.key -> its latest link."""
         self._num_links = 0
         self._writes: dict[int, str] = {}
         """Write id -> request."""
@@ -254,13 +254,13 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
 
     def _open(self, request_id: str, reservation: Reservation) -> list[Action]:
         decode = reservation.decode
-        link = self._links.get((decode.name, decode.incarnation), "")
+        link = self._links.get(decode.key, "")
         if link in self._sessions and not self._state.is_usable(link):
             error = MemberLost(f"the connection to {decode.name} is being torn down")
             return [Closed(request_id, error)]
         if link not in self._sessions:
             self._num_links += 1
-            link = self._links[decode.name, decode.incarnation] = f"{decode.name}#{decode.incarnation}/{self._num_links}"
+            link = self._links[decode.key] = f"{decode.name}#{decode.incarnation}/{self._num_links}"
             self._sessions[link] = PeerSession(link, decode, self._speaker, self._own.agent, self)
             self._loop.call_soon_threadsafe(self._begin_session, self._sessions[link])
         return self._state.open(request_id, link, reservation, self._clock.now())

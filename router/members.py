@@ -36,7 +36,7 @@ class Members:
 
     def update(self, members: list[Member]) -> None:
         """Make the sessions fit the list: a new incarnation is a new member, one that is not listed any more is let go."""
-        listed = {(member.name, member.incarnation): member for member in members}
+        listed = {member.key: member for member in members}
         for key, member in listed.items():
             if key not in self._sessions:
                 self._sessions[key] = RankSession(member, self.router_name, self._timeout_s)

@@ -24,15 +24,12 @@ class Candidate:
     """Of the prompt's pages, those that the rank may still hold from an earlier turn; 0 to 1."""
 
 
-def place(
-    request: Request, prefills: Sequence[Candidate], decodes: Sequence[Candidate], avoid: Iterable[tuple[str, int]] = ()
-) -> tuple[Member, Member]:
-    """The least loaded pair with equal KV layouts.
-
-    prefill   prompt tokens to compute before this one's turn
-    decode    what the request adds to the squares of the shares of slots and of pages in use: a short request goes where few sequences
-              are, a long one where few pages are taken, and both stay even; a rank that holds the whole prompt may have one sequence
-              more than others
+def place_decode(
+    request: Request, decodes: Sequence[Candidate], prefills: Sequence[Member], avoid: Iterable[tuple[str, int]] = ()
+) -> Member:
+    """Among the decode ranks with the KV layout of a prefill rank the one that has the least to do: the least that the request adds to the
+    squares of the shares of slots and of pages in use. A short request goes where few sequences are, a long one where few pages are taken,
+    and both stay even; a rank that holds the whole prompt may have one sequence more than others.
 
     The ranks of a group step together, so the mean of a rank's group counts as much as the rank itself. A rank without room for the
     request comes after all that have it. `avoid`: (name, incarnation) of ranks that failed this request or refused it; used only when
@@ -41,27 +38,25 @@ def place(
     for role, found in (("prefill", prefills), ("decode", decodes)):
         if not found:
             raise Unavailable(f"no {role} rank is ready")
-    avoided = set(avoid)
-    fingerprints = {candidate.member.fingerprint for candidate in decodes}
-    fitting = [candidate for candidate in prefills if candidate.member.fingerprint in fingerprints]
-    if not fitting:
-        raise Mismatch(
-            f"no prefill rank has the KV layout of a decode rank: {prefills[0].member.name} has {prefills[0].member.fingerprint}, "
-            f"{decodes[0].member.name} has {decodes[0].member.fingerprint}"
-        )
-    prefill = _least(fitting, prefill_load, -(-len(request.token_ids) // PAGE_TOKENS), avoided)
-    same = [candidate for candidate in decodes if candidate.member.fingerprint == prefill.fingerprint]
-    num_pages = -(-request.max_total_tokens // PAGE_TOKENS)
-    return prefill, _least(same, lambda rank: decode_load(rank, num_pages), num_pages, avoided)
+    avoided, num_pages = set(avoid), -(-request.max_total_tokens // PAGE_TOKENS)
+    for usable in ([member for member in prefills if member.key not in avoided], prefills):
+        layouts = {member.fingerprint for member in usable}
+        fitting = [candidate for candidate in decodes if candidate.member.fingerprint in layouts]
+        if fitting:
+            return _least(fitting, lambda rank: decode_load(rank, num_pages), num_pages, avoided)
+    raise Mismatch(
+        f"no prefill rank has the KV layout of a decode rank: {prefills[0].name} has {prefills[0].fingerprint}, "
+        f"{decodes[0].member.name} has {decodes[0].member.fingerprint}"
+    )
 
 
-def place_prefill(
-    request: Request, prefills: Sequence[Candidate], fingerprint: str, avoid: Iterable[tuple[str, int]] = ()
-) -> Member | None:
-    """As `place`, when pages are granted on a decode rank with this KV layout. None when no prefill rank has it."""
+def place_prefill(request: Request, prefills: Sequence[Candidate], fingerprint: str, avoid: Iterable[tuple[str, int]] = ()) -> Member:
+    """Among the prefill ranks with this KV layout, that of the decode rank, the one with the fewest prompt tokens to compute before this
+    one's turn. Groups, room and `avoid` count as for `place_decode`. Raises Unavailable when none has it."""
     fitting = [candidate for candidate in prefills if candidate.member.fingerprint == fingerprint]
-    num_pages = -(-len(request.token_ids) // PAGE_TOKENS)
-    return _least(fitting, prefill_load, num_pages, set(avoid)) if fitting else None
+    if not fitting:
+        raise Unavailable(f"no prefill rank with the KV layout {fingerprint} is ready any more")
+    return _least(fitting, prefill_load, -(-len(request.token_ids) // PAGE_TOKENS), set(avoid))
 
 
 def prefill_load(rank: Candidate) -> float:
@@ -87,7 +82,6 @@ def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], nu
     def cost(place: int) -> tuple[bool, bool, float]:
         member, load, group = ranks[place].member, ranks[place].load, groups[ranks[place].member.replica]
         is_full = load.pages_total > 0 and (load.pages_free < num_pages or load.slots_free == 0)
-        is_avoided = (member.name, member.incarnation) in avoided
-        return is_avoided, is_full, loads[place] + sum(group) / len(group)
+        return member.key in avoided, is_full, loads[place] + sum(group) / len(group)
 
     return ranks[min(range(len(ranks)), key=cost)].member

@@ -25,7 +25,7 @@ from core.log import get_logger
 from core.request import FinishReason, Request, TokenLogprobs
 from router.config import RouterConfig
 from router.members import Members
-from router.reserving import Events, Reserver, into, key_of
+from router.reserving import Events, Reserver, into
 from router.session import Decoded, Event, Failed, Finished, FirstToken, HandedOff, HandOffFailed, PromptScored, RankSession
 
 log = get_logger("relay")
@@ -206,7 +206,7 @@ class Relay:
                 elif isinstance(event, Failed):
                     if run.has_landed and has_first:
                         continue  # its part is done
-                    avoid.append(key_of(prefill))
+                    avoid.append(prefill.member.key)
                     raise event.error
                 if run.has_decoded and run.is_kept:
                     run.is_kept = False
@@ -231,9 +231,9 @@ class Relay:
         already, it is not the rank that failed, or a second rank could not be reached either."""
         if isinstance(error, Preempted):
             raise error
-        avoid.append(key_of(run.decode))
+        avoid.append(run.decode.member.key)
         if run.is_handed_on:
-            avoid.append(key_of(run.prefill))
+            avoid.append(run.prefill.member.key)
         is_too_late = run.has_decoded or run.is_handed_on or not journey.may_run_again(self._config.max_attempts)
         if is_too_late or not isinstance(error, (MemberLost, TransferFailed)):
             raise error

@@ -11,7 +11,7 @@ from core.errors import DeadlineExceeded, NoMembers, Overloaded, Unavailable
 from core.request import Request, Reservation
 from router.config import RouterConfig
 from router.members import Members
-from router.placement import Candidate, place, place_prefill
+from router.placement import Candidate, place_decode, place_prefill
 from router.prefix_index import PrefixIndex
 from router.session import Event, Failed, RankSession, Reserved
 
@@ -40,7 +40,7 @@ class Reserver:
 
     def note_end(self, request: Request, decode: RankSession) -> None:
         """The request has ended there: its prefix may still be in that rank's memory."""
-        self._prefixes.note(request.token_ids, key_of(decode))
+        self._prefixes.note(request.token_ids, decode.member.key)
 
     async def reserve(
         self, request: Request, events: Events, avoid: list[tuple[str, int]], deadline: float, keeper: RankSession | None = None
@@ -54,9 +54,8 @@ class Reserver:
         is_first_in_line = False
         async with contextlib.AsyncExitStack() as line:
             while True:
-                prefill, decode = await self._place(request, shares, [*avoid, *full], deadline, keeper)
-                key = key_of(decode)
-                if key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
+                decode = await self._find_decode(request, shares, [*avoid, *full], deadline, keeper)
+                if decode.member.key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
                     if keeper is not None and self._clock.now() > kept_until:
                         raise Overloaded(f"no decode rank has room for what {keeper.member.name} keeps")
                     if keeper is None and not is_first_in_line:
@@ -74,59 +73,47 @@ class Reserver:
                     async with asyncio.timeout(self._config.reserve_timeout_s):
                         event = await answer
                     if isinstance(event, Reserved):
-                        return self._prefill_now(request, decode, avoid, keeper) or prefill, decode, event.reservation
+                        return keeper or self._find_prefill(request, decode, avoid), decode, event.reservation
                     assert isinstance(event, Failed), f"{event}"
                     raise event.error
                 except Overloaded:
                     decode.forget(request.request_id)
-                    full.add(key)
+                    full.add(decode.member.key)
                 except BaseException as error:
                     decode.forget(request.request_id)
                     decode.cancel(request.request_id)
-                    avoid.append(key)
+                    avoid.append(decode.member.key)
                     if isinstance(error, TimeoutError):
                         raise Unavailable(f"{decode.member.name} did not answer a reservation") from error
                     raise
 
-    async def _place(
+    async def _find_decode(
         self,
         request: Request,
         shares: dict[tuple[str, int], float],
         avoid: list[tuple[str, int]],
         deadline: float,
         keeper: RankSession | None,
-    ) -> tuple[RankSession, RankSession]:
+    ) -> RankSession:
         """Waits a configured time for ranks to be there. Raises NoMembers or Mismatch."""
         give_up = min(self._clock.now() + self._config.wait_for_members_s, deadline)
         while True:
-            sessions = {role: self._members.ready(role) for role in ("prefill", "decode")}
-            if keeper is not None:
-                sessions["prefill"] = [keeper]
+            prefills = self._members.ready("prefill") if keeper is None else [keeper]
+            found = self._members.ready("decode")
             try:
-                prefills, decodes = ([_candidate(session, shares) for session in found] for found in sessions.values())
-                chosen = place(request, prefills, decodes, avoid)
-                break
+                chosen = place_decode(request, [_candidate(s, shares) for s in found], [s.member for s in prefills], avoid)
             except Unavailable as error:
                 if self._clock.now() >= give_up:
                     raise NoMembers(str(error)) from error
                 await asyncio.sleep(PLACE_POLL_S)
-        prefill, decode = (next(s for s in found if s.member is member) for found, member in zip(sessions.values(), chosen, strict=True))
-        return prefill, decode
+            else:
+                return next(session for session in found if session.member is chosen)
 
-    def _prefill_now(
-        self, request: Request, decode: RankSession, avoid: list[tuple[str, int]], keeper: RankSession | None
-    ) -> RankSession | None:
-        """The least loaded prefill rank, now that pages are granted: requests that asked for theirs at the same time saw equal loads."""
-        if keeper is not None:
-            return keeper
+    def _find_prefill(self, request: Request, decode: RankSession, avoid: list[tuple[str, int]]) -> RankSession:
+        """Not before pages are granted: requests that ask for theirs at the same time see equal loads. Raises Unavailable."""
         found = self._members.ready("prefill")
-        chosen = place_prefill(request, [_candidate(session, {}) for session in found], decode.member.fingerprint, avoid)
-        return next((session for session in found if session.member is chosen), None)
-
-
-def key_of(session: RankSession) -> tuple[str, int]:
-    """One life of a rank."""
-    return session.member.name, session.member.incarnation
+        chosen = place_prefill(request, [_candidate(s, {}) for s in found], decode.member.fingerprint, avoid)
+        return next(session for session in found if session.member is chosen)
 
 
 def into(events: Events, name: str, answer: asyncio.Future[Event] | None = None) -> Callable[[Event], None]:
@@ -143,5 +130,5 @@ def into(events: Events, name: str, answer: asyncio.Future[Event] | None = None)
 
 def _candidate(session: RankSession, shares: dict[tuple[str, int], float]) -> Candidate:
     in_flight = session.in_flight
-    share = shares.get(key_of(session), 0.0) if shares else 0.0
+    share = shares.get(session.member.key, 0.0) if shares else 0.0
     return Candidate(session.member, session.load, len(in_flight), sum(in_flight.values()), share)

@@ -11,7 +11,7 @@ import pytest
 from core.errors import InvalidRequest, Mismatch, Unavailable
 from core.kv_layout import PAGE_TOKENS
 from core.request import Load, Member, Request, SamplingParams
-from router.placement import Candidate, place
+from router.placement import Candidate, place_decode, place_prefill
 from router.sampling import sampling_params
 
 REQUEST = Request(request_id="r", token_ids=(1,) * 300, prompt_len=300, sampling=SamplingParams(max_tokens=100))
@@ -22,58 +22,71 @@ def candidate(role: str, replica: int, fingerprint: str = "f", tokens: int = 0, 
     return Candidate(member, Load(**{"pages_free": 100, "pages_total": 100, "slots_free": 8, "slots_total": 8, **load}), requests, tokens)
 
 
+PREFILL = Member(role="prefill", replica=0, rank=0, address="a:1", incarnation=1, fingerprint="f")
+
+
 class TestPlacement:
     def test_the_least_loaded_of_each_role(self) -> None:
         prefills = [candidate("prefill", 0, waiting_tokens=900), candidate("prefill", 1, waiting_tokens=10)]
         decodes = [candidate("decode", 0, num_running=7), candidate("decode", 1, num_running=3)]
-        prefill, decode = place(REQUEST, prefills, decodes)
-        assert (prefill.replica, decode.replica) == (1, 1)
+        assert place_prefill(REQUEST, prefills, "f").replica == place_decode(REQUEST, decodes, [PREFILL]).replica == 1
 
     def test_requests_placed_since_the_last_report_count(self) -> None:
         prefills = [candidate("prefill", 0, tokens=5000), candidate("prefill", 1, tokens=100)]
         decodes = [candidate("decode", 0, requests=9), candidate("decode", 1, requests=1)]
-        prefill, decode = place(REQUEST, prefills, decodes)
-        assert (prefill.replica, decode.replica) == (1, 1)
+        assert place_prefill(REQUEST, prefills, "f").replica == place_decode(REQUEST, decodes, [PREFILL]).replica == 1
 
     def test_a_full_rank_comes_last(self) -> None:
         decodes = [candidate("decode", 0, pages_free=1), candidate("decode", 1, num_running=6)]
-        assert place(REQUEST, [candidate("prefill", 0)], decodes)[1].replica == 1
+        assert place_decode(REQUEST, decodes, [PREFILL]).replica == 1
 
     def test_a_rank_that_holds_the_prompt_may_have_one_sequence_more_and_no_two(self) -> None:
         holds = dataclasses.replace(candidate("decode", 1, requests=3), kept_share=0.9)
         for requests, chosen in ((3, 1), (2, 0)):
             decodes = [candidate("decode", 0, requests=requests), holds]
-            assert place(REQUEST, [candidate("prefill", 0)], decodes)[1].replica == chosen
+            assert place_decode(REQUEST, decodes, [PREFILL]).replica == chosen
         nearly = dataclasses.replace(candidate("decode", 1, requests=3), kept_share=1.0)
-        assert place(REQUEST, [candidate("prefill", 0)], [candidate("decode", 0, requests=2, num_running=3), nearly])[1].replica == 1
+        assert place_decode(REQUEST, [candidate("decode", 0, requests=2, num_running=3), nearly], [PREFILL]).replica == 1
 
     def test_an_avoided_rank_is_used_only_if_there_is_no_other(self) -> None:
         decodes = [candidate("decode", 0), candidate("decode", 1, num_running=6)]
-        assert place(REQUEST, [candidate("prefill", 0)], decodes, [("decode/0.0", 1)])[1].replica == 1
-        assert place(REQUEST, [candidate("prefill", 0)], decodes[:1], [("decode/0.0", 1)])[1].replica == 0
+        assert place_decode(REQUEST, decodes, [PREFILL], [("decode/0.0", 1)]).replica == 1
+        assert place_decode(REQUEST, decodes[:1], [PREFILL], [("decode/0.0", 1)]).replica == 0
 
     def test_only_equal_layouts_are_paired_and_a_misfit_is_named(self) -> None:
         prefills = [candidate("prefill", 0, "old"), candidate("prefill", 1, "new", waiting_tokens=10**6)]
-        assert place(REQUEST, prefills, [candidate("decode", 0, "new")])[0].replica == 1
+        assert place_prefill(REQUEST, prefills, "new").replica == 1
+        with pytest.raises(Unavailable, match="layout newer"):
+            place_prefill(REQUEST, prefills, "newer")
+        old, new = (candidate.member for candidate in prefills)
+        decodes = [candidate("decode", 0, "new", num_running=6), candidate("decode", 1, "old")]
+        assert [place_decode(REQUEST, decodes, [one]).replica for one in (old, new)] == [1, 0]
         with pytest.raises(Mismatch, match=r"prefill/0\.0 has old.*decode/0\.0 has new"):
-            place(REQUEST, prefills[:1], [candidate("decode", 0, "new")])
+            place_decode(REQUEST, decodes[:1], [old])
+
+    def test_a_layout_whose_prefill_ranks_failed_the_request_is_used_only_if_there_is_no_other(self) -> None:
+        decodes = [candidate("decode", 0, "old"), candidate("decode", 1, "new", num_running=6)]
+        prefills = [candidate("prefill", 0, "old").member, candidate("prefill", 1, "new").member]
+        assert place_decode(REQUEST, decodes, prefills).replica == 0
+        assert place_decode(REQUEST, decodes, prefills, [("prefill/0.0", 1)]).replica == 1
+        assert place_decode(REQUEST, decodes[:1], prefills, [("prefill/0.0", 1)]).replica == 0
 
     def test_a_short_request_goes_where_few_sequences_are_and_a_long_one_where_few_pages_are_taken(self) -> None:
         decodes = [candidate("decode", 0, num_running=2, pages_free=30), candidate("decode", 1, num_running=4, pages_free=92)]
         sampling = SamplingParams(max_tokens=20 * PAGE_TOKENS)
         long = Request(request_id="r", token_ids=(1,) * 300, prompt_len=300, sampling=sampling)
         short = Request(request_id="r", token_ids=(1,), prompt_len=1, sampling=SamplingParams(max_tokens=1))
-        assert [place(one, [candidate("prefill", 0)], decodes)[1].replica for one in (short, long)] == [0, 1]
+        assert [place_decode(one, decodes, [PREFILL]).replica for one in (short, long)] == [0, 1]
 
     def test_a_prefill_rank_without_room_comes_last(self) -> None:
         prefills = [candidate("prefill", 0, pages_free=1), candidate("prefill", 1, waiting_tokens=5000)]
-        assert place(REQUEST, prefills, [candidate("decode", 0)])[0].replica == 1
+        assert place_prefill(REQUEST, prefills, "f").replica == 1
 
     def test_among_ranks_as_busy_the_idler_group_is_chosen(self) -> None:
         decodes = [candidate("decode", group, rank=rank, num_running=2 * rank * (group == 0)) for group in (0, 1) for rank in (0, 1)]
-        assert place(REQUEST, [candidate("prefill", 0)], decodes)[1].name == "decode/1.0"
+        assert place_decode(REQUEST, decodes, [PREFILL]).name == "decode/1.0"
         prefills = [candidate("prefill", group, rank=rank, waiting_tokens=900 * rank * (group == 0)) for group in (0, 1) for rank in (0, 1)]
-        assert place(REQUEST, prefills, decodes)[0].name == "prefill/1.0"
+        assert place_prefill(REQUEST, prefills, "f").name == "prefill/1.0"
 
     def test_ranks_of_groups_stay_even_under_mixed_lengths(self, rng: random.Random) -> None:
         """Two groups of four ranks; a fifth of the requests is 50 times as long as the others. A step lasts as long as its fullest rank:
@@ -99,7 +112,7 @@ class TestPlacement:
             ]
             num_pages = 4 if rng.random() < 0.8 else 200
             request = dataclasses.replace(REQUEST, sampling=SamplingParams(max_tokens=num_pages * PAGE_TOKENS - REQUEST.prompt_len))
-            chosen = place(request, [candidate("prefill", 0)], decodes)[1]
+            chosen = place_decode(request, decodes, [PREFILL])
             held[chosen.replica, chosen.rank].append((step + rng.randint(50, 350), num_pages))
             if step >= 500:
                 sequences.append([len(running) for running in held.values()])
@@ -113,7 +126,9 @@ class TestPlacement:
 
     def test_a_missing_role_is_named(self) -> None:
         with pytest.raises(Unavailable, match="decode"):
-            place(REQUEST, [candidate("prefill", 0)], [])
+            place_decode(REQUEST, [], [PREFILL])
+        with pytest.raises(Unavailable, match="prefill"):
+            place_decode(REQUEST, [candidate("decode", 0)], [])
 
 
 @pytest.mark.parametrize(

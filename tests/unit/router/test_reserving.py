@@ -99,3 +99,19 @@ def test_requests_that_arrive_together_are_spread_over_prefill_ranks() -> None:
 
     asyncio.run(ask())
     assert [len(prefill.requests) for prefill in prefills] == [4, 4]
+
+
+def test_pages_are_given_back_when_no_prefill_rank_is_left_to_fill_them() -> None:
+    decode = FakeRank("decode")
+    prefill = FakePrefill([decode])
+    ranks: list[FakeRank] = [prefill, decode]
+    relay, grant = new_relay(ranks, wait_for_members_s=0.0), decode.reserve
+
+    def lose_prefill(request: Request) -> None:
+        ranks.remove(prefill)
+        grant(request)
+
+    decode.reserve = lose_prefill  # type: ignore[method-assign]
+    with pytest.raises(NoMembers, match="no prefill rank is ready"):
+        asyncio.run(tokens_of(relay))
+    assert decode.cancelled == ["r.1"] and not decode.in_flight and not prefill.requests
