@@ -173,7 +173,7 @@ class EngineConfig:
     group_step_timeout_s: float = 20.0
     """A rank of a group that waits for another one for so long gives up, and the group is started again."""
     rebalance_interval_s: float = 0.0
-    """How often a group places its experts anew, by what each had to do since the last time, while it serves; 0 is never."""
+    """How long a group works before it places its experts anew, by what each had to do since the last time, while it serves; 0 is never."""
     overlap: str = "auto"
     """Whether a decode step is launched before the tokens of the one before it are known to the host, "on" or "off". "auto": where decode
     steps are CUDA graphs. Tokens are the same; on a CPU it gains nothing, and serves tests."""

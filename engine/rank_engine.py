@@ -70,9 +70,10 @@ class RankEngine:
                 group=group, max_tokens=work.max_tokens, is_latency_bound=work.is_latency_bound, num_redundant=work.redundant_experts
             )
         loaded = LoadedModel.load(folder, self._config, sharing)
-        if loaded.share is not None:
-            registry.register(ExpertLoadCollector(work.role, loaded.share))
         runner = work.new_runner(loaded)
+        if loaded.share is not None:
+            loaded.share.forget_load()  # of steps that were run to measure memory
+            registry.register(ExpertLoadCollector(work.role, loaded.share))
         if group is not None:
             assert isinstance(self.steps, GroupSteps), f"{self.steps}"
             self._rebalancer = new_rebalancer(loaded, group, self.steps, on_death)

@@ -21,6 +21,7 @@ from engine.cache.arena import Arena
 from engine.graphs import DecodeGraphs, Drawn, batch_buckets, width_buckets
 from engine.histories import history_bytes
 from engine.logprobs import logprobs_of
+from engine.parallel.rebalance import moving_bytes
 from engine.sampler import sample
 from engine.sequence import Sequence
 from engine.widening import widen_experts
@@ -120,8 +121,10 @@ class ModelRunner:
         self._loaded = loaded
         on_gpu = loaded.device.type == "cuda"
         workspace = measure_workspace(loaded, chunk_tokens, max_decode) if on_gpu else 0
-        if widened_layers and widen_experts(loaded, widened_layers, num_pages, num_slots, workspace) and on_gpu:
+        reserved = workspace + 2 * moving_bytes(loaded)  # an expert that comes is not twice as large once it is widened
+        if widened_layers and widen_experts(loaded, widened_layers, num_pages, num_slots, reserved) and on_gpu:
             workspace = measure_workspace(loaded, chunk_tokens, max_decode)  # the wide form has kernels of its own
+        workspace += moving_bytes(loaded)
         has_histories = max_decode > 0 and on_gpu and loaded.device_sample is not None
         self._caches = loaded.new_caches(num_pages, num_slots, workspace, history_bytes(loaded.model.vocab_size) if has_histories else 0)
         self._graphs: DecodeGraphs | None = None

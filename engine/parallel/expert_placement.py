@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -140,27 +142,89 @@ def _make_room(ranks: list[list[int]], totals: list[float], weights: Sequence[fl
     return giver
 
 
-def aligned(new: ExpertPlacement, old: ExpertPlacement) -> ExpertPlacement:
-    """`new` with its ranks and places renamed so that as little as possible of `old` has to move."""
-    size, wanted = new.num_ranks, [new.local(rank) for rank in range(new.num_ranks)]
-    shared = {(mine, rank): len(set(wanted[mine]) & set(old.local(rank))) for mine in range(size) for rank in range(size)}
-    home: dict[int, int] = {}
-    for mine, rank in sorted(shared, key=lambda pair: (-shared[pair], pair)):
-        if mine not in home and rank not in home.values():
-            home[mine] = rank
-    experts: list[int] = []
-    for mine in sorted(range(size), key=lambda mine: home[mine]):
-        before = old.local(home[mine])
-        coming = [expert for expert in wanted[mine] if expert not in before]
-        experts += [expert if expert in wanted[mine] else coming.pop() for expert in before]
-    return ExpertPlacement(tuple(experts), size)
+def relieved(load: Sequence[float], old: ExpertPlacement, most: int) -> ExpertPlacement:
+    """`old` with a few experts elsewhere, at most `most` that are new to a rank, so that the busiest rank has less to do:
+
+    copies     while one is worth it, the expert with the most load a copy gets one more, for one of the expert that misses it least
+    ranks      while it helps, the busiest rank exchanges an expert with another: the pair that leaves the busier of both with the least
+
+    or only the second, where the first leaves it no way. The same load gives the same placement on every rank.
+    """
+    found = [_relieved(load, old, most, changes_copies) for changes_copies in (True, False)]
+    return min(found, key=lambda one: imbalance(load, one))
 
 
-def rebalanced(load: Sequence[float], old: ExpertPlacement, least_gain: float) -> ExpertPlacement | None:
-    """A better placement for this load, or None if the busiest rank would not lose at least `least_gain` (a share) of its work."""
+def _relieved(load: Sequence[float], old: ExpertPlacement, most: int, changes_copies: bool) -> ExpertPlacement:
+    tokens = np.asarray(load, dtype=np.float64)
+    before = np.array(old.experts).reshape(old.num_ranks, -1)
+    held, has = before.copy(), np.zeros((old.num_ranks, len(tokens)), dtype=bool)
+    np.put_along_axis(has, held, True, axis=1)
+
+    def put(rank: int, place: int, expert: int) -> None:
+        has[rank, held[rank, place]] = False
+        has[rank, expert] = True
+        held[rank, place] = expert
+
+    def may_change() -> npt.NDArray[np.bool_]:
+        """[ranks, places]"""
+        changed = held != before
+        return changed | (changed.sum(1) < most)[:, None]
+
+    while changes_copies and (found := _copy_to_make(tokens, held, has, may_change())) is not None:
+        put(*found)
+    while (pair := _experts_to_exchange(tokens, held, has, may_change())) is not None:
+        (mine, place), (other, there) = pair
+        giving, coming = held[mine, place], held[other, there]
+        put(mine, place, coming)
+        put(other, there, giving)
+    return ExpertPlacement(tuple(held.flatten().tolist()), old.num_ranks)
+
+
+WORTH = 0.95
+"""What a change must make of the load that it is for, at most: others are luck."""
+
+
+def _copy_to_make(
+    tokens: npt.NDArray[np.float64], held: npt.NDArray[np.int64], has: npt.NDArray[np.bool_], may_change: npt.NDArray[np.bool_]
+) -> tuple[int, int, int] | None:
+    """(rank, place, the expert to put there), for `relieved`."""
+    copies = has.sum(0)
+    share = tokens / copies
+    heaviest = int(np.argmax(np.where(copies < len(held), share, -1.0)))
+    after = np.where(copies > 1, tokens / np.maximum(copies - 1, 1), np.inf)[held]
+    after = np.where(may_change & ~has[:, [heaviest]], after, np.inf)
+    if copies[heaviest] == len(held) or not after.min() < WORTH * share[heaviest]:
+        return None
+    totals = share[held].sum(1)
+    rank, place = min(zip(*np.nonzero(after == after.min()), strict=True), key=lambda at: (totals[at[0]], at))
+    return int(rank), int(place), heaviest
+
+
+def _experts_to_exchange(
+    tokens: npt.NDArray[np.float64], held: npt.NDArray[np.int64], has: npt.NDArray[np.bool_], may_change: npt.NDArray[np.bool_]
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """((the busiest rank, place), (another rank, place)), for `relieved`."""
+    weight = (tokens / has.sum(0))[held]
+    totals = weight.sum(1)
+    busiest = int(np.argmax(totals))
+    less = weight[busiest][:, None, None] - weight[None]  # [places of the busiest, ranks, places]
+    then = np.maximum(totals[busiest] - less, totals[None, :, None] + less)
+    is_possible = may_change[busiest][:, None, None] & may_change[None]
+    is_possible &= ~has[:, held[busiest]].T[:, :, None] & ~has[busiest][held][None]
+    then = np.where(is_possible, then, np.inf)
+    place, other, there = np.unravel_index(np.argmin(then), then.shape)
+    mean = totals.mean()
+    if not then[place, other, there] - mean < WORTH * (totals[busiest] - mean):
+        return None
+    return (busiest, int(place)), (int(other), int(there))
+
+
+def rebalanced(load: Sequence[float], old: ExpertPlacement, least_gain: float, most: int) -> ExpertPlacement | None:
+    """A better placement for this load, with at most `most` experts that are new to a rank, or None if the busiest rank would not lose at
+    least `least_gain` (a share) of its work."""
     if not any(load):
         return None
-    new = aligned(balanced_placement(load, old.num_ranks, old.slots_per_rank), old)
+    new = relieved(load, old, most)
     return new if imbalance(load, new) <= (1 - least_gain) * imbalance(load, old) else None
 
 

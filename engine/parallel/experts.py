@@ -11,6 +11,7 @@ import torch
 
 from core.errors import ConfigError
 from engine.config import ModelConfig
+from engine.memory_plan import tensor_bytes
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement, imbalance
@@ -76,6 +77,8 @@ class ExpertShare:
         self.layers = layers
         """By the prefix of their tensors: "layers.0.ffn", and so on, then "mtp.0.ffn"."""
         self._exchange, self._group = exchange, group
+        self.num_awaited = 0
+        """Layers whose next placement is decided and not in force yet."""
 
     @staticmethod
     def open(sharing: Sharing, model: ModelConfig, ops: BoundOps, device: torch.device) -> ExpertShare:
@@ -113,6 +116,15 @@ class ExpertShare:
         """Whether this rank needs a tensor of the checkpoint: all but other ranks' experts."""
         found = _EXPERT.fullmatch(name)
         return found is None or int(found[2]) in self.layers[found[1]].held
+
+    def expert_bytes(self) -> int:
+        """Of the largest expert held here."""
+        return max(tensor_bytes(layer.experts) // len(layer.held) for layer in self.layers.values() if layer.experts is not None)
+
+    def forget_load(self) -> None:
+        """Count from now on."""
+        for layer in self.layers.values():
+            layer.choice.load.zero_()
 
     def load(self) -> torch.Tensor:
         """int64 [layers, experts] on the CPU: tokens of this rank's sequences by expert, since the start."""

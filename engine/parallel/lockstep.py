@@ -158,6 +158,11 @@ class GroupSteps:
         if is_change:
             self.on_change()
 
+    @property
+    def number(self) -> int:
+        """Of steps that have begun."""
+        return self._step
+
     def request_change(self) -> None:
         """On rank 0, when all ranks have prepared the same change: with the next step that is decided it comes into force."""
         assert self._board is not None, "rank 0 decides"

@@ -12,7 +12,8 @@ from engine.parallel.experts import ExpertShare
 
 class ExpertLoadCollector(Collector):
     """`baton_<role>_expert_tokens_total{layer, expert}` and `baton_<role>_expert_imbalance{layer}`, of this rank's sequences: the sum
-    over a group's ranks is the load that `balanced_placement` wants. And `baton_<role>_expert_moves_total{layer}`."""
+    over a group's ranks is the load that `rebalanced` wants. And of placements `baton_<role>_expert_moves_total{layer}` and
+    `baton_<role>_expert_moves_awaited`."""
 
     def __init__(self, role: str, share: ExpertShare) -> None:
         self._role, self._share = role, share
@@ -32,3 +33,5 @@ class ExpertLoadCollector(Collector):
         for layer, share in zip(layers, self._share.layers.values(), strict=True):
             moves.add_metric([layer], share.num_moves)
         yield moves
+        awaited = f"baton_{self._role}_expert_moves_awaited"
+        yield GaugeMetricFamily(awaited, "Layers whose next placement is decided and not in force", value=self._share.num_awaited)

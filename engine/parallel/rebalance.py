@@ -1,12 +1,15 @@
-"""Experts move to where they are needed while the group serves, one layer after the other.
+"""Experts move to where they are needed while the group serves, a few layers at a time.
 
     every rank    its load of each layer  ->  store
-    rank 0        sum; a better placement of each layer that gains enough  ->  store
-    every rank    reads the experts that come to it, in a thread of its own; "prepared"  ->  store
-    rank 0        when all have prepared a layer, the next step is marked: before it every rank puts the placement in force
+    rank 0        sum; a better placement of each layer that gains enough, in batches  ->  store
+    every rank    reads the experts of a batch that come to it, in a thread of its own; "prepared"  ->  store
+    rank 0        when all have prepared it, the next step is marked: before it every rank puts the placements in force
 
 A token's sum does not depend on where its experts are, so no result changes. The group need not be busy: an idle one moves with its next
-step. A rank that cannot take an expert says so, and the layer stays as it is on all ranks.
+step. A rank that cannot take an expert says so, and the batch's layers stay as they are on all ranks.
+
+On a GPU this thread works on the stream on which steps run, so what it reads is there when a step puts it in its place, and that is after
+the step before; graphs read the same memory as ever.
 """
 
 from __future__ import annotations
@@ -34,8 +37,17 @@ log = get_logger("experts")
 
 LEAST_GAIN = 0.05
 """Share of the busiest rank's work that a new placement must take off it; less is not worth reading weights for."""
+LEAST_TOKENS = 1000
+"""Of a layer and of each rank, on average, before experts are placed by them: of fewer, chance alone makes a rank busy."""
+MOST_COMING = 16
+"""Experts that a rank reads before it puts them in their places: they lie beside all others, and so does what packing takes."""
+PACKING = 12
+"""What packing one takes beside, in experts as they lie in memory: up to sixteen bytes a weight of one matrix."""
 
 POLL_S = 0.1
+
+Batch = dict[str, tuple[int, ...]]
+"""Prefix of a layer -> the expert in each slot."""
 
 
 class Rebalancer:
@@ -51,15 +63,17 @@ class Rebalancer:
         interval_s: float,
         died: Callable[[str], None],
     ) -> None:
-        """`weights`: of all experts. `pack(w1, w2, w3)`: as `moe_experts` wants them. Rank 0 begins a round every `interval_s`. `died`: the
-        rank cannot go on."""
+        """`weights`: of all experts. `pack(w1, w2, w3)`: as `moe_experts` wants them. Rank 0 begins a round `interval_s` after the first
+        step since the last one. `died`: the rank cannot go on."""
         self._group, self._share, self._steps, self._weights, self._pack = group, share, steps, weights, pack
         self._interval_s, self._died = interval_s, died
         self._keys: dict[int, set[str]] = {}
         """Of rounds whose entries in the store may still be needed."""
         self._store = group.store.clone()  # type: ignore[attr-defined]  # a connection of its own, so that waiting holds up nobody
         self._seen = share.load()
-        self._prepared: tuple[LayerShare, ExpertPlacement, dict[int, Any]] | None = None
+        self._counted = torch.zeros_like(self._seen)
+        """On rank 0: of all ranks, since experts were last placed by it."""
+        self._prepared: list[tuple[LayerShare, ExpertPlacement, dict[int, Any]]] | None = None
         self._is_in_force, self._is_closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="rebalance", daemon=True)
         self.num_moved = 0
@@ -76,8 +90,8 @@ class Rebalancer:
     def _put_in_force(self) -> None:
         """In the thread that steps."""
         assert self._prepared is not None, "a change is in force that was not prepared here"
-        layer, placement, coming = self._prepared
-        layer.move(placement, coming)
+        for layer, placement, coming in self._prepared:
+            layer.move(placement, coming)
         self._prepared = None
         self._is_in_force.set()
 
@@ -88,7 +102,7 @@ class Rebalancer:
         try:
             while True:
                 if self._group.rank == 0:
-                    if self._is_closed.wait(self._interval_s):
+                    if not self._wait():
                         return
                     self._forget(number - 2)  # all ranks have begun the round after it
                     self._tell(number, "begin", b"-")
@@ -103,6 +117,14 @@ class Rebalancer:
             log.exception("experts.failed", member=self._group.seat.member)
             self._died(repr(error))
 
+    def _wait(self) -> bool:
+        """Until a round is due. False when closed."""
+        begun = self._steps.number
+        while self._steps.number == begun:
+            if self._is_closed.wait(min(self._interval_s, POLL_S)):
+                return False
+        return not self._is_closed.wait(self._interval_s)
+
     def _round(self, number: int) -> bool:
         """False when closed in between."""
         load = self._share.load()
@@ -112,46 +134,55 @@ class Rebalancer:
             parts = [self._ask(number, f"load/{rank}") for rank in range(self._group.size)]
             if not all(parts):
                 return False
-            total = torch.tensor([json.loads(part) for part in parts if part]).sum(0)
-            self._tell(number, "plan", json.dumps(self._planned(total.tolist())).encode())
+            self._counted += torch.tensor([json.loads(part) for part in parts if part]).sum(0)
+            self._tell(number, "plan", json.dumps(self._planned()).encode())
         plan = self._ask(number, "plan")
-        return bool(plan) and all(self._move(number, prefix, tuple(experts)) for prefix, experts in json.loads(plan or b"{}").items())
+        batches: list[Batch] = json.loads(plan or b"[]")
+        self._share.num_awaited = sum(map(len, batches))
+        return bool(plan) and all(self._move(number, place, batch) for place, batch in enumerate(batches))
 
-    def _planned(self, load: list[list[int]]) -> dict[str, tuple[int, ...]]:
+    def _planned(self) -> list[Batch]:
+        if self._counted.sum(1).max() < LEAST_TOKENS * self._group.size:
+            return []
         plan = {}
-        for (prefix, layer), counts in zip(self._share.layers.items(), load, strict=True):
-            better = rebalanced(counts, layer.placement, LEAST_GAIN)
+        for (prefix, layer), counts in zip(self._share.layers.items(), self._counted.tolist(), strict=True):
+            better = rebalanced(counts, layer.placement, LEAST_GAIN, MOST_COMING)
             if better is not None:
-                plan[prefix] = better.experts
+                plan[prefix] = better
                 before, after = imbalance(counts, layer.placement), imbalance(counts, better)
                 log.info("experts.planned", layer=prefix, imbalance=round(before, 3), then=round(after, 3))
-        return plan
+        self._counted.zero_()
+        return batches_of(plan, {prefix: self._share.layers[prefix].placement for prefix in plan})
 
-    def _move(self, number: int, prefix: str, experts: tuple[int, ...]) -> bool:
-        """Prepare one layer, and see it in force or given up. False when closed in between."""
-        layer, placement = self._share.layers[prefix], ExpertPlacement(experts, self._group.size)
+    def _move(self, number: int, place: int, batch: Batch) -> bool:
+        """Prepare some layers, and see them in force or given up. False when closed in between."""
         self._is_in_force.clear()
         try:
-            coming = {place: self._read(layer, prefix, expert) for place, expert in layer.missing(placement).items()}
-            self._prepared = (layer, placement, coming)
-        except ConfigError as error:
-            log.warning("experts.stay", layer=prefix, error=error)
+            self._prepared = [self._prepare(prefix, tuple(experts)) for prefix, experts in batch.items()]
+        except (ConfigError, torch.OutOfMemoryError) as error:
+            log.warning("experts.stay", layers=", ".join(batch), member=self._group.seat.member, error=error)
             self._prepared = None
-        self._tell(number, f"{prefix}/{self._group.rank}", b"no" if self._prepared is None else b"yes")
-        answers = [self._ask(number, f"{prefix}/{rank}") for rank in range(self._group.size)]
+        read = 0 if self._prepared is None else sum(len(coming) for _, _, coming in self._prepared)
+        self._tell(number, f"{place}/{self._group.rank}", b"no" if self._prepared is None else b"yes")
+        answers = [self._ask(number, f"{place}/{rank}") for rank in range(self._group.size)]
         if not all(answers):
             return False
         if b"no" in answers:
             self._prepared = None
-            return True
-        if self._group.rank == 0:
-            self._steps.request_change()
-        while not self._is_in_force.wait(POLL_S):
-            if self._is_closed.is_set():
-                return False
-        self.num_moved += 1
-        log.info("experts.moved", layer=prefix, member=self._group.seat.member, read=len(coming))
+        else:
+            if self._group.rank == 0:
+                self._steps.request_change()
+            while not self._is_in_force.wait(POLL_S):
+                if self._is_closed.is_set():
+                    return False
+            self.num_moved += len(batch)
+            log.info("experts.moved", layers=", ".join(batch), member=self._group.seat.member, read=read)
+        self._share.num_awaited -= len(batch)
         return True
+
+    def _prepare(self, prefix: str, experts: tuple[int, ...]) -> tuple[LayerShare, ExpertPlacement, dict[int, Any]]:
+        layer, placement = self._share.layers[prefix], ExpertPlacement(experts, self._group.size)
+        return layer, placement, {at: self._read(layer, prefix, expert) for at, expert in layer.missing(placement).items()}
 
     def _read(self, layer: LayerShare, prefix: str, expert: int) -> Any:
         """Raises ConfigError if it cannot take another's place."""
@@ -178,6 +209,28 @@ class Rebalancer:
         with self._group.working("the moving of experts"):
             for key in (*self._keys.pop(number, ()), f"experts/{number}/begin"):
                 self._store.delete_key(key)
+
+
+def batches_of(plan: Mapping[str, ExpertPlacement], now: Mapping[str, ExpertPlacement]) -> list[Batch]:
+    """Layers that move with the same step: as many, in order, as bring no rank more than MOST_COMING experts; one at least."""
+    batches: list[Batch] = []
+    coming: list[int] = []
+    for prefix, new in plan.items():
+        pairs = [zip(new.local(rank), now[prefix].local(rank), strict=True) for rank in range(new.num_ranks)]
+        more = [sum(wanted != held for wanted, held in pair) for pair in pairs]
+        together = [a + b for a, b in zip(coming, more, strict=True)] if batches else [MOST_COMING + 1]
+        if max(together) > MOST_COMING:
+            batches.append({})
+            together = more
+        batches[-1][prefix], coming = new.experts, together
+    return batches
+
+
+def moving_bytes(loaded: LoadedModel) -> int:
+    """What a GPU must have free for experts that come, as its experts are now packed; 0 where none will."""
+    if not loaded.engine.rebalance_interval_s or loaded.device.type != "cuda" or loaded.share is None:
+        return 0
+    return (MOST_COMING + PACKING) * loaded.share.expert_bytes()
 
 
 def new_rebalancer(loaded: LoadedModel, group: Group, steps: GroupSteps, died: Callable[[str], None]) -> Rebalancer | None:

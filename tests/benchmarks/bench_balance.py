@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from engine.parallel.expert_placement import ExpertPlacement, balanced_placement, even_placement, imbalance, rebalanced
-from engine.parallel.rebalance import LEAST_GAIN
+from engine.parallel.rebalance import LEAST_GAIN, MOST_COMING
 from tests.benchmarks.hardware import HARDWARE, SOFTWARE, Hardware, Software
 from tests.benchmarks.scaling_model import table, work_of
 from tests.benchmarks.step_model import Work, decode_parts, experts_s, prefill_parts
@@ -82,7 +82,7 @@ def placements(trace: Trace, layer: int, ranks: int, redundant: int) -> dict[str
     once = balanced_placement(trace.load(layer, 0), ranks, slots)
     held, moving = start, []
     for window in range(windows - 1):
-        held = rebalanced(trace.load(layer, window), held, LEAST_GAIN) or held
+        held = rebalanced(trace.load(layer, window), held, LEAST_GAIN, MOST_COMING) or held
         moving.append(held)
     return {"as numbered": [start] * (windows - 1), "once": [once] * (windows - 1), "each window": moving}
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from engine.model.quantized import QuantizedWeight, quantize_mxfp4
+from engine.model.quantized import QuantizedWeight, Weight, quantize_mxfp4
+from engine.ops.moe_experts.tiles import PackedExperts
 from engine.ops.moe_experts.tiles import pack_experts as pack
+from engine.parallel.packed import check_expert, put_expert
 
 
 def weight(scale: torch.Tensor, value: int = 0x11) -> QuantizedWeight:
@@ -42,6 +44,20 @@ def test_tiles_whose_rows_lie_too_far_apart_are_not_widened() -> None:
     assert widens(scale)
     scale[3] = 105
     assert not widens(scale)
+
+
+def test_an_expert_in_tiles_takes_anothers_place() -> None:
+    def drawn(seeds: tuple[int, ...]) -> PackedExperts:
+        def draw(which: int) -> list[Weight]:
+            return [quantize_mxfp4(torch.randn(160, 160, generator=torch.Generator().manual_seed(3 * seed + which))) for seed in seeds]
+
+        return pack(draw(0), draw(1), draw(2), True)
+
+    mine, one, expected = drawn((0, 1, 2)), drawn((7,)), drawn((0, 7, 2))
+    check_expert(mine, one)
+    put_expert(mine, 1, one)
+    for tiles, wanted in ((mine.w13, expected.w13), (mine.w2, expected.w2)):
+        assert torch.equal(tiles.codes, wanted.codes) and torch.equal(tiles.scale, wanted.scale)
 
 
 def test_unquantised_and_mixed_experts_are_refused() -> None:

@@ -22,7 +22,7 @@ from engine.parallel.experts import Sharing
 from engine.parallel.group import Group
 from engine.parallel.lockstep import GroupSteps
 from engine.parallel.packed import check_expert, put_expert
-from engine.parallel.rebalance import Rebalancer, new_rebalancer
+from engine.parallel.rebalance import MOST_COMING, Rebalancer, batches_of, moving_bytes, new_rebalancer
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
 from tests.support.experts import packed
@@ -136,6 +136,84 @@ def test_a_group_under_skewed_load_moves_experts_while_it_steps(small_checkpoint
     assert all(num_moved >= 4 for _, _, num_moved in results)
     for _, after, _ in results:
         assert max(after) < 1.1  # 1000 and 400 against 10 and 10: two copies of each of the two busy ones
+
+
+@pytest.mark.parametrize(("tokens", "has_room"), [(100, True), (5000, False)])
+def test_experts_stay_where_few_tokens_were_counted_and_where_a_rank_has_no_room(
+    small_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tokens: int, has_room: bool
+) -> None:
+    """Rank 1 is out of memory when it is to read: both go on with what they have, and nobody dies."""
+
+    def rank(group: Group) -> tuple[bool, int, int, set[tuple[int, ...]]]:
+        steps = GroupSteps(group, max, SystemClock())
+        steps.start(lambda: None, pytest.fail)
+        loaded = LoadedModel.load(small_checkpoint, ENGINE, Sharing(group=group, max_tokens=64, is_latency_bound=True))
+        share, rebalancer = loaded.share, new_rebalancer(loaded, group, steps, pytest.fail)
+        assert share is not None and rebalancer is not None
+        if group.rank and not has_room:
+            monkeypatch.setattr(rebalancer, "_read", out_of_memory)
+        for layer in range(4):
+            share.layers[f"layers.{layer}.ffn"].choice.load += torch.tensor([tokens, tokens // 2, 1, 1])
+        is_going_on = rebalancer._round(0)
+        group.barrier()
+        steps.close()
+        return is_going_on, rebalancer.num_moved, share.num_awaited, {layer.placement.experts for layer in share.layers.values()}
+
+    def out_of_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    assert run_group(2, rank) == [(True, 0, 0, {(0, 1, 2, 3)})] * 2
+
+
+def test_layers_move_together_as_long_as_no_rank_reads_too_many_experts() -> None:
+    count = 4 * MOST_COMING
+    now = ExpertPlacement(tuple(range(2 * count)), 2)
+
+    def exchanged(number: int) -> ExpertPlacement:
+        experts = list(range(2 * count))
+        experts[:number], experts[count : count + number] = experts[count : count + number], experts[:number]
+        return ExpertPlacement(tuple(experts), 2)
+
+    plan = {str(place): exchanged(number) for place, number in enumerate((MOST_COMING - 1, 1, 1, MOST_COMING + 5, 2))}
+    batches = batches_of(plan, dict.fromkeys(plan, now))
+    assert [list(batch) for batch in batches] == [["0", "1"], ["2"], ["3"], ["4"]]
+    assert {prefix: experts for batch in batches for prefix, experts in batch.items()} == {p: new.experts for p, new in plan.items()}
+    assert batches_of({}, {}) == []
+
+
+def test_a_move_writes_into_the_memory_that_graphs_have_captured(small_checkpoint: pathlib.Path) -> None:
+    def rank(group: Group) -> None:
+        loaded = LoadedModel.load(small_checkpoint, ENGINE, Sharing(group=group, max_tokens=64, is_latency_bound=True, num_redundant=2))
+        assert loaded.share is not None
+        layer = loaded.share.layers["layers.1.ffn"]
+        tensors = [layer.choice.table, layer.choice.turns, layer.choice.load, layer.experts.w13, layer.experts.w2]
+        before, addresses = [one.clone() for one in tensors], [one.data_ptr() for one in tensors]
+        placement = random_placement(random.Random(1), 4, 2, 3)
+        rows = ([loaded.everything[f"layers.1.ffn.experts.{expert}.{name}.weight"]] for expert in range(4) for name in ("w1", "w2", "w3"))
+        every = list(rows)
+        coming = {
+            place: loaded.ops.pack["moe_experts"](*every[3 * expert : 3 * expert + 3], True)
+            for place, expert in layer.missing(placement).items()
+        }
+        layer.move(placement, coming)
+        now = [layer.choice.table, layer.choice.turns, layer.choice.load, layer.experts.w13, layer.experts.w2]
+        assert coming and [one.data_ptr() for one in now] == addresses
+        assert [torch.equal(a, b) for a, b in zip(now, before, strict=True)] == [False, False, True, False, False]
+
+    run_group(2, rank)
+
+
+def test_a_gpu_keeps_room_for_experts_that_come(small_checkpoint: pathlib.Path) -> None:
+    def rank(group: Group) -> None:
+        loaded = LoadedModel.load(small_checkpoint, ENGINE, Sharing(group=group, max_tokens=64, is_latency_bound=True))
+        assert loaded.share is not None
+        one = loaded.share.layers["layers.0.ffn"].experts
+        assert moving_bytes(loaded) == 0  # on a CPU
+        on_gpu = dataclasses.replace(loaded, device=torch.device("cuda"))
+        assert moving_bytes(on_gpu) > MOST_COMING * (one.w13[0].nbytes + one.w2[0].nbytes)
+        assert moving_bytes(dataclasses.replace(on_gpu, engine=dataclasses.replace(ENGINE, rebalance_interval_s=0.0))) == 0
+
+    run_group(2, rank)
 
 
 def test_an_expert_takes_anothers_place_and_leaves_the_rest_alone() -> None:
