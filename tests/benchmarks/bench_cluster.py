@@ -1,7 +1,8 @@
 """Start a cluster from its file, load it at rising concurrency, take it down: tables, plot and every request's times in one folder.
 
 python -m tests.benchmarks.bench_cluster --out FOLDER [--file deploy/clusters/h200_flash_1p1d.yaml] [--routing even]
-    [--shapes 8192x1024,4096x1024] [--concurrency 1,4,16,64,128,256] [--requests 2] [--budget-s 540] [--keep] [--tiny] [KEY=VALUE ...]
+    [--shapes 8192x1024,4096x1024] [--concurrency 1,4,16,64,128,256] [--requests 2] [--budget-s 540] [--keep] [--tiny]
+    [--skew 0.6] [--around-moves] [KEY=VALUE ...]
 
 A shape is prompt tokens x output tokens, exact, `ignore_eos`. At each concurrency so many clients send `--requests` each, one after the
 other; where that would be more than FEW_REQUESTS in all they share those, but each sends one. No point is begun that would end after
@@ -14,7 +15,9 @@ With `load: dummy`, `--routing` says how experts are chosen:
     even     by token id in all layers, each expert as likely
     skewed   by token id in all layers, the n-th most popular expert with weight n^-SKEW
 
-What moving experts brings: `--routing skewed engine.rebalance_interval_s=10`, beside the same without.
+What moving experts brings: `--routing skewed --around-moves engine.rebalance_interval_s=45`. Each point is then measured three
+times: twice at once, and when experts have moved, until when there are small loads that are not counted. An interval (which begins with the
+first request) that ends in the second time makes the first one of experts that have not moved; the report says when they did.
 
 `--tiny` is the same run on CPUs of this machine, with a model of the same structure and a few layers: that the way there works.
 
@@ -46,8 +49,9 @@ from tests.benchmarks.tiny_cluster import tiny_overrides
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FEW_REQUESTS = 128
-SKEW = 0.6
-"""As bench_balance."""
+STAGES = ("before experts move", "while they move", "after")
+SETTLE_S = 120.0
+"""For experts to move in."""
 TOLD = ("engine.memory", "engine.op ", "graphs.captured", "rank.ready", "experts.")
 """Lines of the ranks' logs that belong into the record of a start."""
 
@@ -82,7 +86,7 @@ class Bench:
             (hashed / "config.json").write_text(json.dumps(config | {"num_hash_layers": config["num_hidden_layers"]}))
             found.append(f"model.path={hashed}")
         if self.options.routing == "skewed":
-            found.append(f"engine.dummy_skew={SKEW}")
+            found.append(f"engine.dummy_skew={self.options.skew}")
         return [*found, *self.options.overrides]
 
     # -- the cluster -----------------------------------------------------------------------------------------------------------
@@ -143,28 +147,36 @@ class Bench:
         )
 
     def run(self) -> None:
-        points = [(shape, clients) for shape in self.options.shapes for clients in self.options.concurrency]
-        done = {(tuple(point["shape"]), point["clients"]) for point in self.record["points"]}
+        stages = STAGES if self.options.around_moves else ("",)
+        points = [(shape, clients, stage) for shape in self.options.shapes for clients in self.options.concurrency for stage in stages]
+        done = {(tuple(point["shape"]), point["clients"], point["stage"]) for point in self.record["points"]}
         began, last = time.monotonic(), 0.0
         asyncio.run(run_load(self.workload(256, 16), 4, 0, concurrency=2))  # not counted
-        for (prompt, output), clients in points:
-            if ((prompt, output), clients) in done:
+        for (prompt, output), clients, stage in points:
+            if ((prompt, output), clients, stage) in done:
                 continue
+            self.wait_for(stage)
             if self.record["points"] and time.monotonic() - began + 1.5 * last > self.options.budget_s:
                 print(f"out of time before {prompt} x {output} with {clients} clients; call again with the same folder", flush=True)
                 break
             started = time.monotonic()
-            self.record["points"].append(self.point(prompt, output, clients))
+            self.record["points"].append(self.point(prompt, output, clients, stage))
             last = time.monotonic() - started
             self.save()
 
-    def point(self, prompt: int, output: int, clients: int) -> dict[str, Any]:
+    def wait_for(self, stage: str) -> None:
+        """Experts move with steps, and by what they had to do: there is a small load until then."""
+        end = time.monotonic() + SETTLE_S
+        while stage == STAGES[2] and time.monotonic() < end and not cluster_metrics.read(self.folder.path).is_settled:
+            asyncio.run(run_load(self.workload(256, 16), 8, int(time.monotonic()), concurrency=4))
+
+    def point(self, prompt: int, output: int, clients: int, stage: str) -> dict[str, Any]:
         load, seed = self.workload(prompt, output), 10_000 * len(self.record["points"]) + 1
         number = max(clients, min(self.options.requests * clients, FEW_REQUESTS))
         before = cluster_metrics.read(self.folder.path)
         outcomes, seconds = asyncio.run(run_load(load, number, seed, concurrency=clients))
         after = cluster_metrics.read(self.folder.path)
-        name = f"{prompt} x {output}, {clients}"
+        name = f"{prompt} x {output}, {clients}" + (f", {stage}" if stage else "")
         row = summarise(name, outcomes, seconds, 1e9, 1e9, self.gpus)
         del row["goodput req/s"]
         print(table([row]), flush=True)
@@ -173,7 +185,7 @@ class Bench:
         self.times.append([_compact(outcome) for outcome in outcomes])
         sizes = {role: self.spec.ranks_per_replica(role) for role in ("prefill", "decode")}
         return {
-            "shape": [prompt, output], "clients": clients, "seconds": seconds, "row": row,
+            "shape": [prompt, output], "clients": clients, "stage": stage, "seconds": seconds, "row": row,
             "stages": cluster_metrics.stages_between(before, after),
             "routing": cluster_metrics.routing_between(before, after, sizes),
             "waiting": cluster_metrics.waits_between(before, after, seconds),
@@ -215,6 +227,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--file", type=pathlib.Path, default=ROOT / "deploy/clusters/h200_flash_1p1d.yaml")
     parser.add_argument("--home", type=pathlib.Path, default=ROOT / ".baton", help="where the cluster keeps its folder")
     parser.add_argument("--routing", choices=["even", "skewed", "scored"], default="even")
+    parser.add_argument("--skew", type=float, default=0.6, help="of --routing skewed; as bench_balance")
+    parser.add_argument("--around-moves", action="store_true", help="each point before, while and after experts move")
     parser.add_argument("--shapes", type=pairs, default=[(8192, 1024), (4096, 1024)], metavar="INxOUT,...")
     parser.add_argument("--concurrency", type=ints, default=[1, 4, 16, 64, 128, 256])
     parser.add_argument("--requests", type=int, default=2, help="of each client")

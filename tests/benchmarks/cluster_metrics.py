@@ -7,6 +7,7 @@ import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,10 +26,17 @@ class Reading:
     """Role -> counts over all of its ranks; empty without groups."""
     waited_s: Mapping[str, float]
     """Rank -> seconds in which it had work and waited for its peers between steps."""
-    imbalance: Mapping[str, float]
-    """Role -> what its ranks say: the busiest rank over the mean, of all their tokens, where experts are now; mean over layers."""
+    imbalance: Mapping[str, Mapping[str, float]]
+    """Role -> layer -> what its ranks say: the busiest rank over the mean, of all their tokens, where experts are now; mean over ranks."""
     moves: Mapping[str, float]
     """Role -> placements of layers since the first, on each rank."""
+    awaited: Mapping[str, float]
+    """Role -> layers whose next placement is decided and not in force, on the rank that has most."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether experts have moved, and none is about to."""
+        return sum(self.moves.values()) > 0 and not any(self.awaited.values())
 
 
 def read(folder: pathlib.Path) -> Reading:
@@ -36,7 +44,8 @@ def read(folder: pathlib.Path) -> Reading:
     stages: collections.Counter[str] = collections.Counter()
     tokens: dict[str, collections.Counter[tuple[str, str]]] = collections.defaultdict(collections.Counter)
     waited: dict[str, float] = {}
-    uneven: dict[str, list[float]] = collections.defaultdict(list)
+    uneven: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    awaited: dict[str, float] = collections.defaultdict(float)
     moves: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
     for role, member, address in _targets(folder):
         text = httpx.get(f"http://{address}/metrics", trust_env=False, timeout=60).text
@@ -49,12 +58,15 @@ def read(folder: pathlib.Path) -> Reading:
                 elif sample.name == f"baton_{role}_group_wait_seconds":
                     waited[member] = sample.value
                 elif sample.name == f"baton_{role}_expert_imbalance":
-                    uneven[role].append(sample.value)
+                    uneven[role][sample.labels["layer"]].append(sample.value)
+                elif sample.name == f"baton_{role}_expert_moves_awaited":
+                    awaited[role] = max(awaited[role], sample.value)
                 elif sample.name == f"baton_{role}_expert_moves_total":
                     moves[role][member] += sample.value
     counts = {role: dict(found) for role, found in tokens.items()}
-    imbalance = {role: _mean(values) for role, values in uneven.items()}
-    return Reading(dict(stages), counts, waited, imbalance, {role: max(found.values()) for role, found in moves.items()})
+    imbalance = {role: {layer: _mean(values) for layer, values in found.items()} for role, found in uneven.items()}
+    most_moves = {role: max(found.values()) for role, found in moves.items()}
+    return Reading(dict(stages), counts, waited, imbalance, most_moves, dict(awaited))
 
 
 def _targets(folder: pathlib.Path) -> Iterator[tuple[str, str, str]]:
@@ -69,8 +81,13 @@ def stages_between(before: Reading, after: Reading) -> dict[str, float]:
     return {stage: total - before.stages.get(stage, 0.0) for stage, total in after.stages.items()}
 
 
-def routing_between(before: Reading, after: Reading, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """How evenly experts were used, by role: means over layers. `ranks`: of a group of each role.
+Routing = dict[str, Any]
+"""`layers`: by layer as well as in the mean."""
+MEASURES = ("busiest expert", "busiest rank", "as placed", "used")
+
+
+def routing_between(before: Reading, after: Reading, ranks: Mapping[str, int]) -> dict[str, Routing]:
+    """How evenly experts were used, by role: of each layer, and means over layers. `ranks`: of a group of each role.
 
     busiest expert    its tokens over the mean
     busiest rank      the tokens of its experts over the mean, where each rank holds the experts that it started with
@@ -80,22 +97,23 @@ def routing_between(before: Reading, after: Reading, ranks: Mapping[str, int]) -
     """
     found = {}
     for role, counts in after.expert_tokens.items():
-        layers: dict[str, list[float]] = collections.defaultdict(list)
+        rows: dict[str, list[float]] = collections.defaultdict(list)
         for (layer, expert), total in sorted(counts.items(), key=lambda item: int(item[0][1])):
-            layers[layer].append(total - before.expert_tokens.get(role, {}).get((layer, expert), 0.0))
-        busy = [row for row in layers.values() if sum(row)]
+            rows[layer].append(total - before.expert_tokens.get(role, {}).get((layer, expert), 0.0))
+        busy = {layer: row for layer, row in rows.items() if sum(row)}
         if not busy:
             continue
-        size = ranks[role]
-        shares = [[sum(row[rank * len(row) // size : (rank + 1) * len(row) // size]) for rank in range(size)] for row in busy]
-        found[role] = {
-            "busiest expert": _mean([max(row) * len(row) / sum(row) for row in busy]),
-            "busiest rank": _mean([max(share) * size / sum(share) for share in shares]),
-            "as placed": after.imbalance.get(role, 1.0),
-            "used": _mean([sum(count > 0 for count in row) / len(row) for row in busy]),
-            "moves": after.moves.get(role, 0.0) - before.moves.get(role, 0.0),
-        }
+        layers = {layer: _evenness(row, ranks[role], after.imbalance.get(role, {}).get(layer, 1.0)) for layer, row in busy.items()}
+        means = {name: _mean([one[name] for one in layers.values()]) for name in MEASURES}
+        found[role] = means | {"moves": after.moves.get(role, 0.0) - before.moves.get(role, 0.0), "layers": layers}
     return found
+
+
+def _evenness(row: list[float], size: int, as_placed: float) -> dict[str, float]:
+    """Of a layer's tokens by expert."""
+    shares = [sum(row[rank * len(row) // size : (rank + 1) * len(row) // size]) for rank in range(size)]
+    figures = max(row) * len(row) / sum(row), max(shares) * size / sum(shares), as_placed, sum(count > 0 for count in row) / len(row)
+    return dict(zip(MEASURES, figures, strict=True))
 
 
 def waits_between(before: Reading, after: Reading, seconds: float) -> dict[str, float]:

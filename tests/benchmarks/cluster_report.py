@@ -33,16 +33,19 @@ def report(record: dict[str, Any], routing: str) -> str:
         "",
         table([point["row"] for point in points]),
         "",
-        "How evenly experts were used, means over layers; the largest share of time that a rank waited for its peers between steps:",
+        'How evenly experts were used, mean over layers (largest); "at first" is where each rank holds the experts that it started with, '
+        '"as placed" are all tokens so far where the experts are now. And the largest share of time that a rank waited for its peers '
+        "between steps:",
         "",
-        "| load | role | busiest expert / mean | busiest rank / mean | as placed now | moves | experts used | waiting |",
+        "| load | role | busiest expert / mean | busiest rank / mean, at first | as placed | layers moved | experts used | waiting |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
         for role, found in point["routing"].items():
             waiting = max(share for rank, share in point["waiting"].items() if rank.startswith(role))
-            shares = f"{found['busiest expert']:.2f} | {found['busiest rank']:.3f} | {found['as placed']:.3f} | {found['moves']:g}"
-            shares += f" | {found['used']:.1%} | {waiting:.1%}"
+            most = {name: max(one[name] for one in found["layers"].values()) for name in ("busiest expert", "busiest rank", "as placed")}
+            shares = " | ".join(f"{found[name]:.3f} ({value:.3f})" for name, value in most.items())
+            shares += f" | {found['moves']:g} | {found['used']:.1%} | {waiting:.1%}"
             lines.append(f"| {point['row']['load']} | {role} | {shares} |")
     lines += ["", "Share of request time by stage (routers' histograms):", ""]
     lines += [stage_table([point["stages"] for point in points], [point["row"]["load"] for point in points])]

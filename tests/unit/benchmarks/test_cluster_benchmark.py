@@ -8,22 +8,31 @@ import pathlib
 
 import pytest
 
-from tests.benchmarks.bench_cluster import SKEW, Bench
-from tests.benchmarks.bench_serving import Outcome, summarise
+from tests.benchmarks import cluster_metrics
+from tests.benchmarks.bench_cluster import STAGES, Bench
+from tests.benchmarks.bench_serving import Outcome, Workload, summarise
 from tests.benchmarks.cluster_metrics import Reading, routing_between, waits_between
 from tests.benchmarks.cluster_report import plot, report
 
+SKEW = 0.75
 
-def reading(counts: list[int], waited: float, moves: float = 0.0) -> Reading:
+
+def reading(counts: list[int], waited: float, moves: float = 0.0, awaited: float = 0.0) -> Reading:
     tokens = {("layers.0", str(expert)): float(count) for expert, count in enumerate(counts)}
-    return Reading({}, {"decode": tokens | {("mtp.0", "0"): 0.0}}, {"decode/0.0": waited}, {"decode": 1.25}, {"decode": moves})
+    return Reading(
+        {},
+        {"decode": tokens | {("mtp.0", "0"): 0.0}},
+        {"decode/0.0": waited},
+        {"decode": {"layers.0": 1.25}},
+        {"decode": moves},
+        {"decode": awaited},
+    )
 
 
 def test_routing_is_that_of_the_time_between_two_readings() -> None:
     before, after = reading([100, 0, 0, 0], 1.0), reading([106, 2, 0, 4], 3.0, 2.0)
-    assert routing_between(before, after, {"decode": 2}) == {
-        "decode": {"busiest expert": 6 / 3, "busiest rank": pytest.approx(8 / 6), "as placed": 1.25, "used": 3 / 4, "moves": 2.0}
-    }
+    layer = {"busiest expert": 6 / 3, "busiest rank": pytest.approx(8 / 6), "as placed": 1.25, "used": 3 / 4}
+    assert routing_between(before, after, {"decode": 2}) == {"decode": layer | {"moves": 2.0, "layers": {"layers.0": layer}}}
     assert waits_between(before, after, 10.0) == {"decode/0.0": pytest.approx(0.2)}
     assert routing_between(before, before, {"decode": 2}) == {}
 
@@ -37,7 +46,7 @@ def test_rates_are_a_users_and_a_devices() -> None:
 
 def options(out: pathlib.Path, routing: str) -> argparse.Namespace:
     file = pathlib.Path(__file__).resolve().parents[3] / "deploy/clusters/h200_flash_1p1d.yaml"
-    return argparse.Namespace(out=out, file=file, home=out / "home", routing=routing, tiny=True, overrides=["router.port=8123"])
+    return argparse.Namespace(out=out, file=file, home=out / "home", routing=routing, tiny=True, skew=SKEW, overrides=["router.port=8123"])
 
 
 @pytest.mark.parametrize(("routing", "skew", "hashed"), [("scored", 0.0, 2), ("even", 0.0, 4), ("skewed", SKEW, 4)])
@@ -48,12 +57,29 @@ def test_a_routing_is_a_choice_of_layers_and_of_skew(tmp_path: pathlib.Path, rou
     assert json.loads((bench.spec.model_path / "config.json").read_text())["num_hash_layers"] == hashed
 
 
+def test_a_point_after_experts_have_moved_waits_under_small_loads(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(options(tmp_path, "skewed"))
+    found = [reading([1], 0.0, moves, awaited) for moves, awaited in ((0, 0), (0, 3), (2, 1), (3, 0), (3, 1))]
+    loads: list[int] = []
+
+    async def run_load(load: Workload, count: int, seed: int, *, concurrency: int) -> None:
+        loads.append(load.output_len)
+
+    monkeypatch.setattr(cluster_metrics, "read", lambda folder: found.pop(0))
+    monkeypatch.setattr("tests.benchmarks.bench_cluster.run_load", run_load)
+    seen = []
+    for stage in STAGES:
+        bench.wait_for(stage)
+        seen.append((len(loads), len(found)))
+    assert seen == [(0, 5), (0, 5), (3, 1)]
+
+
 def test_a_record_becomes_a_page_and_a_plot(tmp_path: pathlib.Path) -> None:
     row = summarise("8 x 4, 1", [Outcome(0.0, 8, [0.5, 0.6, 0.7], 0.7)], 1.0, 1e9, 1e9, num_gpus=4)
     routing = routing_between(reading([0, 0, 0, 0], 0.0), reading([1, 1, 1, 1], 0.5), {"decode": 2})
     point = {"shape": [8, 4], "clients": 1, "row": row, "stages": {"decode": 1.0}, "routing": routing, "waiting": {"decode/0.0": 0.05}}
     said = {"command": "x", "commit": "c", "hardware": "h", "date": "d", "file": "f.yaml", "devices": 4, "start s": 1.0}
     page = report(said | {"points": [point]}, "even")
-    assert "| 8 x 4, 1 | decode | 1.00 | 1.000 | 1.250 | 0 | 100.0% | 5.0% |" in page
+    assert "| 8 x 4, 1 | decode | 1.000 (1.000) | 1.000 (1.000) | 1.250 (1.250) | 0 | 100.0% | 5.0% |" in page
     plot(tmp_path / "even.png", said | {"points": [point]}, "even")
     assert (tmp_path / "even.png").stat().st_size > 1000
