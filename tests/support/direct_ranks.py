@@ -23,7 +23,7 @@ import torch
 
 from core.errors import GroupLost
 from engine.ops.exchange_unpack import places_here
-from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.expert_exchange import ExchangeShape, triton_direct
 from engine.ops.expert_exchange.direct import DirectExchange, Inbox
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, balanced_placement
 from engine.parallel.group import Limits, Seat
@@ -31,8 +31,10 @@ from engine.parallel.group import Limits, Seat
 COUNTS = (1, 3, 2, 0, 5, 1)
 """Tokens of each rank, step by step."""
 EXPERTS, TOP_K, MOST = 8, 3, 5
-PATIENCE = 50
-"""Looks before the silent rank is given up."""
+LOOKS = 16
+"""At an inbox, for a tick: the interpreter takes its time for each."""
+PATIENCE = 3
+"""Ticks before the silent rank is given up."""
 
 
 class Ranks:
@@ -145,6 +147,7 @@ def main() -> None:
     everything = torch.frombuffer(shared, dtype=torch.uint8)
     everything.fill_(255)
     addresses = [everything.data_ptr() + rank * size for rank in range(ranks)]
+    triton_direct.LOOKS = LOOKS
     fork = multiprocessing.get_context("fork")
     said = fork.SimpleQueue()
     all_here = fork.Barrier(ranks)

@@ -12,6 +12,7 @@ stream than before has it wait for that one.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from core.errors import ConfigError, GroupLost
 from core.log import get_logger
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.expert_exchange.gather import GatherExchange, PaddedGatherExchange
-from engine.ops.expert_exchange.triton_direct import TOLD, combine, dispatch
+from engine.ops.expert_exchange.triton_direct import TICK_BITS, TOLD, combine, dispatch
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import SlotChoice, even_placement
 from engine.parallel.group import Group
@@ -34,8 +35,11 @@ MOST_TOKENS = 256
 """Of a rank. Beyond, kernels that wait would keep others' from running for longer than NCCL takes."""
 MOST_EXPERTS = 16
 """Of a token."""
-LOOKS_A_SECOND = 4_000_000
-"""At an inbox, at most: a rank waits at least as long as it may."""
+
+
+def ticks_of(seconds: float) -> int:
+    """So many ticks of the GPU's clock at least: it may be about to tick when the wait begins."""
+    return math.ceil(seconds * 1e9 / 2**TICK_BITS.value) + 1
 
 
 class Inbox:
@@ -87,7 +91,7 @@ class DirectExchange:
         self._lost = [torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)]
         """What dispatches say, and what combines say; each reads the other's."""
         self._told = torch.zeros(TOLD, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._patience = min(int(group.limits.step_s * LOOKS_A_SECOND), 2**31 - 1)
+        self._patience = ticks_of(group.limits.step_s)
         group.when_lost(self.give_up)
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:

@@ -24,9 +24,9 @@ The number of tokens may change from one exchange to the next, and be 0: an exch
 send all they have to send before they wait, and there are never more than fit on the GPU at once, so none waits for one that has no
 room.
 
-A rank waits for so many looks at the inbox (`patience`), or until the host says in `told` that the group is lost. Then it says so itself,
-what it makes is NaN, and it sends nothing any more, so that no rank takes what it made of a missing word for a result. A kernel that is
-under way says so in `now`, and the next one finds it in `before`, which does not change while that one runs: all threads see the
+A rank waits for so long (`patience`, in ticks of the GPU's clock), or until the host says in `told` that the group is lost. Then it says so
+itself, what it makes is NaN, and it sends nothing any more, so that no rank takes what it made of a missing word for a result. A kernel
+that is under way says so in `now`, and the next one finds it in `before`, which does not change while that one runs: all threads see the
 same. For the same reason words are looked at in blocks that leave no two threads with the same word, and the outcome is that of all.
 """
 
@@ -36,12 +36,18 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.ops.triton_rounding import INTERPRETED
+
 PART = 512
 """Words of a row that a program moves at a time."""
 MOST_PROGRAMS = 256
 """Of a kernel: fewer than two a multiprocessor on the smallest GPU (132 of them), where four find room."""
 LOOKS = 1024
-"""Between two looks at what the host says, which is across PCIe."""
+"""At an inbox, between two at the clock and at what the host says, which is across PCIe."""
+THREADS = tl.constexpr(128)
+"""Of a program."""
+TICK_BITS = tl.constexpr(20)
+"""A tick is 2^20 ns, about a millisecond."""
 TOLD = 512
 """Words in which the host says it, all alike."""
 LEAST_BLOCK = 256
@@ -57,17 +63,34 @@ def _boxes(inboxes_ptr, offset, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, k
 
 
 @triton.jit
+def _ticks(looks, LOOKS: tl.constexpr):
+    """What the clock says, int64 and never 0: the latest that a thread has read, so that all have the same. The interpreter, which knows no
+    assembly, counts looks."""
+    if INTERPRETED:
+        ticks = (looks // LOOKS).to(tl.int64)
+    else:
+        thread = tl.arange(0, THREADS)
+        read = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l,r", [thread], dtype=tl.int64, is_pure=False, pack=1)
+        ticks = tl.max(read) >> TICK_BITS
+    return ticks
+
+
+@triton.jit
 def _take(pointers, mask, now_ptr, told_ptr, patience, LOOKS: tl.constexpr, TOLD: tl.constexpr):
     """What is at `pointers` as soon as all of it is there, which is EMPTY afterwards."""
     words = tl.load(pointers, mask=mask, other=0, volatile=True)
     missing = tl.max((words == -1).to(tl.int32))
+    looks = tl.full([], 0, tl.int32)
+    began = tl.full([], 0, tl.int64)
     while (missing > 0) & (patience > 0):
         words = tl.load(pointers, mask=mask, other=0, volatile=True)
         missing = tl.max((words == -1).to(tl.int32))
-        patience -= 1
-        if patience % LOOKS == 0:
+        looks += 1
+        if looks % LOOKS == 0:
+            now = _ticks(looks, LOOKS)
+            began = tl.where(began == 0, now, began)
             told = tl.max(tl.load(told_ptr + tl.arange(0, TOLD), volatile=True))
-            patience = tl.where(told != 0, 0, patience)
+            patience = tl.where((told != 0) | (now - began >= patience), 0, patience)
     if missing > 0:
         tl.store(now_ptr, 1)
         tl.store(told_ptr, 1)

@@ -38,6 +38,17 @@ def test_tokens_arrive_and_sums_return_while_ranks_run_apart_until_one_falls_sil
     assert told == {rank: (f"decode/0.{rank}: a rank of its group did not send its tokens or sums in time", True) for rank in (0, 2)}
 
 
+@pytest.mark.parametrize("seconds", [0.001, 0.5, 20.0, 3600.0])
+def test_a_rank_waits_as_long_as_it_may_and_hardly_longer(seconds: float) -> None:
+    pytest.importorskip("triton")
+    from engine.ops.expert_exchange.direct import ticks_of
+    from engine.ops.expert_exchange.triton_direct import TICK_BITS
+
+    ticks, tick_s = ticks_of(seconds), 2**TICK_BITS.value / 1e9
+    shortest, longest = (ticks - 1) * tick_s, (ticks + 1) * tick_s  # by when the clock ticks
+    assert seconds <= shortest and longest <= seconds + 0.004
+
+
 class Driver:
     """libcuda of one rank: memory of rank r lies at r << 32 for itself, and 1 << 60 further for others. A context is current in the thread
     that makes this, and in no other."""
