@@ -54,7 +54,7 @@ class MoE:
             routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
         else:
             arrived = self._share.dispatch(x, ids, weights, positions)
-            rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit)
+            rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit, arrived.sum_dtype)
             routed = self._share.exchange.combine(rows, arrived)
         return routed, shared()
 

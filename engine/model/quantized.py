@@ -47,6 +47,22 @@ class QuantizedWeight:
         return dequantize_fp8(self.data, self.scale, dtype) if self.kind == "fp8" else dequantize_mxfp4(self.data, self.scale, dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Activations as FP8 products take them; rows may lie apart."""
+
+    codes: torch.Tensor
+    """float8_e4m3fn [T, K], K a multiple of 128."""
+    scale: torch.Tensor
+    """float32 [T, K / 128], powers of two."""
+    dtype: torch.dtype
+    """Of the rows before."""
+
+    def double(self) -> torch.Tensor:
+        """float64 [T, K]."""
+        return (self.codes.double().unflatten(-1, (-1, FP8_BLOCK)) * self.scale[..., None]).flatten(-2)
+
+
 Weight = torch.Tensor | QuantizedWeight
 """A matrix as the checkpoint holds it."""
 

@@ -155,6 +155,20 @@ class Group:
             self.backend(rows.device).alltoall_base(out, rows.contiguous(), list(received), list(sent)).wait()
         return out
 
+    def swap(self, parts: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """parts[r] goes to rank r, into[r] comes from it, for all ranks but this one, whose own entries are left alone. All contiguous."""
+        backend = self.backend(parts[0].device)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        with self.working("the exchange of parts"):
+            if parts[0].is_cuda:
+                nothing = parts[0].new_empty(0)  # neither sent nor waited for
+                sent, received = ([one[rank] if rank in others else nothing for rank in range(self.size)] for one in (parts, into))
+                backend.alltoall(received, sent).wait()
+            else:
+                works = [backend.recv([into[rank]], rank, 0) for rank in others] + [backend.send([parts[rank]], rank, 0) for rank in others]
+                for work in works:
+                    work.wait()
+
     def gather_bytes(self, name: str, mine: bytes) -> list[bytes]:
         """Everybody's, in the order of ranks; for the opening of things, over the store."""
         self._gathered += 1

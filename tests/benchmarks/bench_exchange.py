@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
+from engine.ops.exchange_pack_fp8 import row_words
 from engine.ops.expert_exchange import ExchangeShape, ExpertExchange
 from engine.ops.expert_exchange.gather import GatherExchange
 from engine.ops.registry import bind, get_op, load_backend
@@ -67,24 +68,26 @@ def ours(exchange: ExpertExchange, load: Load, group: Group, device: torch.devic
     choice = SlotChoice(even_placement(load.experts, group.size), group.rank, device)
     exchange.rows = load.tokens
     first = exchange.dispatch(x, ids, weights, positions, choice)
-    rows = first.x.float()
+    rows = torch.ones(len(first.ids), load.hidden, dtype=first.sum_dtype, device=device)
     exchange.combine(rows, first)
     return lambda: exchange.combine(rows, exchange.dispatch(x, ids, weights, positions, choice))
 
 
 def bare_collectives(load: Load, group: Group, device: torch.device) -> Callable[[], object]:
-    """What `gather` sends: tokens and labels to all ranks, in two calls for prompts, and float32 sums back."""
+    """What `gather` sends: tokens with their labels to all ranks, float32 sums back; of prompts in FP8, and sums to be added in bf16."""
     backend, size = group.backend(device), group.size
-    parts = [2 * load.hidden + 8 * load.top_k] if load.is_decode else [2 * load.hidden, 8 * load.top_k]
-    sent = [torch.zeros(load.tokens, width, dtype=torch.uint8, device=device) for width in parts]
-    got = [torch.empty(size * load.tokens, width, dtype=torch.uint8, device=device) for width in parts]
-    rows = torch.zeros(size * load.tokens, load.hidden, device=device)
-    sums = torch.empty(load.tokens, load.hidden, device=device)
+    width = 2 * load.hidden + 8 * load.top_k if load.is_decode else 4 * row_words(load.hidden, load.top_k)
+    sent = torch.zeros(load.tokens, width, dtype=torch.uint8, device=device)
+    got = torch.empty(size * load.tokens, width, dtype=torch.uint8, device=device)
+    rows = torch.zeros(size, load.tokens, load.hidden, device=device, dtype=torch.float32 if load.is_decode else torch.bfloat16)
+    sums = torch.empty_like(rows[0] if load.is_decode else rows)
 
     def call() -> None:
-        for mine, everybodys in zip(sent, got, strict=True):
-            backend._allgather_base(everybodys, mine).wait()
-        backend._reduce_scatter_base(sums, rows).wait()
+        backend._allgather_base(got, sent).wait()
+        if load.is_decode:
+            backend._reduce_scatter_base(sums, rows.flatten(0, 1)).wait()
+        else:
+            group.swap(rows.unbind(), sums.unbind())
 
     return call
 

@@ -111,7 +111,7 @@ class Bench:
         x = torch.randn(self.batch, model.hidden_size, generator=generator).to(self.loaded.device, torch.bfloat16)
         positions = torch.arange(self.batch, device=x.device)
         rows = layers[0].dispatch(x, ids, weights, positions)
-        sums = rows.x.float()
+        sums = torch.ones(len(rows.ids), model.hidden_size, dtype=rows.sum_dtype, device=x.device)
         layers[0].exchange.combine(sums, rows)
 
         def run() -> None:

@@ -124,7 +124,7 @@ class StandIn:
 def open_exchange(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
     """As `direct` does where it can."""
     if not shape.is_latency_bound:
-        return PaddedGatherExchange(group, shape)
+        return PaddedGatherExchange(group, shape, ops)
     return DirectExchange(group, shape, [0] * group.size, torch.device("cpu"), GatherExchange(group, shape, ops), None)
 
 

@@ -84,7 +84,7 @@ def work(rank: int, rendezvous: str, cases: list[Case]) -> None:
                 exchange: Any = exchange, x: torch.Tensor = x, ids: torch.Tensor = ids, weights: torch.Tensor = weights
             ) -> torch.Tensor:
                 arrived = exchange.dispatch(x, ids, weights, torch.arange(len(x), device=device), choice)
-                rows = run_experts(arrived.x, arrived.ids, arrived.weights, here, LIMIT)
+                rows = run_experts(arrived.x, arrived.ids, arrived.weights, here, LIMIT, arrived.sum_dtype)
                 return exchange.combine(rows, arrived)  # type: ignore[no-any-return]
 
             alone = run_experts(x, ids, weights, everything, LIMIT) if len(x) else x.float()

@@ -4,7 +4,7 @@ The op opens an exchange; every MoE layer of the rank then uses it, all ranks in
 
     exchange = ops.expert_exchange(group, shape, ops)
     arrived = exchange.dispatch(x, ids, weights, positions, choice)          # my tokens out, everybody's tokens for my experts in
-    rows = ops.moe_experts(arrived.x, arrived.ids, arrived.weights, experts, limit)
+    rows = ops.moe_experts(arrived.x, arrived.ids, arrived.weights, experts, limit, arrived.sum_dtype)
     routed = exchange.combine(rows, arrived)                                 # float32 [T, d], as one rank with all experts has it
 
 Routing is decided at home, for hash layers from the home's token ids, so that token ids never travel. A rank without tokens calls
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from engine.model.quantized import QuantizedRows
 from engine.ops import requires
 from engine.ops.registry import BoundOps, Impl, Op
 from engine.parallel.expert_placement import SlotChoice
@@ -41,14 +42,16 @@ class ExchangeShape:
 class Arrived:
     """Rows for the experts of this rank."""
 
-    x: torch.Tensor
-    """[R, d], in the sender's dtype."""
+    x: torch.Tensor | QuantizedRows
+    """[R, d], in the sender's dtype, or quantised from it."""
     ids: torch.Tensor
     """int64 [R, j]: places of experts on this rank, from 0; -1 is none."""
     weights: torch.Tensor
     """fp32 [R, j]."""
     way_back: Any
     """The backend's own."""
+    sum_dtype: torch.dtype = torch.float32
+    """In which `combine` takes their sums."""
 
 
 class ExpertExchange(Protocol):
@@ -61,7 +64,8 @@ class ExpertExchange(Protocol):
         ...
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        """rows: fp32 [R, d], what `moe_experts` made of `arrived`. Returns fp32 [T, d]: for each token the sum over its experts."""
+        """rows: [R, d] in arrived.sum_dtype, what `moe_experts` made of `arrived`. Returns fp32 [T, d]: for each token the sum over its
+        experts."""
         ...
 
     def check(self) -> None:

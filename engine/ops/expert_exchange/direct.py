@@ -135,6 +135,7 @@ def problem_of(exchange: DirectExchange, rank: int, ranks: int, shape: ExchangeS
     zeros = torch.zeros(1, 1, dtype=torch.int64, device=device)
     choice = SlotChoice(even_placement(ranks, ranks), rank, device)
     arrived = exchange.dispatch((value + rank)[None], zeros, torch.ones(1, 1, device=device), zeros[0], choice)
+    assert isinstance(arrived.x, torch.Tensor), "a decode step's tokens are not quantised"
     sums = exchange.combine(arrived.x.float(), arrived)
     try:
         exchange.check()
@@ -148,7 +149,7 @@ def problem_of(exchange: DirectExchange, rank: int, ranks: int, shape: ExchangeS
 def run(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
     """As the reference. Raises ConfigError, on all ranks alike, if engine.ops names `direct` and they cannot reach each other's memory."""
     if not shape.is_latency_bound:
-        return PaddedGatherExchange(group, shape)
+        return PaddedGatherExchange(group, shape, ops)
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize(device)  # makes the primary context current
     return direct_or(GatherExchange(group, shape, ops), group, shape, device, ctypes.CDLL("libcuda.so.1"), "expert_exchange" in ops.named)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from engine.model.quantized import FP8_BLOCK, FP8_MAX, QuantizedWeight, ceil_exponent_byte, exp2_of_byte
+from engine.model.quantized import FP8_BLOCK, FP8_MAX, QuantizedRows, QuantizedWeight, ceil_exponent_byte, exp2_of_byte
 from engine.ops import requires
 from engine.ops.registry import Impl, Op
 
 AMAX_FLOOR = 1e-4
 
 
+def quantize_rows(x: torch.Tensor) -> QuantizedRows:
+    """x [..., K], filled up with zeros to a multiple of 128, in FP8: groups of 128 channels, scale 2^ceil(log2(amax/448))."""
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % FP8_BLOCK)).unflatten(-1, (-1, FP8_BLOCK))
+    scale = exp2_of_byte(ceil_exponent_byte(groups.abs().amax(-1).clamp(min=AMAX_FLOOR) / FP8_MAX))
+    codes = (groups / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return QuantizedRows(codes.flatten(-2), scale, x.dtype)
+
+
 def act_quant(x: torch.Tensor) -> torch.Tensor:
-    """The float64 values that x [..., K] takes after FP8 quantisation: groups of 128 channels, scale 2^ceil(log2(amax/448))."""
-    columns = x.shape[-1]
-    padded = torch.nn.functional.pad(x.float(), (0, -columns % FP8_BLOCK)).unflatten(-1, (-1, FP8_BLOCK))
-    scale = exp2_of_byte(ceil_exponent_byte(padded.abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR) / FP8_MAX))
-    codes = (padded / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return (codes.double() * scale).flatten(-2)[..., :columns]
+    """The float64 values that x [..., K] takes after FP8 quantisation."""
+    return quantize_rows(x).double()[..., : x.shape[-1]]
 
 
 def fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.model.quantized import Weight, to_float64
+from engine.model.quantized import QuantizedRows, Weight, to_float64
 from engine.ops import requires
 from engine.ops.fp8_linear import act_quant
 from engine.ops.registry import Impl, Op
@@ -25,20 +25,29 @@ class PackedExperts:
     """FP8 per token and 128 channels before each product (off in float32 mode)."""
 
 
-def moe_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float) -> torch.Tensor:
-    """x: [T, d]; ids: int64 [T, k], places in `experts`, -1 for none; weights: fp32 [T, k]. Returns fp32 [T, d], the sum over k.
+def moe_experts(
+    x: torch.Tensor | QuantizedRows,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: PackedExperts,
+    limit: float,
+    sum_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """x: [T, d], or what `quantize_rows` makes of it, which is the same to experts that quantise; ids: int64 [T, k], places in `experts`,
+    -1 for none; weights: fp32 [T, k]. Returns [T, d], the sum over k, in sum_dtype.
 
     Products are rounded to x's dtype; the weight is applied in fp32, before W2.
     """
-    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    assert experts.quantize_activations or isinstance(x, torch.Tensor), "experts that do not quantise, of quantised rows"
     quantize = act_quant if experts.quantize_activations else torch.Tensor.double
-    inputs = quantize(x)
+    inputs = quantize(x) if isinstance(x, torch.Tensor) else x.double()
+    out = torch.zeros_like(inputs)
     for expert in torch.unique(ids[ids >= 0]).tolist():
         tokens, place = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = (inputs[tokens] @ experts.w13[expert].T).to(x.dtype).float().chunk(2, dim=1)
         hidden = swiglu(gate, up, limit, torch.float32) * weights[tokens, place, None]
         out.index_add_(0, tokens, (quantize(hidden.to(x.dtype)) @ experts.w2[expert].T).to(x.dtype).double())
-    return out.float()
+    return out.to(sum_dtype)
 
 
 def pack(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activations: bool) -> PackedExperts:

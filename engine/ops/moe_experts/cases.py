@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from engine.model.quantized import FP4_GROUP, FP8_BLOCK, QuantizedWeight
+from engine.model.quantized import FP4_GROUP, FP8_BLOCK, QuantizedRows, QuantizedWeight
 from engine.ops.cases import Bench, Case, Draw, Weights, generator, randn
+from engine.ops.fp8_linear import quantize_rows
 
 LIMIT = 10.0
 REASON = (
@@ -55,8 +56,10 @@ def experts(
     spread: tuple[int, int] = (117, 121),
     one_expert: bool = False,
     is_wide: bool = False,
+    as_prompts: bool = False,
 ) -> Draw:
-    """`local`: (first, number) of the experts held here, of num_experts. `is_wide`: MXFP4 that was widened at the start."""
+    """`local`: (first, number) of the experts held here, of num_experts. `is_wide`: MXFP4 that was widened at the start. `as_prompts`:
+    rows as a group's exchange brings those of prompts, quantised and apart, and sums in bf16."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         first, held = local or (0, num_experts)
@@ -72,7 +75,13 @@ def experts(
         if one_expert:
             ids = ids % top_k
         x = randn(device, seed + 10_001, tokens, width, dtype=torch.bfloat16)
-        return x, ids, weights, Weights((w1, w2, w3, True), is_wide), LIMIT
+        packed = Weights((w1, w2, w3, True), is_wide)
+        if not as_prompts:
+            return x, ids, weights, packed, LIMIT
+        rows = quantize_rows(x)
+        apart = torch.nn.functional.pad(rows.codes.view(torch.int32), (0, 16)).view(torch.float8_e4m3fn)[:, :width]
+        scale = torch.nn.functional.pad(rows.scale, (0, 16))[:, : width // FP8_BLOCK]
+        return QuantizedRows(apart, scale, x.dtype), ids, weights, packed, LIMIT, torch.bfloat16
 
     return draw
 
@@ -93,6 +102,10 @@ CASES = (
     _case("many rows of FP8", experts(260, 1, 128, 128, 1, kind="fp8"), small=True),
     _case("widened", experts(3, 4, 256, 128, 2, is_wide=True), small=True),
     _case("many rows, widened", experts(260, 1, 128, 256, 1, is_wide=True), small=True),
+    _case("rows of prompts", experts(3, 4, 256, 128, 2, as_prompts=True), small=True),
+    _case("many rows of prompts", experts(260, 1, 256, 128, 1, is_wide=True, as_prompts=True), small=True),
+    _case("Flash shape, rows of prompts", experts(700, 16, 4096, 2048, is_wide=True, as_prompts=True)),
+    _case("Flash shape, few rows of prompts", experts(40, 16, 4096, 2048, as_prompts=True)),
     _case("none of them here", experts(4, 8, 256, 256, 2, local=(8, 2))),
     _case("FP8 of Base", experts(40, 8, 1024, 512, kind="fp8"), LOOSE),
     _case("clamped", experts(40, 8, 1024, 512, spread=(121, 124))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import deep_gemm
 import torch
 
-from engine.model.quantized import Weight
+from engine.model.quantized import QuantizedRows, Weight
 from engine.ops.moe_experts import triton
 from engine.ops.moe_experts.tiles import PackedExperts, pack_experts
 
@@ -13,12 +13,19 @@ MANY_ROWS = 144
 """Rows an expert from which widening and blocks of 128 pay."""
 
 
-def run(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float) -> torch.Tensor:
-    """As the reference, x in bf16."""
+def run(
+    x: torch.Tensor | QuantizedRows,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: PackedExperts,
+    limit: float,
+    sum_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """As the reference, x in bf16, or quantised from it; sum_dtype float32 or bfloat16."""
     if not experts.widens or ids.numel() < MANY_ROWS * experts.num_experts:
-        return triton.run(x, ids, weights, experts, limit)
+        return triton.run(x, ids, weights, experts, limit, sum_dtype)
     config = triton.Many(block_m=deep_gemm.get_mk_alignment_for_contiguous_layout())
-    return triton.run_with(x, ids, weights, experts, limit, config, multiply)
+    return triton.run_with(x, ids, weights, experts, limit, sum_dtype, config, multiply)
 
 
 def multiply(

@@ -19,7 +19,7 @@ import torch
 import triton
 
 from core.errors import ConfigError
-from engine.model.quantized import FP8_BLOCK, Weight
+from engine.model.quantized import FP8_BLOCK, QuantizedRows, Weight
 from engine.ops.moe_experts.tiles import MOST_SPLIT_BLOCKS, PackedExperts, Tiles, pack_experts
 from engine.ops.moe_experts.triton_few import moe_hidden_kernel, moe_out_kernel
 from engine.ops.moe_experts.triton_many import moe_act_kernel, moe_gather_kernel, moe_many_kernel, moe_widen_kernel
@@ -87,26 +87,35 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Slot
 [E, N / 128, K / 128], ...) -> bf16 [num_slots, N]; rows of slots without a pair are undefined."""
 
 
-def run(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float) -> torch.Tensor:
-    """As the reference, x in bf16."""
-    return run_with(x, ids, weights, experts, limit, choose(ids.numel(), experts))
-
-
-def run_with(
-    x: torch.Tensor,
+def run(
+    x: torch.Tensor | QuantizedRows,
     ids: torch.Tensor,
     weights: torch.Tensor,
     experts: PackedExperts,
     limit: float,
+    sum_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """As the reference, x in bf16, or quantised from it; sum_dtype float32 or bfloat16."""
+    return run_with(x, ids, weights, experts, limit, sum_dtype, choose(ids.numel(), experts))
+
+
+def run_with(
+    x: torch.Tensor | QuantizedRows,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: PackedExperts,
+    limit: float,
+    sum_dtype: torch.dtype,
     config: Few | Many,
     product: Product | None = None,
 ) -> torch.Tensor:
     """`product` in place of our own for many rows."""
     tokens, top_k = ids.shape
-    out = torch.empty(tokens, experts.width, dtype=torch.float32, device=x.device)
+    out = torch.empty(tokens, experts.width, dtype=sum_dtype, device=ids.device)
     if not ids.numel():
         return out
-    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    x = x.contiguous() if isinstance(x, torch.Tensor) else x
+    ids, weights = ids.contiguous(), weights.contiguous()
     if isinstance(config, Few):
         rows, slots = _few(x, ids, weights, experts, limit, config), ids
     else:
@@ -128,19 +137,24 @@ def run_with(
     return out
 
 
-def _few(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float, config: Few) -> torch.Tensor:
+def _few(
+    x: torch.Tensor | QuantizedRows, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float, config: Few
+) -> torch.Tensor:
     """bf16 [pairs, d]; rows of pairs that are not here are undefined."""
-    tokens, pairs, device, w13, w2 = len(x), ids.numel(), x.device, experts.w13, experts.w2
-    block_m = config.block_m
+    tokens, pairs, device, w13, w2 = len(ids), ids.numel(), ids.device, experts.w13, experts.w2
+    block_m, groups = config.block_m, min(8, triton.next_power_of_2(w13.k_tiles))
     max_blocks = min(pairs, experts.num_experts) + pairs // block_m
-    codes = torch.empty(tokens, w13.k_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
-    scales = torch.empty(tokens, w13.k_tiles, dtype=torch.float32, device=device)
+    if isinstance(x, QuantizedRows):
+        codes, scales, quantizers = x.codes.contiguous(), x.scale.contiguous(), 0
+    else:
+        codes = torch.empty(tokens, w13.k_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty(tokens, w13.k_tiles, dtype=torch.float32, device=device)
+        quantizers = tokens * triton.cdiv(w13.k_tiles, groups)
     block_pairs = torch.empty(max_blocks * block_m, dtype=torch.int32, device=device)
     block_expert = torch.empty(max_blocks, dtype=torch.int32, device=device)
-    groups = min(8, triton.next_power_of_2(w13.k_tiles))
-    moe_route_kernel[(experts.num_experts + tokens * triton.cdiv(w13.k_tiles, groups),)](
+    moe_route_kernel[(experts.num_experts + quantizers,)](
         ids,
-        x,
+        x if isinstance(x, torch.Tensor) else codes,
         codes,
         scales,
         block_pairs,
@@ -148,7 +162,7 @@ def _few(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pac
         pairs,
         experts.num_experts,
         max_blocks,
-        x.shape[1],
+        experts.width,
         w13.k_tiles * FP8_BLOCK,
         PADDED_E=triton.next_power_of_2(experts.num_experts + 1),
         BLOCK_M=block_m,
@@ -207,7 +221,7 @@ def _few(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Pac
 
 
 def _many(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     ids: torch.Tensor,
     weights: torch.Tensor,
     experts: PackedExperts,
@@ -216,7 +230,7 @@ def _many(
     product: Product,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(bf16 [num_slots, d'], each pair's slot)."""
-    device, w13, block_m = x.device, experts.w13, config.block_m
+    device, w13, block_m = ids.device, experts.w13, config.block_m
     slots = _list(ids, experts.num_experts, block_m)
     num_slots = len(slots.pairs)
 
@@ -225,19 +239,25 @@ def _many(
         return codes, torch.empty(k_tiles, num_slots, dtype=torch.float32, device=device).T
 
     codes, scales = rows(w13.k_tiles)
-    groups = min(32, triton.next_power_of_2(w13.k_tiles))
-    moe_gather_kernel[(num_slots, triton.cdiv(w13.k_tiles, groups))](
-        x,
+    grid = (num_slots, triton.cdiv(w13.k_tiles, min(32, triton.next_power_of_2(w13.k_tiles))))
+    if isinstance(x, QuantizedRows):
+        assert x.codes.shape[1] == w13.k_tiles * FP8_BLOCK and x.codes.stride(1) == x.scale.stride(1) == 1, f"{x.codes.shape}"
+        rows_in: tuple[object, ...] = x.codes, x.scale, x.codes.stride(0), x.scale.stride(0)
+    else:
+        rows_in = x, x, experts.width, 0
+    moe_gather_kernel[grid](
+        *rows_in,
         slots.pairs,
         slots.block_expert,
         codes,
         scales,
         num_slots,
         ids.shape[1],
-        x.shape[1],
+        experts.width,
         w13.k_tiles,
+        QUANTIZED=isinstance(x, QuantizedRows),
         BLOCK_M=block_m,
-        GROUPS=groups,
+        GROUPS=min(32, triton.next_power_of_2(w13.k_tiles)),
         num_warps=4,
     )
     gate_up = product(codes, scales, *_widened(w13, experts.fp4), slots, config)

@@ -45,6 +45,9 @@ def moe_widen_kernel(tiles_ptr, words_ptr, wide_ptr, scale_ptr, num_tiles, k_til
 @triton.jit(do_not_specialize=["num_slots"])
 def moe_gather_kernel(
     x_ptr,
+    x_scale_ptr,
+    x_stride,
+    x_scale_stride,
     pairs_ptr,
     block_expert_ptr,
     codes_ptr,
@@ -53,23 +56,29 @@ def moe_gather_kernel(
     top_k,
     width,
     k_tiles,
+    QUANTIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Slot s gets the token of its pair, quantised: codes [num_slots, k_tiles * 128], scales [k_tiles, num_slots]. Slots of a block behind
-    its last pair keep what is there: nobody reads what comes of them."""
+    """Slot s gets the token of its pair, quantised, here unless it came so: codes [num_slots, k_tiles * 128], scales [k_tiles, num_slots].
+    Slots of a block behind its last pair keep what is there: nobody reads what comes of them."""
     slot = tl.program_id(0).to(tl.int64)
     if tl.load(block_expert_ptr + slot // BLOCK_M) < 0:
         return
     pair = tl.load(pairs_ptr + slot)
     if pair < 0:
         return
+    token = (pair // top_k).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     channel = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(x_ptr + (pair // top_k).to(tl.int64) * width + channel, mask=channel < width, other=0.0).to(tl.float32)
-    codes, scale = quantize(x, 1)
-    tl.store(codes_ptr + slot * (k_tiles * BLOCK) + channel, codes, mask=channel < k_tiles * BLOCK)
-    tl.store(scales_ptr + group[:, None].to(tl.int64) * num_slots + slot, scale, mask=group[:, None] < k_tiles)
+    inside = group[:, None] < k_tiles
+    if QUANTIZED:
+        codes = tl.load(x_ptr + token * x_stride + channel, mask=inside)
+        scale = tl.load(x_scale_ptr + token * x_scale_stride + group[:, None], mask=inside)
+    else:
+        codes, scale = quantize(tl.load(x_ptr + token * x_stride + channel, mask=channel < width, other=0.0).to(tl.float32), 1)
+    tl.store(codes_ptr + slot * (k_tiles * BLOCK) + channel, codes, mask=inside)
+    tl.store(scales_ptr + group[:, None].to(tl.int64) * num_slots + slot, scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -146,13 +155,21 @@ def moe_act_kernel(
 
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
 _SLOTS = {"codes_ptr": _FP8, "scales_ptr": "*fp32", "block_expert_ptr": _I32, "num_slots": "i32"}
-_GATHER = {**_SLOTS, "x_ptr": "*bf16", "pairs_ptr": _I32, "top_k": "i32", "width": _WIDE, "k_tiles": _WIDE}
+_GATHER = {**_SLOTS, "pairs_ptr": _I32, "top_k": "i32", **dict.fromkeys(("width", "k_tiles", "x_stride", "x_scale_stride"), _WIDE)}
 _MANY = {**_SLOTS, "wide_ptr": _FP8, "wide_scales_ptr": "*fp32", "out_ptr": "*bf16", "num_tiles": _WIDE, "k_tiles": _WIDE}
 _ACT = {**_SLOTS, "gate_up_ptr": "*bf16", "pairs_ptr": _I32, "weights_ptr": "*fp32", "num_tiles": _WIDE, "limit": "fp32"}
 _WIDEN = {"tiles_ptr": "*u8", "words_ptr": _I32, "wide_ptr": _FP8, "scale_ptr": "*fp32", "num_tiles": _WIDE, "k_tiles": _WIDE}
 AOT = [
     *((moe_widen_kernel, _WIDEN, {"PLACES": places}, {"num_warps": 4}) for places in (1, 2)),
-    (moe_gather_kernel, _GATHER, {"BLOCK_M": 128, "GROUPS": 32}, {"num_warps": 4}),
+    *(
+        (
+            moe_gather_kernel,
+            _GATHER | {"x_ptr": dtype, "x_scale_ptr": scale_dtype},
+            {"QUANTIZED": quantized, "BLOCK_M": 128, "GROUPS": 32},
+            {"num_warps": 4},
+        )
+        for dtype, scale_dtype, quantized in (("*bf16", "*bf16", False), (_FP8, "*fp32", True))
+    ),
     *(
         (moe_many_kernel, _MANY, {"BLOCK_M": block_m, "GROUP_BLOCKS": 8, "NUM_STAGES": stages}, {"num_warps": warps})
         for block_m, stages, warps in ((64, 4, 4), (128, 3, 8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from engine.ops.triton_rounding import quantize
+from engine.ops.triton_rounding import quantize, to_bf16
 
 BLOCK = tl.constexpr(128)
 
@@ -181,8 +181,8 @@ def place_of(num_blocks, num_tiles, GROUP_BLOCKS: tl.constexpr):
 def moe_sum_kernel(
     rows_ptr, ids_ptr, slots_ptr, sum_ptr, num_experts, width, row_width, TOP_K: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr
 ):
-    """sum[token] = fp32 sum of the rows of its pairs, in order; pairs of experts that are not here count nothing. With SLOTS a pair's
-    row is where `slots` says, else its own."""
+    """sum[token] = fp32 sum of the rows of its pairs, in order, rounded to sum's dtype; pairs of experts that are not here count nothing.
+    With SLOTS a pair's row is where `slots` says, else its own."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([CHANNELS], tl.float32)
@@ -194,13 +194,15 @@ def moe_sum_kernel(
         if SLOTS:
             row = tl.load(slots_ptr + pair, mask=here, other=0).to(tl.int64)
         total += tl.load(rows_ptr + row * row_width + channel, mask=here & (channel < width), other=0.0).to(tl.float32)
+    if sum_ptr.dtype.element_ty == tl.bfloat16:
+        total = to_bf16(total)
     tl.store(sum_ptr + token * width + channel, total, mask=channel < width)
 
 
 _LIST = {"ids_ptr": "*i64", "pairs_ptr": "*i32", "block_expert_ptr": "*i32", "num_pairs": "i32", "num_experts": "i32:16"}
 _LIST |= {"max_blocks": "i32"}
 _ROUTE = {**_LIST, "x_ptr": "*bf16", "codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "width": "i32:16", "padded_width": "i32:16"}
-_SUM = {"rows_ptr": "*bf16", "ids_ptr": "*i64", "slots_ptr": "*i32", "sum_ptr": "*fp32", "num_experts": "i32:16", "width": "i32:16"}
+_SUM = {"rows_ptr": "*bf16", "ids_ptr": "*i64", "slots_ptr": "*i32", "num_experts": "i32:16", "width": "i32:16"}
 _SUM |= {"row_width": "i32:16"}
 AOT = [
     (moe_route_kernel, _ROUTE, {"PADDED_E": 512, "BLOCK_M": 16, "CHUNK": 1024, "GROUPS": 8}, {"num_warps": 4}),
@@ -211,5 +213,8 @@ AOT = [
         {"PADDED_E": 512, "BLOCK_M": 128, "CHUNK": 4096},
         {"num_warps": 8},
     ),
-    *((moe_sum_kernel, _SUM, {"TOP_K": 6, "CHANNELS": 1024, "SLOTS": slots}, {"num_warps": 4}) for slots in (False, True)),
+    *(
+        (moe_sum_kernel, _SUM | {"sum_ptr": dtype}, {"TOP_K": 6, "CHANNELS": 1024, "SLOTS": slots}, {"num_warps": 4})
+        for slots, dtype in ((False, "*fp32"), (True, "*fp32"), (True, "*bf16"))
+    ),
 ]

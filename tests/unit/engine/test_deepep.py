@@ -44,7 +44,7 @@ def test_a_group_gives_the_sums_of_one_rank(
             x, ids, weights = tokens_of(group.rank + 10 * turn, counts[group.rank], torch.bfloat16)
             arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
             assert not is_latency_bound or len(arrived.x) <= max(counts) * group.size * ids.shape[1], "more rows than there can be"
-            rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT)
+            rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT, arrived.sum_dtype)
             sums.append(exchange.combine(rows, arrived))
         exchange.close()
         return sums

@@ -47,7 +47,7 @@ def test_a_group_gives_the_bits_of_one_rank(placement: ExpertPlacement, counts: 
         x, ids, weights = tokens_of(group.rank, counts[group.rank], dtype)
         arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
         assert arrived.x.dtype == dtype and arrived.ids.dtype == torch.int64 and arrived.weights.dtype == torch.float32
-        rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT)
+        rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT, arrived.sum_dtype)
         return exchange.combine(rows, arrived)
 
     together = run_group(placement.num_ranks, rank)
