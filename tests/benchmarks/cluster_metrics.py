@@ -93,7 +93,7 @@ def routing_between(before: Reading, after: Reading, ranks: Mapping[str, int]) -
     busiest rank      the tokens of its experts over the mean, where each rank holds the experts that it started with
     as placed         the same of all tokens since the start, where the experts are at the end
     used              share of the experts that had any token
-    moves             placements of layers
+    moves             placements of layers, since the start
     """
     found = {}
     for role, counts in after.expert_tokens.items():
@@ -105,7 +105,7 @@ def routing_between(before: Reading, after: Reading, ranks: Mapping[str, int]) -
             continue
         layers = {layer: _evenness(row, ranks[role], after.imbalance.get(role, {}).get(layer, 1.0)) for layer, row in busy.items()}
         means = {name: _mean([one[name] for one in layers.values()]) for name in MEASURES}
-        found[role] = means | {"moves": after.moves.get(role, 0.0) - before.moves.get(role, 0.0), "layers": layers}
+        found[role] = means | {"moves": after.moves.get(role, 0.0), "layers": layers}
     return found
 
 

@@ -37,7 +37,7 @@ def report(record: dict[str, Any], routing: str) -> str:
         '"as placed" are all tokens so far where the experts are now. And the largest share of time that a rank waited for its peers '
         "between steps:",
         "",
-        "| load | role | busiest expert / mean | busiest rank / mean, at first | as placed | layers moved | experts used | waiting |",
+        "| load | role | busiest expert / mean | busiest rank / mean, at first | as placed | moved so far | experts used | waiting |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
