@@ -51,18 +51,22 @@ def _mix(
     j = tl.arange(0, 4)
     channel = tl.arange(0, BD)
     kept = channel < dim
-    streams = tl.load(h_ptr + (token * 4 + j[:, None]) * dim + channel[None, :], mask=kept[None, :], other=0.0)
     split = tl.arange(0, SPLITS)
     real = split < num_splits
     at = partial_ptr + (token * num_splits + split) * WIDTH
-    sums = tl.sum(tl.load(at[:, None] + j[None, :], mask=real[:, None], other=0.0), 0)
-    square = tl.sum(tl.load(at + N, mask=real, other=0.0), 0) / (4 * dim)
-    gate = tl.sigmoid(sums * tl.rsqrt(square + norm_eps) * tl.load(scale_ptr) + tl.load(base_ptr + j)) + hc_eps
+    # All that is read is asked for before the first sum, which no later load would pass.
+    sums = tl.load(at[:, None] + j[None, :], mask=real[:, None], other=0.0)
+    square = tl.load(at + N, mask=real, other=0.0)
+    scale, base = tl.load(scale_ptr), tl.load(base_ptr + j)
+    streams = tl.load(h_ptr + (token * 4 + j[:, None]) * dim + channel[None, :], mask=kept[None, :], other=0.0)
+    if NORM:
+        weight = tl.load(norm_ptr + channel, mask=kept, other=0.0)
+    rho = tl.rsqrt(tl.sum(square, 0) / (4 * dim) + norm_eps)
+    gate = tl.sigmoid(tl.sum(sums, 0) * rho * scale + base) + hc_eps
     x = tl.sum(streams.to(tl.float32) * gate[:, None], 0).to(streams.dtype)
     if NORM:
         wide = x.to(tl.float32)
-        weight = tl.load(norm_ptr + channel, mask=kept, other=0.0).to(tl.float32)
-        x = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / dim + norm_eps) * weight).to(streams.dtype)
+        x = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / dim + norm_eps) * weight.to(tl.float32)).to(streams.dtype)
     tl.store(x_ptr + token * dim + channel, x, mask=kept)
 
 
@@ -120,11 +124,15 @@ def _balance_token(
     at = partial_ptr + (token.to(tl.int64) * num_splits + split) * WIDTH
     k = tl.arange(0, 4)
     jk = tl.arange(0, 16)
-    rho = tl.rsqrt(tl.sum(tl.load(at + N, mask=real, other=0.0), 0) / (4 * dim) + norm_eps)
-    post = tl.sum(tl.load(at[:, None] + 4 + k[None, :], mask=real[:, None], other=0.0), 0) * rho
-    tl.store(post_ptr + token * 4 + k, 2 * tl.sigmoid(post * tl.load(scale_ptr + 1) + tl.load(base_ptr + 4 + k)))
-    comb = tl.sum(tl.load(at[:, None] + 8 + jk[None, :], mask=real[:, None], other=0.0), 0) * rho
-    comb = comb * tl.load(scale_ptr + 2) + tl.load(base_ptr + 8 + jk)
+    # As in `_mix`: all loads come first.
+    square = tl.load(at + N, mask=real, other=0.0)
+    post = tl.load(at[:, None] + 4 + k[None, :], mask=real[:, None], other=0.0)
+    comb = tl.load(at[:, None] + 8 + jk[None, :], mask=real[:, None], other=0.0)
+    post_scale, post_base = tl.load(scale_ptr + 1), tl.load(base_ptr + 4 + k)
+    comb_scale, comb_base = tl.load(scale_ptr + 2), tl.load(base_ptr + 8 + jk)
+    rho = tl.rsqrt(tl.sum(square, 0) / (4 * dim) + norm_eps)
+    tl.store(post_ptr + token * 4 + k, 2 * tl.sigmoid(tl.sum(post, 0) * rho * post_scale + post_base))
+    comb = tl.sum(comb, 0) * rho * comb_scale + comb_base
     rows = tl.reshape(comb, [4, 4])
     rows = tl.exp(rows - tl.max(rows, 1)[:, None])
     comb = tl.reshape(rows * (1.0 / tl.sum(rows, 1))[:, None] + hc_eps, [16])
