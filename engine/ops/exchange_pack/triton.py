@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.ops.exchange_slots.triton import counted_slots
+
 
 @triton.jit
 def exchange_pack_kernel(
@@ -19,13 +21,9 @@ def exchange_pack_kernel(
     tl.store(out_ptr + word, tl.load(x_ptr + token * width + word, mask=word < width), mask=word < width)
     place = tl.arange(0, PADDED_K)
     there = place < TOP_K
-    expert = tl.load(ids_ptr + token * TOP_K + place, mask=there, other=0)
-    turn = token % tl.load(turns_ptr + expert, mask=there, other=1)
-    slot = tl.load(table_ptr + expert * copies + turn, mask=there, other=0)
-    counts = there & (tl.load(positions_ptr + token) >= 0)
-    tl.store(out_ptr + width + place, tl.where(counts, slot, -1).to(tl.int32), mask=there)
+    slot = counted_slots(token, place, ids_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, copies, TOP_K)
+    tl.store(out_ptr + width + place, slot.to(tl.int32), mask=there)
     tl.store(out_ptr + width + TOP_K + place, tl.load(weights_ptr + token * TOP_K + place, mask=there), mask=there)
-    tl.atomic_add(load_ptr + expert, tl.full([PADDED_K], 1, tl.int64), mask=counts, sem="relaxed")
 
 
 def run(

@@ -1,4 +1,4 @@
-"""exchange_slots in one launch, a program a token."""
+"""exchange_slots in one launch, a program a token; and what it does for a token, which exchange_pack does, too."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import triton.language as tl
 
 
 @triton.jit
-def exchange_slots_kernel(
-    ids_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, out_ptr, copies, TOP_K: tl.constexpr, PADDED_K: tl.constexpr
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, PADDED_K)
+def counted_slots(token, place, ids_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, copies, TOP_K: tl.constexpr):
+    """int64, as `place`: the slots of a token's experts, the places below TOP_K, which are counted. -1 for a token without a position."""
     there = place < TOP_K
     expert = tl.load(ids_ptr + token * TOP_K + place, mask=there, other=0)
     turn = token % tl.load(turns_ptr + expert, mask=there, other=1)
     slot = tl.load(table_ptr + expert * copies + turn, mask=there, other=0)
     counts = there & (tl.load(positions_ptr + token) >= 0)
-    tl.store(out_ptr + token * TOP_K + place, tl.where(counts, slot, -1), mask=there)
-    tl.atomic_add(load_ptr + expert, tl.full([PADDED_K], 1, tl.int64), mask=counts, sem="relaxed")
+    tl.atomic_add(load_ptr + expert, tl.full(place.shape, 1, tl.int64), mask=counts, sem="relaxed")
+    return tl.where(counts, slot, -1)
+
+
+@triton.jit
+def exchange_slots_kernel(
+    ids_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, out_ptr, copies, TOP_K: tl.constexpr, PADDED_K: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, PADDED_K)
+    slot = counted_slots(token, place, ids_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, copies, TOP_K)
+    tl.store(out_ptr + token * TOP_K + place, slot, mask=place < TOP_K)
 
 
 def run(ids: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, turns: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
