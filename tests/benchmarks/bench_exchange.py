@@ -18,7 +18,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,6 +231,28 @@ def slowest_of(group: Group, value: float) -> float:
     return float(most)
 
 
+def publish(measured: Iterable[dict[str, Any]], group: Group, arguments: argparse.Namespace, said: dict[str, Any]) -> None:
+    """All ranks measure row after row; rank 0 prints each as it comes, keeps `arguments.out` up to date with those so far and what is
+    `said` of them, and prints a table at the end."""
+    rows = []
+    for row in measured:
+        rows.append(row)
+        if group.rank == 0:
+            print(row, flush=True)
+            if arguments.out is not None:
+                name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+                header = {"command": " ".join(sys.argv), "commit": commit(), "device": name}
+                arguments.out.write_text(json.dumps(header | said | {"rows": rows}, indent=1) + "\n")
+    if group.rank == 0:
+        print(table(rows), flush=True)
+
+
+def run_ranks(work: Callable[[int, argparse.Namespace, str], None], arguments: argparse.Namespace) -> None:
+    """`work(rank, arguments, address of the rendezvous)` in a process for each of `arguments.ranks`."""
+    rendezvous = Rendezvous("127.0.0.1")
+    torch.multiprocessing.spawn(work, (arguments, rendezvous.address), nprocs=arguments.ranks)
+
+
 def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     """One rank."""
     device = torch.device(arguments.device, rank) if arguments.device == "cuda" else torch.device("cpu")
@@ -242,17 +264,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     sizes = {"hidden": arguments.hidden, "experts": arguments.experts, "top_k": arguments.top_k}
     loads = [Load(tokens=tokens, is_decode=True, **sizes) for tokens in arguments.tokens]
     loads += [Load(tokens=tokens, is_decode=False, **sizes) for tokens in arguments.prompt_tokens]
-    rows = []
-    for row in measure(loads, group, device):
-        rows.append(row)
-        if rank == 0:
-            print(row, flush=True)
-            if arguments.out is not None:
-                name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-                said = {"command": " ".join(sys.argv), "commit": commit(), "device": name, "options": sizes}
-                arguments.out.write_text(json.dumps(said | {"rows": rows}, indent=1) + "\n")
-    if rank == 0:
-        print(table(rows), flush=True)
+    publish(measure(loads, group, device), group, arguments, {"options": sizes})
     group.barrier()
 
 
@@ -272,11 +284,5 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse()
-    rendezvous = Rendezvous("127.0.0.1")
-    torch.multiprocessing.spawn(work, (arguments, rendezvous.address), nprocs=arguments.ranks)
-
-
 if __name__ == "__main__":
-    main()
+    run_ranks(work, parse())

@@ -18,10 +18,8 @@ On GPUs the exchange is what the profiler sees of its kernels (`direct`, NCCL, D
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +33,9 @@ from engine.engine import LoadedModel
 from engine.graphs import PAGES_STEP, DecodeGraphs
 from engine.ops.expert_exchange import Arrived, ExpertExchange
 from engine.parallel.experts import ExpertShare, LayerShare, Sharing
-from engine.parallel.group import Group, Limits, Rendezvous, Seat
-from tests.benchmarks.bench_engine import FILLED_TOKENS, commit, cut_shape, fill, new_sequence
-from tests.benchmarks.bench_exchange import captured, slowest_of
-from tests.benchmarks.bench_serving import table
+from engine.parallel.group import Group, Limits, Seat
+from tests.benchmarks.bench_engine import FILLED_TOKENS, cut_shape, fill, new_sequence
+from tests.benchmarks.bench_exchange import captured, publish, run_ranks, slowest_of
 from tests.benchmarks.step_profile import kernel_spans
 
 EXCHANGE_KERNELS = ("ncclDevKernel", "deep_ep::", "direct_dispatch", "direct_combine")
@@ -195,18 +192,8 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     assert loaded.share is not None
     if arguments.device == "cpu":
         time_inside(loaded.share)
-    rows = []
-    for row in measure(loaded, group, arguments.batches, arguments.context):
-        rows.append(row)
-        if rank == 0:
-            print(row, flush=True)
-            if arguments.out is not None:
-                name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-                said = {"command": " ".join(sys.argv), "commit": commit(), "device": name, "layers": loaded.model.num_hidden_layers}
-                said |= {"ops": {choice.op: choice.backend for choice in loaded.ops.choices}}
-                arguments.out.write_text(json.dumps(said | {"rows": rows}, indent=1) + "\n")
-    if rank == 0:
-        print(table(rows), flush=True)
+    said = {"layers": loaded.model.num_hidden_layers, "ops": {choice.op: choice.backend for choice in loaded.ops.choices}}
+    publish(measure(loaded, group, arguments.batches, arguments.context), group, arguments, said)
     group.barrier()
     group.close()
 
@@ -224,11 +211,5 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse()
-    rendezvous = Rendezvous("127.0.0.1")
-    torch.multiprocessing.spawn(work, (arguments, rendezvous.address), nprocs=arguments.ranks)
-
-
 if __name__ == "__main__":
-    main()
+    run_ranks(work, parse())
