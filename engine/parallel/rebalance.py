@@ -76,8 +76,6 @@ class Rebalancer:
         self._prepared: list[tuple[LayerShare, ExpertPlacement, dict[int, Any]]] | None = None
         self._is_in_force, self._is_closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="rebalance", daemon=True)
-        self.num_moved = 0
-        """Layers whose placement was changed."""
         steps.on_change = self._put_in_force
 
     def start(self) -> None:
@@ -175,7 +173,6 @@ class Rebalancer:
             while not self._is_in_force.wait(POLL_S):
                 if self._is_closed.is_set():
                     return False
-            self.num_moved += len(batch)
             log.info("experts.moved", layers=", ".join(batch), member=self._group.seat.member, read=read)
         self._share.num_awaited -= len(batch)
         return True
