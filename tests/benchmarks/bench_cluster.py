@@ -151,7 +151,7 @@ class Bench:
         points = [(shape, clients, stage) for shape in self.options.shapes for clients in self.options.concurrency for stage in stages]
         done = {(tuple(point["shape"]), point["clients"], point["stage"]) for point in self.record["points"]}
         began, last = time.monotonic(), 0.0
-        asyncio.run(run_load(self.workload(256, 16), 4, 0, concurrency=2))  # not counted
+        asyncio.run(run_load(self.workload(max(prompt for prompt, _ in self.options.shapes), 16), 16, 0, concurrency=16))  # not counted
         for (prompt, output), clients, stage in points:
             if ((prompt, output), clients, stage) in done:
                 continue
