@@ -50,7 +50,7 @@ from tests.benchmarks.tiny_cluster import tiny_overrides
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FEW_REQUESTS = 128
 STAGES = ("before experts move", "while they move", "after")
-SETTLE_S = 120.0
+SETTLE_S = 60.0
 """For experts to move in."""
 TOLD = ("engine.memory", "engine.op ", "graphs.captured", "rank.ready", "experts.")
 """Lines of the ranks' logs that belong into the record of a start."""

@@ -35,8 +35,8 @@ class Reading:
 
     @property
     def is_settled(self) -> bool:
-        """Whether experts have moved, and none is about to."""
-        return sum(self.moves.values()) > 0 and not any(self.awaited.values())
+        """Whether experts of every role have moved, and none is about to."""
+        return bool(self.moves) and all(self.moves.values()) and not any(self.awaited.values())
 
 
 def read(folder: pathlib.Path) -> Reading:
