@@ -105,6 +105,7 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         return body
 
     def stream(request: Request, events: AsyncIterator[bytes]) -> Response:
+        """`events` have begun."""
         anthropic = _is_anthropic(request.url.path)
 
         async def guarded() -> AsyncIterator[bytes]:
@@ -113,12 +114,13 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
                 async with aclosing(events) as source:  # type: ignore[type-var]
                     async for event in source:
                         yield event
-            except BatonError as error:
-                yield sse(orjson.dumps(body_of(error, anthropic=anthropic)), "error" if anthropic else None)
             except Exception as error:  # outermost: this stream ends, the process goes on
-                log.exception("http.stream_broken", path=request.url.path)
-                yield sse(orjson.dumps(body_of(InternalError(f"internal error: {type(error).__name__}"), anthropic=anthropic)))
+                if not isinstance(error, BatonError):
+                    log.exception("http.stream_broken", path=request.url.path)
+                    error = InternalError(f"internal error: {type(error).__name__}")
+                yield sse(orjson.dumps(body_of(error, anthropic=anthropic)), "error" if anthropic else None)
 
+        _count(request, 200)
         return StreamingResponse(guarded(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     async def started(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -139,7 +141,6 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         parsed = form.parse(body, dialect)
         chat = Chat(service, form, dialect, parsed)
         if parsed.stream:
-            _count(request, 200)
             return stream(request, await until_gone(request, started(chat.events())))
         answer = await until_gone(request, chat.response())
         _count(request, 200)
@@ -194,7 +195,6 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
                 yield sse(orjson.dumps({**completion.envelope([]), "usage": completion.usage()}))
             yield sse(b"[DONE]")
 
-        _count(request, 200)
         return stream(request, await until_gone(request, started(events())))
 
     @app.get("/v1/models")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import pathlib
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -176,6 +176,37 @@ def test_health_ready_models_and_metrics(client: httpx.Client) -> None:
     assert "_created" not in page
     families = {family.name: family for family in text_string_to_metric_families(page)}
     assert any(s.labels == {"route": "/v1/completions", "status": "503"} for s in families["baton_router_requests"].samples)
+
+
+def answered(client: httpx.Client, path: str) -> dict[str, float]:
+    """Requests of a route by status."""
+    families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    samples = [sample for sample in families["baton_router_requests"].samples if sample.labels["route"] == path]
+    return {sample.labels["status"]: sample.value for sample in samples}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_that_never_begins_is_counted_once_as_what_it_ends_in(client: httpx.Client, path: str) -> None:
+    before = answered(client, path)
+    client.post(path, json={"model": "demo", "stream": True, **BODIES[path]})
+    after = answered(client, path)
+    assert {status: count - before.get(status, 0) for status, count in after.items() if count != before.get(status, 0)} == {"503": 1}
+
+
+def test_a_stream_that_breaks_ends_in_an_error_of_its_dialect(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, *arguments: Any) -> None: ...
+
+        async def events(self) -> AsyncIterator[bytes]:
+            yield b"data: {}\n\n"
+            raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("router.app.Chat", Broken)
+    paths = ("/v1/chat/completions", "/v1/messages")
+    found = {path: client.post(path, json={"model": "demo", "stream": True, **BODIES[path]}).text for path in paths}
+    begun = "data: {}\n\n"
+    assert found["/v1/chat/completions"].startswith(begun + 'data: {"error":{"message":"internal error: ZeroDivisionError"')
+    assert found["/v1/messages"].startswith(begun + 'event: error\ndata: {"type":"error","error":{"type":"api_error"')
 
 
 VALUES = st.recursive(
