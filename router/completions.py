@@ -203,11 +203,10 @@ class Completion:
     async def _one(self, choice: _Choice, prompt: tuple[int, ...], sampling: SamplingParams) -> AsyncGenerator[dict[str, Any], None]:
         request, codec = self._request, self._service.codec
         text, matcher = Detokenizer(codec), StopMatcher(request.stops)
-        if request.echo:
+        if request.echo:  # held until a token is there: before that errors have a status, and nobody waits outside of `sequence`
             choice.text = codec.decode(prompt)
             if request.logprobs is None:
                 choice.offset = len(choice.text)
-                yield choice.take()
             else:
                 self._add_logprobs(choice, prompt[:1], (None,))
                 choice.offset += len(codec.spelling(prompt[0]))

@@ -107,3 +107,27 @@ def test_a_stop_sequence_of_a_chat_is_logged_as_stop(lines: list[str]) -> None:
     answer = asyncio.run(Chat(service, form, CHAT, form.parse(body, CHAT)).response())
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert (fields(lines[0])["status"], fields(lines[0])["finish_reason"]) == ("ok", "stop")
+
+
+def test_a_client_that_leaves_many_echoed_choices_leaves_nothing_counted() -> None:
+    """More of them than are read ahead."""
+    service = new_service(FinishReason.LENGTH)
+    asyncio.run(complete(service, leave_after=1, prompt=["the red fox"] * 40, n=8, echo=True))
+    assert (service.num_requests, service._admission.waiting_tokens) == (0, 0)
+
+
+def test_an_echoed_prompt_comes_with_the_first_token_so_that_an_early_error_has_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lost(self: Said, request: Request, journey: Journey) -> AsyncGenerator[Output, None]:
+        raise MemberLost("gone")
+        yield Output()
+
+    async def first() -> dict[str, Any]:
+        service = new_service(FinishReason.LENGTH)
+        parsed = completions.parse({"model": "demo", "prompt": "the red fox", "max_tokens": 64, "echo": True}, service)
+        async with aclosing(completions.Completion(service, parsed).choices()) as items:
+            return await anext(items)
+
+    assert asyncio.run(first())["text"].startswith("the red fox")
+    monkeypatch.setattr(Said, "generate", lost)
+    with pytest.raises(MemberLost):
+        asyncio.run(first())
