@@ -28,16 +28,15 @@ from router.service import Service
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    name: str
     request: Any
     response: Any
     id_prefix: str
     max_tokens_keys: tuple[str, ...]
 
 
-CHAT = Dialect("chat", recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-", ("max_completion_tokens", "max_tokens"))
-RESPONSES = Dialect("responses", recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", ("max_output_tokens",))
-MESSAGES = Dialect("messages", recipe.MessagesRequest, recipe.MessagesResponse, "msg_", ("max_tokens",))
+CHAT = Dialect(recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-", ("max_completion_tokens", "max_tokens"))
+RESPONSES = Dialect(recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", ("max_output_tokens",))
+MESSAGES = Dialect(recipe.MessagesRequest, recipe.MessagesResponse, "msg_", ("max_tokens",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ class ChatFormat:
         allowed = service.check_length(len(prompt), max_tokens)
         inference = converted.inference_options
         sampling = sampling_params(
-            {**body, "seed": body.get("seed")},
+            body,
             max_tokens=allowed,
             num_logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
             num_prompt_logprobs=None,
@@ -201,7 +200,7 @@ class Chat:
         """Server-sent events, ready to send."""
         request, response = self._request, self._dialect.response
         async with (
-            self._service.admitted(self._dialect.name, request.n, len(request.prompt) * request.n),
+            self._service.admitted(request.n, len(request.prompt) * request.n),
             aclosing(interleaved(self._chunks(index) for index in range(request.n))) as chunks,
         ):
             async for index, chunk in chunks:
@@ -252,7 +251,7 @@ class Chat:
             answer: dict[str, Any] = orjson.loads(whole.to_json())
             return answer
 
-        async with self._service.admitted(self._dialect.name, request.n, len(request.prompt) * request.n):
+        async with self._service.admitted(request.n, len(request.prompt) * request.n):
             tasks = [asyncio.create_task(one(index)) for index in range(request.n)]
             try:
                 answers = await asyncio.gather(*tasks)

@@ -189,7 +189,7 @@ class Completion:
         request = self._request
         jobs = [(p * request.n + k, prompt, k) for p, prompt in enumerate(request.prompts) for k in range(request.n)]
         async with (
-            self._service.admitted("completions", len(jobs), self.num_prompt_tokens * request.n),
+            self._service.admitted(len(jobs), self.num_prompt_tokens * request.n),
             aclosing(interleaved(self._one(_Choice(index), prompt, self._sampling(k)) for index, prompt, k in jobs)) as items,
         ):
             async for _, item in items:

@@ -19,7 +19,7 @@ log = get_logger("router")
 
 
 class Members:
-    """Owner of the sessions. `changed` is set whenever a session may have become ready."""
+    """Owner of the sessions."""
 
     def __init__(self, liveness_timeout_s: float, router_name: str = "") -> None:
         self.router_name = router_name or f"router-{new_incarnation():x}"

@@ -49,7 +49,7 @@ class Reserver:
         full, waits in line for room; a keeper's request goes first and waits for KEPT_S at most. Whatever the decode rank says
         afterwards is put into `events`."""
         kept_until, found = self._clock.now() + KEPT_S, self._prefixes.find(request.token_ids)
-        shares = {} if found is None else dict([found])
+        shares = {} if found is None else {found[0]: found[1]}
         full: set[tuple[str, int]] = set()
         is_first_in_line = False
         async with contextlib.AsyncExitStack() as line:

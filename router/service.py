@@ -51,7 +51,7 @@ class Service:
         return max_tokens or room
 
     @asynccontextmanager
-    async def admitted(self, route: str, num_sequences: int, num_tokens: int) -> AsyncIterator[None]:
+    async def admitted(self, num_sequences: int, num_tokens: int) -> AsyncIterator[None]:
         """Count a request in for as long as the block runs. Raises Overloaded."""
         self._admission.enter(num_sequences, num_tokens)
         began = self._clock.now()

@@ -44,7 +44,7 @@ class Client:
         self.router = at
         outcome = "no end"
         try:
-            async with at.service.admitted("sim", 1, len(self.prompt)):
+            async with at.service.admitted(1, len(self.prompt)):
                 self.journey = at.service.new_journey(self.name, len(self.prompt))
                 async with aclosing(at.service.sequence(self.journey, self.prompt, self.sampling)) as outputs:
                     async for output in outputs:
