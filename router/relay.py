@@ -76,7 +76,7 @@ class Journey:
     @property
     def num_migrations(self) -> int:
         """Runs repeated on other ranks."""
-        return max(self.attempts - 1 - self.hand_ons - self.num_preemptions, 0)
+        return max(self.num_runs - 1 - self.hand_ons - self.num_preemptions, 0)
 
     def may_run_again(self, max_attempts: int) -> bool:
         """Being given up for want of pages is no failure, and counts for nothing."""

@@ -82,7 +82,7 @@ def test_a_lost_decode_rank_changes_no_token_and_sends_none_twice() -> None:
     journey = new_journey()
     tokens = asyncio.run(tokens_of(new_relay([prefill, *decodes]), journey))
     assert tokens == EXPECTED
-    assert journey.attempts == 2
+    assert (journey.attempts, journey.num_migrations) == (2, 1)
     again = prefill.requests[1]
     assert (again.request_id, again.prompt_len, again.sampling.seed) == ("r.2", len(PROMPT), 4)
     assert again.token_ids == (*PROMPT, *EXPECTED[:3])
@@ -123,6 +123,7 @@ def test_ranks_that_are_lost_before_they_worked_for_a_request_do_not_use_up_its_
     journey = new_journey()
     assert asyncio.run(tokens_of(new_relay([prefill, decode], max_attempts=2), journey)) == EXPECTED
     assert (journey.attempts, journey.num_runs, len(prefill.requests)) == (4, 1, 1)
+    assert journey.num_migrations == 0, "nothing ran twice"
 
 
 def test_log_probabilities_of_the_prompt_reach_the_client_once_though_two_runs_score_it() -> None:
