@@ -19,7 +19,10 @@ PLACE_POLL_S = 0.05
 """How often ranks are looked for while a role has none."""
 
 FULL_POLL_S = 0.02
-"""How often the first in line asks the decode ranks for room."""
+"""How often the first in line asks the decode ranks for room; less often with a long prompt, see `full_poll_s`."""
+
+ASKING_S_PER_TOKEN = 1e-6
+"""The prompt goes with the question, and router and rank take some 0.1 us for each of its tokens."""
 
 KEPT_S = 2.0
 """How long pages are kept on a prefill rank while all decode ranks are full. Theirs may be full of requests that wait for just these
@@ -58,13 +61,15 @@ class Reserver:
                 if decode.member.key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
                     if keeper is not None and self._clock.now() > kept_until:
                         raise Overloaded(f"no decode rank has room for what {keeper.member.name} keeps")
-                    if keeper is None and not is_first_in_line:
-                        await line.enter_async_context(self._full)
-                        is_first_in_line = True
-                    await asyncio.sleep(FULL_POLL_S)
+                    try:
+                        async with asyncio.timeout(max(deadline - self._clock.now(), 0.0)):
+                            if keeper is None and not is_first_in_line:
+                                await line.enter_async_context(self._full)
+                                is_first_in_line = True
+                            await asyncio.sleep(full_poll_s(len(request.token_ids)))
+                    except TimeoutError as error:
+                        raise DeadlineExceeded(f"no decode rank had room within {self._config.request_timeout_s:g} s") from error
                     full.clear()
-                    if self._clock.now() > deadline:
-                        raise DeadlineExceeded(f"no decode rank had room within {self._config.request_timeout_s:g} s")
                     continue
                 answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
                 decode.listen(request.request_id, len(request.token_ids), into(events, request.request_id, answer))
@@ -114,6 +119,11 @@ class Reserver:
         found = self._members.ready("prefill")
         chosen = place_prefill(request, [_candidate(s, {}) for s in found], decode.member.fingerprint, avoid)
         return next(session for session in found if session.member is chosen)
+
+
+def full_poll_s(num_tokens: int) -> float:
+    """Pause between two questions for room for so many tokens: asking takes a tenth of the time at most."""
+    return max(FULL_POLL_S, num_tokens * ASKING_S_PER_TOKEN)
 
 
 def into(events: Events, name: str, answer: asyncio.Future[Event] | None = None) -> Callable[[Event], None]:

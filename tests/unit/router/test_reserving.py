@@ -8,9 +8,11 @@ from contextlib import aclosing
 
 import pytest
 
-from core.errors import NoMembers
+from core.clock import SystemClock
+from core.errors import DeadlineExceeded, NoMembers
 from core.kv_layout import PAGE_TOKENS
 from core.request import FinishReason, Request, SamplingParams, Tokens
+from router.reserving import full_poll_s
 from router.session import FirstToken
 from tests.support.scripted_ranks import (
     MAX_TOKENS,
@@ -115,3 +117,36 @@ def test_pages_are_given_back_when_no_prefill_rank_is_left_to_fill_them() -> Non
     with pytest.raises(NoMembers, match="no prefill rank is ready"):
         asyncio.run(tokens_of(relay))
     assert decode.cancelled == ["r.1"] and not decode.in_flight and not prefill.requests
+
+
+def test_a_request_whose_time_is_up_leaves_the_line_though_others_wait_before_it() -> None:
+    prefill, decode = FakePrefill([]), FakeRank("decode")
+    decode.is_full = True
+    reserver, clock = new_relay([prefill, decode])._reserver, SystemClock()
+
+    async def wait(name: str, seconds: float) -> float:
+        request = Request(request_id=name, token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        with pytest.raises(DeadlineExceeded):
+            await reserver.reserve(request, asyncio.Queue(), [], clock.now() + seconds)
+        return clock.now()
+
+    async def run() -> None:
+        began = clock.now()
+        ended = await asyncio.gather(wait("first", 0.4), wait("second", 0.05))
+        assert ended[1] - began < 0.3 and ended[0] - began >= 0.4
+
+    asyncio.run(run())
+
+
+def test_room_for_a_long_prompt_is_asked_for_less_often() -> None:
+    def questions(num_tokens: int) -> int:
+        prefill, decode = FakePrefill([]), FakeRank("decode")
+        decode.is_full = True
+        request = Request(request_id="r", token_ids=(5,) * num_tokens, prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        reserver = new_relay([prefill, decode])._reserver
+        with pytest.raises(DeadlineExceeded):
+            asyncio.run(reserver.reserve(request, asyncio.Queue(), [], SystemClock().now() + 0.15))
+        return len(decode.requests)
+
+    assert questions(200_000) == 1 and questions(20_000) > 2
+    assert [full_poll_s(num_tokens) for num_tokens in (1, 20_000, 131_072, 1_000_000)] == pytest.approx([0.02, 0.02, 0.131, 1.0], rel=0.01)
