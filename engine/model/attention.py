@@ -3,7 +3,7 @@
 x -> queries, one shared key-value vector a token -> write the window row, the entries and index keys that this token closes ->
 attend (window of 128, chosen entries, sink) -> undo the rotation -> grouped output projection.
 
-A batch of single tokens attends in place, over the rings and pages; anything else goes sequence by sequence over gathered rows.
+A batch of single tokens attends in place, over the rings and pages; anything else over gathered rows (prompts.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable
 import torch
 
 from engine.cache.arena import LayerCache
-from engine.cache.layout import C4_ROWS_PER_PAGE, WINDOW_ROWS
+from engine.cache.layout import C4_ROWS_PER_PAGE
 from engine.model.compressor import Compressor
 from engine.model.indexer import Indexer
 from engine.model.linear import Build, Linear, Linears
+from engine.model.prompts import PromptRows
 from engine.model.step import Step
 
 
@@ -42,7 +43,7 @@ class Attention:
     def forward(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """x: [T, d] after attn_norm -> [T, d]. Reads and writes the cache of the batch's sequences."""
         cos, sin = step.tokens[self._ratio]
-        before = [] if step.places.is_decode else [self._window_before(step, number, cache) for number in range(len(step.batch.starts_S))]
+        before = () if step.prompts is None else (self._ops.pool_rows(cache.window, *step.prompts.before),)
         compressed = self._sides[0].start(lambda: self._store_entries(x, step, cache))
         qr, kv = self._wq_a_wkv(x)
         stored = self._sides[0].start(lambda: self._store_window(kv, step, cache))
@@ -50,15 +51,10 @@ class Attention:
         selected = self._sides[1].start(lambda: self._select(qr, compressed, step, cache))
         q = self._ops.q_norm_rope(self._wq_b(qr).unflatten(1, (self._heads, self._dim)), cos, sin, self._eps)
         kv, chosen = stored(), selected()
-        if step.places.is_decode:
+        if step.prompts is None:
             o = self._decode(q, chosen, step, cache)
         else:
-            parts, first = [], 0
-            for number, length in enumerate(step.batch.lengths_S):
-                rows = slice(first, first + length)
-                parts.append(self._prefill(q[rows], kv[rows], chosen[rows], before[number], step, number, cache))
-                first += length
-            o = parts[0] if len(parts) == 1 else torch.cat(parts)
+            o = self._prefill(q, (kv, *before), chosen, step.prompts, cache)
         o = self._ops.output_derotate(o, cos, sin).flatten(1).unflatten(1, (self._groups, -1))
         return self._wo_b(self._ops.grouped_linear(o, self._wo_a).flatten(1))
 
@@ -95,28 +91,14 @@ class Attention:
         )
         return o
 
-    def _window_before(self, step: Step, number: int, cache: LayerCache) -> torch.Tensor:
-        """Rows [n, D] of the up to 127 tokens before a chunk, which the chunk's own rows will overwrite."""
-        start, row = step.batch.starts_S[number], sum(step.batch.lengths_S[:number])
-        positions = torch.arange(max(0, start - WINDOW_ROWS + 1), start, device=step.places.positions_T.device)
-        slot = step.places.slots_T[row : row + 1]  # of one dimension: the host would wait for an index of none
-        return cache.window.read(slot, positions % WINDOW_ROWS)
-
     def _prefill(
-        self, q: torch.Tensor, kv: torch.Tensor, chosen: torch.Tensor, before: torch.Tensor, step: Step, number: int, cache: LayerCache
+        self, q: torch.Tensor, window: tuple[torch.Tensor, ...], chosen: torch.Tensor, prompts: PromptRows, cache: LayerCache
     ) -> torch.Tensor:
-        """One sequence's chunk: [T, H, D] -> o [T, H, D]. kv: [T, D] as stored; chosen: int32 [T, K]; before: of `_window_before`."""
-        start, length = step.batch.starts_S[number], len(q)
-        #   rows = [ window before the chunk | the chunk | entries ], all as the cache holds them
-        rows = torch.cat((before, kv))
-        window = torch.arange(WINDOW_ROWS, dtype=torch.int32, device=q.device)
-        token = torch.arange(length, dtype=torch.int32, device=q.device)
-        indices = (window + (token[:, None] + len(before) - WINDOW_ROWS + 1)).clamp(min=-1)
-        if cache.entries is not None:
-            per_page = cache.entries.data.shape[1]
-            numbers = torch.arange((start + length) // self._ratio, device=q.device)
-            pages = step.places.page_table_SP[number, numbers // per_page]
-            indices = torch.cat((indices, torch.where(chosen >= 0, chosen + len(rows), -1)), dim=1)
-            rows = torch.cat((rows, cache.entries.read(pages, numbers % per_page)))
-        o: torch.Tensor = self._ops.sparse_attn_prefill(q, rows, indices, self._sink, self._scale)
+        """[T, H, D] -> o [T, H, D]. window: rows [T, D] of the step's tokens and [N, D] of those before, as the cache holds them; chosen:
+        int32 [T, K]."""
+        rows = window if cache.entries is None else (*window, self._ops.pool_rows(cache.entries, *prompts.entries[self._ratio]))
+        indices = prompts.indices.get(self._ratio)
+        if indices is None:
+            indices = self._ops.prompt_indices(prompts.window, chosen, prompts.base)
+        o: torch.Tensor = self._ops.sparse_attn_prefill(q, torch.cat(rows), indices, self._sink, self._scale)
         return o

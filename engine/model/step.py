@@ -9,6 +9,7 @@ import torch
 
 from engine.batch import Batch, TokenPlaces
 from engine.config import ModelConfig
+from engine.model.prompts import PromptRows, prompt_rows
 from engine.model.rope import Rotation, compress_frequencies, main_frequencies
 from engine.ops.registry import BoundOps
 from engine.ops.step_tables import StepTables
@@ -25,6 +26,8 @@ class Step:
     """By ratio, 4 and 128: of the first position of each token's block, for the entry that it may close."""
     counts: dict[int, torch.Tensor]
     """By ratio: int32 [T], how many entries each token attends to."""
+    prompts: PromptRows | None
+    """None in decode."""
     memo: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What attention's backend keeps from layer to layer, by ratio."""
 
@@ -46,4 +49,5 @@ class StepMaker:
             tokens={0: (tables.main_cos, tables.main_sin), 4: compressed, 128: compressed},
             blocks={4: (tables.block4_cos, tables.block4_sin), 128: (tables.block128_cos, tables.block128_sin)},
             counts={0: tables.count0, 4: tables.count4, 128: tables.count128},
+            prompts=None if batch.places.is_decode else prompt_rows(batch, tables.dense, self._ops),
         )

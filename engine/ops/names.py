@@ -27,6 +27,8 @@ OP_NAMES = (
     "moe_gate",
     "output_derotate",
     "page_rows",
+    "pool_rows",
+    "prompt_indices",
     "q_norm_rope",
     "rms_norm",
     "sample",
