@@ -190,6 +190,7 @@ class RankSession:
             await channel.close()
 
     async def _write(self, call: Any) -> None:
+        """Ends quietly when the call does; the reader says why."""
         while True:
             try:
                 async with asyncio.timeout(PING_INTERVAL_S):
@@ -198,7 +199,10 @@ class RankSession:
                 command = self._command(ping=1)
             while not self._outgoing.empty() and command.ByteSize() < MERGED_BYTES:
                 command.MergeFrom(self._outgoing.get_nowait())
-            await call.write(command)
+            try:
+                await call.write(command)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return
 
     def _dispatch(self, update: Any) -> None:
         self.load, self.is_draining = decode_load(update.load), update.draining

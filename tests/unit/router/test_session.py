@@ -58,6 +58,24 @@ def test_what_waits_goes_out_as_one_message_of_bounded_size() -> None:
     asyncio.run(live())
 
 
+def test_writing_to_a_call_that_has_ended_is_no_error_of_its_own() -> None:
+    """The reader tells why it ended; an error that nobody asks the writer for would be logged as a bug."""
+
+    class Ended(Call):
+        async def write(self, command: Any) -> None:
+            raise asyncio.InvalidStateError("RPC already finished.")
+
+    async def live() -> None:
+        session = RankSession(MEMBER, "r", 5.0)
+        await session.close()
+        session.is_connected = True
+        session.cancel("first")
+        async with asyncio.timeout(5):
+            await session._write(Ended())
+
+    asyncio.run(live())
+
+
 class Loop:
     """In place of a worker's loop: what it was told, in order."""
 
