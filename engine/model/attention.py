@@ -37,16 +37,17 @@ class Attention:
         self._wo_a = build.ops.pack["grouped_linear"](build.weights[f"{prefix}.wo_a.weight"], self._groups)
         self._compressor = Compressor(build, f"{prefix}.compressor", ratio) if ratio else None
         self._indexer = Indexer(build, f"{prefix}.indexer") if ratio == 4 else None
-        names = ([f"{prefix}.compressor"] if ratio else []) + ([f"{prefix}.indexer.compressor"] if ratio == 4 else [])
-        self._compress = Linears(build, tuple(map(Compressor.projections, names)), torch.float32) if ratio else None
+        of_indexer = Indexer.projections(f"{prefix}.indexer") if ratio == 4 else ()
+        projections = (Compressor.projections(f"{prefix}.compressor"), *of_indexer)
+        self._compress = Linears(build, projections, torch.float32) if ratio else None
 
     def forward(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """x: [T, d] after attn_norm -> [T, d]. Reads and writes the cache of the batch's sequences."""
         cos, sin = step.tokens[self._ratio]
         before = () if step.prompts is None else (self._ops.pool_rows(cache.window, *step.prompts.before),)
-        compressed = self._sides[0].start(lambda: self._store_entries(x, step, cache))
+        compressed = self._sides[0].start(lambda: self._store_keys(x, step, cache))
         qr, kv = self._wq_a_wkv(x)
-        stored = self._sides[0].start(lambda: self._store_window(kv, step, cache))
+        stored = self._sides[0].start(lambda: self._store_rows(kv, compressed(), step, cache))
         qr = self._ops.rms_norm(qr, self._q_norm, self._eps)
         selected = self._sides[1].start(lambda: self._select(qr, compressed, step, cache))
         q = self._ops.q_norm_rope(self._wq_b(qr).unflatten(1, (self._heads, self._dim)), cos, sin, self._eps)
@@ -58,23 +59,25 @@ class Attention:
         o = self._ops.output_derotate(o, cos, sin).flatten(1).unflatten(1, (self._groups, -1))
         return self._wo_b(self._ops.grouped_linear(o, self._wo_a).flatten(1))
 
-    def _store_window(self, kv: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """Rows of the window go into the cache. Returns them as stored, [T, D]."""
+    def _store_keys(self, x: torch.Tensor, step: Step, cache: LayerCache) -> tuple[torch.Tensor, ...]:
+        """Index keys that are closed go into the cache, the first thing that anything waits for. Returns x's projections for entries,
+        index keys and weights of the indexer's heads, as far as the layer has them."""
+        projected = () if self._compress is None else self._compress(x)
+        if self._indexer is not None:
+            self._indexer.store(projected[1], step, cache)
+        return projected
+
+    def _store_rows(self, kv: torch.Tensor, projected: tuple[torch.Tensor, ...], step: Step, cache: LayerCache) -> torch.Tensor:
+        """Rows of the window, and entries that are closed, go into the cache. Returns the former as stored, [T, D]."""
         where = cache.window, step.tables.window_units, step.tables.window_places
         rows: torch.Tensor = self._ops.kv_store(kv, self._kv_norm, *step.tokens[self._ratio], self._eps, *where)
+        if self._compressor is not None:
+            pending = cache.ring if self._ratio == 4 else cache.state
+            assert pending is not None and cache.entries is not None
+            self._compressor.store(projected[0], step, pending, cache.entries)
         return rows
 
-    def _store_entries(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor | None:
-        """Entries and index keys that are closed go into the cache. Returns the weights of the indexer's heads, [T, Hi]."""
-        if self._compressor is None or self._compress is None:
-            return None
-        projected, pending = self._compress(x), cache.ring if self._ratio == 4 else cache.state
-        weights = None if self._indexer is None else self._indexer.store(x, projected[1], step, cache)
-        assert pending is not None and cache.entries is not None
-        self._compressor.store(projected[0], step, pending, cache.entries)
-        return weights
-
-    def _select(self, qr: torch.Tensor, compressed: Callable[[], torch.Tensor | None], step: Step, cache: LayerCache) -> torch.Tensor:
+    def _select(self, qr: torch.Tensor, compressed: Callable[[], tuple[torch.Tensor, ...]], step: Step, cache: LayerCache) -> torch.Tensor:
         """int32 [T, K]: the entries that each token attends to, -1 unused."""
         if self._indexer is not None:
             return self._indexer.select(qr, compressed, step, cache)

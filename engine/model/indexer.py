@@ -24,23 +24,26 @@ class Indexer:
         self._ops, self._heads, self._topk = build.ops, model.index_n_heads, model.index_topk
         self._scale = model.index_head_dim**-0.5 * model.index_n_heads**-0.5
         self._wq_b = Linear(build, f"{prefix}.wq_b.weight")
-        self._weights_proj = Linear(build, f"{prefix}.weights_proj.weight")
         self._compressor = Compressor(build, f"{prefix}.compressor", 4, is_index=True)
 
-    def store(self, x: torch.Tensor, projected: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """x: [T, d]; projected: of the compressor. Stores the keys that the step closes. Returns the weights of the heads, [T, Hi]."""
+    @staticmethod
+    def projections(prefix: str) -> tuple[tuple[str, ...], ...]:
+        """Weights whose fp32 products with the layer's input `store` takes, and those that are the weights of the heads."""
+        return Compressor.projections(f"{prefix}.compressor"), (f"{prefix}.weights_proj.weight",)
+
+    def store(self, projected: torch.Tensor, step: Step, cache: LayerCache) -> None:
+        """projected: of the compressor. Stores the keys that the step closes."""
         assert cache.index_ring is not None and cache.index_keys is not None
         self._compressor.store(projected, step, cache.index_ring, cache.index_keys)
-        weights: torch.Tensor = self._weights_proj(x)
-        return weights
 
-    def select(self, qr: torch.Tensor, stored: Callable[[], torch.Tensor | None], step: Step, cache: LayerCache) -> torch.Tensor:
-        """qr: [T, q_lora_rank]; `stored` joins `store`. Returns int32 [T, K] entries to attend to, -1 unused."""
+    def select(self, qr: torch.Tensor, stored: Callable[[], tuple[torch.Tensor, ...]], step: Step, cache: LayerCache) -> torch.Tensor:
+        """qr: [T, q_lora_rank]; `stored` joins `store`, and gives what all projections made, the weights of the heads last. Returns int32
+        [T, K] entries to attend to, -1 unused."""
         assert cache.index_keys is not None
         num_entries = step.batch.longest // 4
         if num_entries <= self._topk:
             return all_visible(step.tables.visible4, num_entries)
-        q, weights = self._wq_b(qr).unflatten(1, (self._heads, -1)), stored()
+        q, weights = self._wq_b(qr).unflatten(1, (self._heads, -1)), stored()[-1]
         q, weights = self._ops.index_query(q, weights, *step.tokens[4], self._scale, cache.index_keys.form)
         chosen, most = [], max(1, SCORES_AT_ONCE // num_entries)
         for start in range(0, len(q), most):

@@ -31,12 +31,13 @@ def spread(x: torch.Tensor, form: RowFormat) -> torch.Tensor:
 def index_query(
     q: torch.Tensor, weights: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, form: RowFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q: [T, Hi, Di] bf16 or fp32 of the projection; weights: [T, Hi] of the heads; cos, sin: fp32 [T, rope / 2]; scale: factor of
-    the weights; form: of the index keys. Returns (queries [T, Hi, Di], head weights fp32 [T, Hi]) for `index_logits`. In format fp8 the
-    queries are e4m3 codes and their fp32 scales are folded into the weights; else they hold the values themselves, in form.dtype.
+    """q: [T, Hi, Di] bf16 or fp32 of the projection; weights: [T, Hi] of the heads, rounded to q's dtype here; cos, sin: fp32
+    [T, rope / 2]; scale: factor of the weights; form: of the index keys. Returns (queries [T, Hi, Di], head weights fp32 [T, Hi]) for
+    `index_logits`. In format fp8 the queries are e4m3 codes and their fp32 scales are folded into the weights; else they hold the
+    values themselves, in form.dtype.
     """
     turned = spread(rotate(q.double(), cos, sin).to(q.dtype), form)
-    factors = weights.float() * scale
+    factors = weights.to(q.dtype).float() * scale
     if not isinstance(form, Fp8IndexRows):
         return form.round_trip(turned.flatten(0, 1)).view(q.shape), factors
     data, scales = form.encode(turned.flatten(0, 1))

@@ -16,7 +16,7 @@ REASON = "rotation and Hadamard in fp32: beside a rounding boundary of bf16, and
 
 def _draw(tokens: int, index_format: str, dtype: torch.dtype, heads: int = HEADS, width: int = WIDTH) -> Draw:
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        q, weights = randn(device, seed, tokens, heads, width, dtype=dtype), randn(device, seed + 1, tokens, heads, dtype=dtype)
+        q, weights = randn(device, seed, tokens, heads, width, dtype=dtype), randn(device, seed + 1, tokens, heads + 16)[:, 16:]
         return q, weights, *angles(device, seed + 2, tokens, min(64, width // 2)), SCALE, index_rows(index_format, width)
 
     return draw

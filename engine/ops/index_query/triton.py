@@ -32,7 +32,7 @@ def signs(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def index_query_kernel(
-    q_ptr, weights_ptr, cos_ptr, sin_ptr, signs_ptr, out_ptr, factors_ptr, num_rows, factor,
+    q_ptr, weights_ptr, cos_ptr, sin_ptr, signs_ptr, out_ptr, factors_ptr, num_rows, weights_stride, factor,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr,
     MATRIX: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,8 @@ def index_query_kernel(
     there = row < num_rows
     at = row[:, None] * DIM + channel[None, :]
     x = tl.load(q_ptr + at, mask=there[:, None], other=0.0).to(tl.float32)
-    weights = tl.load(weights_ptr + row, mask=there, other=0.0).to(tl.float32) * factor
+    weights = tl.load(weights_ptr + row // HEADS * weights_stride + row % HEADS, mask=there, other=0.0)
+    weights = rounded(weights.to(tl.float32), BF16) * factor
     c, s = turns(cos_ptr, sin_ptr, tl.where(there, row // HEADS, -1), DIM, ROPE)
     x = rotated(x, c, s, ROWS, DIM)
     if FORM == "fp8_index" or FORM == "fp4_index":
@@ -73,7 +74,7 @@ def index_query_kernel(
 def run(
     q: torch.Tensor, weights: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, form: RowFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the reference; 128 channels in the quantised formats."""
+    """As the reference; 128 channels in the quantised formats. Rows of weights may be further apart than they are long."""
     tokens, heads, dim = q.shape
     name = form_name(form)
     out = torch.empty(q.shape, dtype=torch.uint8 if name == "fp8_index" else form.dtype, device=q.device)
@@ -83,7 +84,7 @@ def run(
     rows, warps = (FEW_ROWS, FEW_WARPS) if is_few else (ROWS, WARPS)
     if tokens:
         index_query_kernel[(triton.cdiv(tokens * heads, rows),)](
-            q.contiguous(), weights.contiguous(), cos, sin, matrix, out, factors, tokens * heads, scale,
+            q.contiguous(), weights, cos, sin, matrix, out, factors, tokens * heads, weights.stride(0), scale,
             ROWS=rows, HEADS=heads, DIM=dim, ROPE=2 * cos.shape[1], FORM=name, BF16=q.dtype == torch.bfloat16, MATRIX=not is_few,
             num_warps=warps,
         )  # fmt: skip
@@ -91,7 +92,7 @@ def run(
 
 
 _SIGNATURE = dict.fromkeys(("cos_ptr", "sin_ptr", "factors_ptr"), "*fp32") | {"num_rows": "i32", "factor": "fp32"}
-_SIGNATURE |= dict.fromkeys(("q_ptr", "weights_ptr", "signs_ptr"), "*bf16")
+_SIGNATURE |= {"q_ptr": "*bf16", "weights_ptr": "*fp32", "signs_ptr": "*bf16", "weights_stride": "i32:16"}
 AOT = [
     (
         index_query_kernel,
