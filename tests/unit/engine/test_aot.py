@@ -40,6 +40,9 @@ def modules_with(pattern: str) -> list[str]:
 MODULES = modules_with(r"@triton\.jit.*\ndef \w+_kernel\(")
 CUDA_MODULES = modules_with(r"\nCUDA_AOT")
 ARCHITECTURES = (90, 100, 103)
+ONE_OF_EACH = (103,)
+"""Architectures for which each kernel is compiled once, not in all its variants: Triton writes for sm_103 what it writes for sm_100, save
+for some reductions."""
 SHARED_BYTES = 227 * 1024
 """A block's shared memory on all of them."""
 
@@ -81,7 +84,8 @@ def test_a_module_with_kernels_says_how_they_are_compiled(module: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("module", MODULES)
 def test_kernels_compile_for_the_target(module: str, architecture: int) -> None:
-    for kernel, signature, constexprs, options in kernels(module):
+    listed = kernels(module)
+    for kernel, signature, constexprs, options in {entry[0]: entry for entry in listed}.values() if architecture in ONE_OF_EACH else listed:
         compiled = compile_for(architecture, kernel, signature, constexprs, options)
         assert len(compiled.asm["cubin"]) > 0
         assert compiled.metadata.shared <= SHARED_BYTES, (
