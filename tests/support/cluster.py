@@ -39,6 +39,9 @@ def free_ports(count: int) -> list[int]:
 class Cluster:
     """`up` starts it; `down` must be called whatever happens in between."""
 
+    prefix: tuple[str, ...] = ()
+    """Of the command that starts it: a program that runs another."""
+
     def __init__(self, home: pathlib.Path, name: str = "test", model: pathlib.Path = MODEL) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.home, self.name = home, name
@@ -59,7 +62,7 @@ class Cluster:
     def baton(self, *arguments: str, expect: int = 0, timeout_s: float = 120) -> str:
         """Run the command; its standard output and error. Fails unless it exits with `expect`, within
         `timeout_s` stretched by what else this machine computes."""
-        command = [sys.executable, "-m", "deploy", "--home", str(self.home), *arguments]
+        command = [*self.prefix, sys.executable, "-m", "deploy", "--home", str(self.home), *arguments]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s * overload(), stdin=subprocess.DEVNULL)
         output = result.stdout + result.stderr
         assert result.returncode == expect, f"baton {' '.join(arguments)} exited with {result.returncode}:\n{output}\n{self.logs()}"
