@@ -142,7 +142,7 @@ def report(
         return experts_s(work, hardware, software, rows, experts)
 
     decode = decode_parts(work, hardware, software, ranks=ranks, batch=batch, context=8192, experts=0.0)
-    rest = sum(seconds for name, seconds in decode.items() if name != "experts") + 2 * layers * software.product_s
+    rest = sum(seconds for name, seconds in decode.items() if name != "experts") + 2 * layers * software.expert_s
     prefill = prefill_parts(work, hardware, software, ranks=ranks, chunk=CHUNK, prompt=CHUNK)
     prefill_rest = sum(seconds for name, seconds in prefill.items() if name != "experts")
     for name in PLACED:

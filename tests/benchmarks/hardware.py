@@ -1,8 +1,9 @@
 """What the scaling model knows of devices and of software, each figure with its source.
 
-"Measured" is from a file in `tests/benchmarks/results`, or said to be from DeepEP's or FlashMLA's own runs on H200s; "published" is the
-vendor's; "carried over" is a published figure times the share of it that was reached on an H200; "FITTED" was set so that a point which the
-model is compared with comes out right; "goal" is what we build for and nobody has measured here.
+"Measured" is from a file in `tests/benchmarks/results`, or said to be from DeepEP's or FlashMLA's own runs on H200s ("alone": the op in a
+graph of its own, not in a step); "counted" is from programs or shapes; "published" is the vendor's; "carried over" is a published figure
+times the share of it that was reached on an H200; "FITTED" was set so that a step, or kernels of a step, which the model is compared with
+come out right; "goal" is what we build for and nobody has measured here.
 """
 
 from __future__ import annotations
@@ -71,17 +72,19 @@ class Software:
 
     name: str
     small_launches: float
-    """Launches of a layer that multiply no weights: norms, copies, indices, stores."""
+    """Launches of a layer that multiply no weights and follow one another: norms, indices, stores, router."""
     launch_s: float
-    """Of each, whatever it does, its start included."""
+    """Of each, its start included."""
     gap_s: float
-    """After each kernel of any kind, until the next one begins."""
+    """What each launch of any kind costs in a step beyond its own time."""
     products: float
-    """Launches of a layer that read weights, the experts' two included."""
+    """Launches of a layer that read weights and follow one another, the experts' two included."""
     product_s: float
     """Of each, beside its bytes or FLOPs."""
+    expert_s: float
+    """The same of the experts' two."""
     attention_s: float
-    """Of a layer's decode attention, beside its FLOPs."""
+    """Of a layer's decode attention, beside its bytes and FLOPs."""
     attention_share: float
     """Of the bf16 rate, decode."""
     hyper_s: float
@@ -90,16 +93,28 @@ class Software:
     """Of the memory rate, bytes read and written once."""
     few_rows_share: float
     """Of the FP8 rate: experts that widen their codes as they multiply."""
+    few_linear_share: float
+    """Of the FP8 rate: projections of few tokens, on top of their bytes."""
     many_rows_share: float
     """Of the FP8 rate: experts widened to FP8 beforehand, without the widening."""
     widens: bool
     """Whether that widening is needed."""
+    widening_share: float
+    """Of the memory rate, bytes read and written."""
     linear_share: float
     """Of the FP8 and bf16 rates: projections of many tokens."""
     prefill_attention_share: float
     """Of the bf16 rate."""
-    exchange: Literal["gather", "all_to_all"]
-    """Decode: every rank gets all tokens and adds up all results, or each token goes to the ranks of its experts."""
+    index_share: float
+    """Of the FP8 rate, prefill: scores, their queries and the choice of the best."""
+    prefill_launches: float
+    """Of a layer and chunk, all streams."""
+    prefill_gap_s: float
+    """Between two of them, in which nothing runs."""
+    exchange: Literal["to_all", "to_experts"]
+    """Every rank gets all tokens and gives sums to all, or each token goes to the ranks of its experts."""
+    most_ranks: int
+    """For which the exchange is."""
     dispatch_s: float
     """Of one dispatch of decode, beside its bytes."""
     combine_s: float
@@ -109,103 +124,157 @@ class Software:
     """Of the link rate."""
     combine_link_share: float
     prefill_link_share: float
+    prefill_bytes: float
+    """Of one value of a token's row, out and back."""
     sources: dict[str, str]
 
 
 AS_MEASURED = Software(
     name="as measured",
-    small_launches=41,
-    launch_s=1.6e-6,
-    gap_s=0.52e-6,
-    products=13,
+    small_launches=8,
+    launch_s=2.3e-6,
+    gap_s=1.2e-6,
+    products=7,
     product_s=4e-6,
-    attention_s=16e-6,
+    expert_s=8e-6,
+    attention_s=12e-6,
     attention_share=0.35,
-    hyper_s=8.5e-6,
+    hyper_s=8e-6,
     hyper_share=0.55,
     few_rows_share=0.24,
-    many_rows_share=0.57,
+    few_linear_share=0.4,
+    many_rows_share=0.77,
     widens=True,
-    linear_share=0.85,
-    prefill_attention_share=0.6,
-    exchange="gather",
-    dispatch_s=7e-6,
-    combine_s=11.5e-6,
-    gather_s=7e-6,
-    dispatch_link_share=0.21,
-    combine_link_share=0.12,
-    prefill_link_share=0.53,
+    widening_share=0.88,
+    linear_share=0.9,
+    prefill_attention_share=0.49,
+    index_share=0.16,
+    prefill_launches=100,
+    prefill_gap_s=3.6e-6,
+    exchange="to_all",
+    most_ranks=8,
+    dispatch_s=6e-6,
+    combine_s=6e-6,
+    gather_s=6e-6,
+    dispatch_link_share=0.75,
+    combine_link_share=0.75,
+    prefill_link_share=0.41,
+    prefill_bytes=3.03,
     sources={
-        "small_launches": "counted, profile of engine_flash_h200x2_2026-11.json: 1,763 of 43 layers",
-        "launch_s": "measured, ops_streaming and ops_index: 1.3 to 2.0 us for one token",
-        "gap_s": "measured, same profile: time in which no kernel ran, 1.37 ms, over 2,627 launches; 0.52 and 0.48 us at batch 32 and 128",
-        "products": "counted, same profile: 557 of 43 layers",
-        "product_s": "measured, ops_matrix at T=1: 4 us + bytes is within a fifth of all rows",
-        "attention_s": "measured, FlashMLA at batch 1: 17 us",
-        "attention_share": "measured, FlashMLA at batch 128 and 256: 52 and 95 us",
-        "hyper_s": "measured, ops_streaming, hc_post_pre at T=1 to 256",
-        "hyper_share": "measured, same",
-        "few_rows_share": "measured, ops_matrix: 350 TFLOP/s at 128 rows an expert",
-        "many_rows_share": "measured, ops_matrix, DeepGEMM at 8,192 and 16,384 tokens, less the widening at 3.6 TB/s",
-        "widens": "measured, same",
-        "linear_share": "measured, ops_matrix: wq_b 83 %, wo_b 91 % at T=8192",
-        "prefill_attention_share": "FITTED to the attention kernel of the prefill profile: 471 TFLOP/s",
-        "exchange": "as run: expert_exchange=gather",
-        "dispatch_s": "FITTED to the exchange's kernels at batch 1 of the decode profile",
-        "combine_s": "FITTED, same",
-        "gather_s": "as dispatch_s, which is one",
-        "dispatch_link_share": "FITTED to the same kernels at batch 256: 94 GB/s",
-        "combine_link_share": "FITTED, same: 54 GB/s",
-        "prefill_link_share": "measured, DeepEP normal mode on two GPUs: 238 GB/s",
+        "small_launches": "counted at cbe1b94, `launches`: of the 23 in the longest chain of a layer, those that no other field names",
+        "launch_s": "measured alone (ops_streaming, ops_index, ops_matrix at T=1: 1.3 to 5.7 us), mean over the chain",
+        "gap_s": "FITTED to the step of 1 x 8,192 at 3225f4d; in its profile no kernel ran for 0.26 us a launch",
+        "products": "counted, as small_launches",
+        "product_s": "measured alone, ops_matrix at T=1: 4 us + bytes is within a fifth of all rows",
+        "expert_s": "measured alone, ops_matrix at T=1 to 128: the op less its bytes and two small launches, 4 to 15 us, mean",
+        "attention_s": "measured alone at cbe1b94: 10 us over the window, 13 with 512 entries",
+        "attention_share": "measured alone, FlashMLA at batch 128 and 256: 52 and 95 us",
+        "hyper_s": "measured alone, ops_streaming, hc_post_pre at T=1",
+        "hyper_share": "measured alone, same at T=32 to 256",
+        "few_rows_share": "measured alone, ops_matrix: 350 TFLOP/s at 128 rows an expert",
+        "few_linear_share": "FITTED to the projections' kernels at 1 and 256 x 8,192 in the profiles of 3225f4d: 5.6 ms apart",
+        "many_rows_share": "FITTED to the experts' products in the prefill profile of 222dbf8: 1,110 TFLOP/s",
+        "widens": "as run",
+        "widening_share": "measured alone, ops_matrix: 3.6 TB/s",
+        "linear_share": "measured alone, ops_matrix at T=8192: wq_b 83 %, wo_b 91 %",
+        "prefill_attention_share": "FITTED to the attention kernel of the same prefill profile: 390 TFLOP/s",
+        "index_share": "FITTED to its scores, queries and choice of the best in the same profile; scores alone reach 53 % (ops_index)",
+        "prefill_launches": "counted, same profile: 4,298 of 43 layers",
+        "prefill_gap_s": "FITTED to the time in which nothing ran in the same profile: 15.6 ms",
+        "exchange": "`direct` in decode, NCCL's collectives for prompts",
+        "most_ranks": "`direct` is for one host, of up to eight",
+        "dispatch_s": "measured alone, `together` of bench_waiting at cbe1b94: 4 to 8 us at one row on two and four GPUs",
+        "combine_s": "as dispatch_s",
+        "gather_s": "as dispatch_s",
+        "dispatch_link_share": "measured alone, same runs at 32 and 128 rows",
+        "combine_link_share": "as dispatch_link_share",
+        "prefill_link_share": "FITTED to the collectives of the same prefill profile, waiting included: 184 GB/s",
+        "prefill_bytes": "counted: FP8 with scales to all, bf16 back, since 25d3637; its time has not been measured",
     },
 )
-"""What the H200 runs of November 2026 had."""
+"""What the H200 runs of November 2026 have."""
+
+OLDER_EXCHANGE = dataclasses.replace(
+    AS_MEASURED,
+    name="as measured, older exchange",
+    dispatch_s=7e-6,
+    combine_s=11.5e-6,
+    dispatch_link_share=0.21,
+    combine_link_share=0.43,
+    prefill_bytes=6.0,
+    sources=AS_MEASURED.sources
+    | {
+        "exchange": "NCCL",
+        "dispatch_s": "FITTED to NCCL's kernels at batch 1 and b8bac3b",
+        "combine_s": "FITTED, same",
+        "dispatch_link_share": "FITTED to NCCL's kernels at 256 x 8,192 in the profile of 3225f4d",
+        "combine_link_share": "FITTED, same",
+        "prefill_bytes": "counted: bf16 to all, fp32 back",
+    },
+)
+"""Steps of more rows than `direct` carried before d876aaa, and prompts before 25d3637. Only for such runs."""
 
 WITH_DEEPEP = dataclasses.replace(
     AS_MEASURED,
     name="measured ops, DeepEP",
-    exchange="all_to_all",
+    small_launches=11,
+    exchange="to_experts",
+    most_ranks=160,
     dispatch_s=35e-6,
     combine_s=25e-6,
     dispatch_link_share=0.16,
     combine_link_share=0.16,
+    prefill_link_share=0.53,
+    prefill_bytes=4.0,
     sources=AS_MEASURED.sources
     | {
-        "exchange": "DeepEP 1.2.1, low latency",
-        "dispatch_s": "measured, two H200s: 35 us for 32 to 128 tokens",
-        "combine_s": "measured, two H200s: 36 us for 32 tokens, 69 us for 128, which is 25 us and 71 GB/s",
+        "small_launches": "as measured, and exchange_slots, exchange_take, exchange_put",
+        "exchange": "DeepEP 1.2.1: low latency for decode, normal mode for prompts",
+        "most_ranks": "DeepEP's kernels",
+        "dispatch_s": "measured alone, two H200s: 35 us for 32 to 128 tokens",
+        "combine_s": "measured alone, two H200s: 36 us for 32 tokens, 69 us for 128, which is 25 us and 71 GB/s",
         "dispatch_link_share": "as the combine's",
-        "combine_link_share": "measured, see combine_s",
+        "combine_link_share": "measured alone, see combine_s",
+        "prefill_link_share": "measured alone, normal mode on two GPUs: 238 GB/s",
+        "prefill_bytes": "counted: bf16 both ways",
     },
 )
-"""The same with the exchange that is meant for groups of more than a few; nobody has timed whole steps with it."""
+"""The same with the exchange that is meant for groups of more than a host; nobody has timed whole steps with it."""
 
 GOAL = Software(
     name="goal",
-    small_launches=12,
+    small_launches=8,
     launch_s=1.2e-6,
-    gap_s=0.52e-6,
-    products=9,
+    gap_s=0.5e-6,
+    products=7,
     product_s=2.5e-6,
-    attention_s=10e-6,
+    expert_s=3.5e-6,
+    attention_s=8e-6,
     attention_share=0.5,
     hyper_s=5e-6,
     hyper_share=0.8,
     few_rows_share=0.6,
-    many_rows_share=0.6,
+    few_linear_share=0.8,
+    many_rows_share=0.75,
     widens=False,
-    linear_share=0.85,
+    widening_share=1.0,
+    linear_share=0.9,
     prefill_attention_share=0.6,
-    exchange="all_to_all",
+    index_share=0.3,
+    prefill_launches=50,
+    prefill_gap_s=1e-6,
+    exchange="to_experts",
+    most_ranks=160,
     dispatch_s=12e-6,
     combine_s=12e-6,
-    gather_s=7e-6,
+    gather_s=6e-6,
     dispatch_link_share=0.6,
     combine_link_share=0.6,
     prefill_link_share=0.6,
+    prefill_bytes=3.03,
     sources={name: "goal" for name in Software.__dataclass_fields__ if name not in ("name", "sources")}
-    | dict.fromkeys(("gap_s", "gather_s"), "as measured"),
+    | dict.fromkeys(("small_launches", "products", "linear_share", "gather_s", "prefill_bytes"), "as measured"),
 )
-"""Fused kernels, codes multiplied without widening, an exchange near the links' rate."""
+"""Today's launches at half their cost, codes multiplied without widening, an exchange near the links' rate."""
 
 SOFTWARE = {"measured": AS_MEASURED, "deepep": WITH_DEEPEP, "goal": GOAL}

@@ -17,7 +17,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -31,6 +31,7 @@ from engine.cache.arena import Arena, ModelCaches
 from engine.cache.layout import build_layout
 from engine.config import EngineConfig, ModelConfig
 from engine.model.deepseek_v4 import DeepseekV4
+from engine.model.side_stream import SideStream
 from engine.model.weights import dummy_weights
 from engine.ops.expert_exchange import ExchangeShape, ExpertExchange
 from engine.ops.expert_exchange.direct import DirectExchange
@@ -44,6 +45,7 @@ from tests.benchmarks.hardware import AS_MEASURED, H200
 from tests.benchmarks.scaling_model import work_of
 from tests.benchmarks.step_model import decode_parts
 
+T = TypeVar("T")
 SHAPE = pathlib.Path(__file__).parents[2] / "deploy" / "model_shapes" / "v4_flash" / "config.json"
 SMALL: dict[str, Any] = {
     "hidden_size": 512, "vocab_size": 512, "num_attention_heads": 8, "q_lora_rank": 256, "o_groups": 2, "o_lora_rank": 128,
@@ -60,6 +62,8 @@ FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", 
 
 Launches = dict[str, collections.Counter[str]]
 """Part of the step -> launches by name."""
+Chain = collections.Counter[str]
+"""Launches that follow one another."""
 Key = tuple[str, tuple[object, ...]]
 """What a kernel is compiled anew for: constants and options, and of each argument what Triton specialises for."""
 
@@ -70,12 +74,42 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Launches = {}
+        self.chains: Launches = {}
+        """The longest chain of each part."""
         self.keys: set[Key] = set()
         """Of the kernels launched."""
         self.part = "before the layers"
+        self._stream: SideStream | None = None
+        self._chains: dict[SideStream | None, Chain] = {}
+
+    def begin(self, part: str) -> None:
+        """All streams have met."""
+        self.part, self._chains = part, {}
 
     def note(self, name: str) -> None:
         self.found.setdefault(self.part, collections.Counter())[name] += 1
+        self._follow(self._stream, self._chain(self._stream) + Chain((name,)))
+
+    def start(self, side: SideStream, work: Callable[[], T]) -> Callable[[], T]:
+        """As `SideStream.start`: what `side` does begins when it and the stream that calls have done what they had to."""
+        before, self._stream = self._stream, side
+        self._follow(side, max(self._chain(side), self._chain(before), key=Chain.total))
+        result, done = work(), self._chain(side)
+        self._stream = before
+
+        def join() -> T:
+            self._follow(self._stream, max(self._chain(self._stream), done, key=Chain.total))
+            return result
+
+        return join
+
+    def _chain(self, stream: SideStream | None) -> Chain:
+        return self._chains.get(stream, Chain())
+
+    def _follow(self, stream: SideStream | None, chain: Chain) -> None:
+        self._chains[stream] = chain
+        if stream is None:
+            self.chains[self.part] = chain
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
@@ -153,7 +187,10 @@ def noting_kernels(recorder: Recorder) -> Iterator[None]:
         recorder.note(kernel.__name__)
         recorder.keys.add(key_of(kernel, args, kwargs))
 
-    with mock.patch.object(JITFunction, "run", launch):
+    def start(side: SideStream, work: Callable[[], T]) -> Callable[[], T]:
+        return recorder.start(side, work)
+
+    with mock.patch.object(JITFunction, "run", launch), mock.patch.object(SideStream, "start", start):
         yield
 
 
@@ -185,8 +222,8 @@ def small_model(ranks: int, batch: int, recorder: Recorder, is_decode: bool, num
     return network, ModelCaches(Arena(build_layout(model, engine, "launches"), PAGES, batch, device), model)
 
 
-def count(ranks: int, batch: int) -> Launches:
-    """Of one decode step of `batch` sequences."""
+def count(ranks: int, batch: int) -> tuple[Launches, Launches]:
+    """Of one decode step of `batch` sequences: all launches, and those of the longest chain."""
     recorder = Recorder()
     network, caches = small_model(ranks, batch, recorder, is_decode=True)
     model = network._model
@@ -196,9 +233,10 @@ def count(ranks: int, batch: int) -> Launches:
     step = decode_batch(batch)
     with torch.no_grad(), noting_kernels(recorder), recorder:
         for _ in range(2):  # the first one also makes tables that are kept
-            recorder.found, recorder.part = {}, "before the layers"
+            recorder.found, recorder.chains = {}, {}
+            recorder.begin("before the layers")
             FORWARD(network, step, caches)
-    return recorder.found
+    return recorder.found, recorder.chains
 
 
 def prefill_keys(lengths: Sequence[int]) -> dict[int, set[Key]]:
@@ -223,8 +261,8 @@ def prefill_batch(length: int) -> Batch:
 
 
 def launches_of_flash(found: Launches) -> tuple[float, float]:
-    """(those of a layer that multiply no weights, those that do), on average over V4-Flash's layers; two of attention, four of
-    hyper-connections and two of the exchange are beside these."""
+    """Of all launches or of chains: (those of a layer that multiply no weights, those that do), on average over V4-Flash's layers; two of
+    attention, four of hyper-connections and two of the exchange are beside these."""
     config = json.loads(SHAPE.read_text())
     names = [f"layer of ratio {ratio}, {'hash' if number < 3 else 'score'}" for number, ratio in enumerate(config["compress_ratios"][:43])]
     totals, products = (
@@ -236,11 +274,11 @@ def launches_of_flash(found: Launches) -> tuple[float, float]:
 
 def _in_part(recorder: Recorder, part: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        recorder.part = part
+        recorder.begin(part)
         try:
             return forward(*args)
         finally:
-            recorder.part = "behind the layers"
+            recorder.begin("behind the layers")
 
     return run
 
@@ -250,17 +288,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
-    found = count(arguments.ranks, arguments.batch)
+    found, chains = count(arguments.ranks, arguments.batch)
     for part, launches in found.items():
         torch_ones = sum(number for name, number in launches.items() if name.startswith("torch."))
-        print(f"{part}: {launches.total()}, of them {torch_ones} of torch")
+        print(f"{part}: {launches.total()}, of them {torch_ones} of torch, {chains[part].total()} in the longest chain")
         for name, number in launches.most_common():
             print(f"    {number:3} {name}")
-    small, products = launches_of_flash(found)
+    small, products = launches_of_flash(chains)
     software = dataclasses.replace(AS_MEASURED, small_launches=small, products=products)
-    for name, one in (("as measured", AS_MEASURED), ("with these launches", software)):
-        parts = decode_parts(work_of("v4_flash"), H200, one, ranks=arguments.ranks, batch=arguments.batch, context=8192)
-        print(f"{name}: {sum(parts.values()) * 1e3:.2f} ms", {part: round(seconds * 1e3, 2) for part, seconds in parts.items()})
+    parts = decode_parts(work_of("v4_flash"), H200, software, ranks=arguments.ranks, batch=arguments.batch, context=8192)
+    print(f"V4-Flash: {sum(parts.values()) * 1e3:.2f} ms", {part: round(seconds * 1e3, 2) for part, seconds in parts.items()})
 
 
 if __name__ == "__main__":

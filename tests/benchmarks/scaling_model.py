@@ -2,9 +2,9 @@
 
 python -m tests.benchmarks.scaling_model [--model v4_pro] [--hardware gb300] [--software goal] [--ranks 8,16,32,72] [--batch 1,32,128,256]
     [--context 8192] [--imbalance 1.0] [--drafts 0] [--attention-tp 1,2,4]
-    [--out tests/benchmarks/results/scaling_2026-11]
+    [--two-batches] [--out tests/benchmarks/results/scaling_2026-11]
 
-Prints tables in Markdown: each measured point of `results/engine_flash_h200*.json` beside its prediction, and their parts; decode and
+Prints tables in Markdown: each measured point of `results` beside its prediction, whole and by part (`scaling_check.py`); decode and
 prefill of groups; the frontier for 8,192 tokens in and 1,024 out. `--out` writes them as PREFIX.json and a plot as PREFIX.png.
 
 Left out, all of it in the predictions' favour: sampling and the host's work between steps; waiting for a slower rank beyond `--imbalance`;
@@ -22,12 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.config import ModelConfig
-from tests.benchmarks.hardware import AS_MEASURED, H200, HARDWARE, SOFTWARE, WITH_DEEPEP, Hardware, Software
-from tests.benchmarks.plot_step import part_of
-from tests.benchmarks.step_model import Parts, Work, decode_parts, largest_batch, prefill_parts, touched
+from tests.benchmarks.hardware import HARDWARE, SOFTWARE, Hardware, Software
+from tests.benchmarks.scaling_check import PARTS, beside, check, recorded
+from tests.benchmarks.step_model import Work, decode_parts, largest_batch, prefill_parts, touched, widened_layers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tests/benchmarks/results"
 
 ACCEPTED = (1.0, 1.79, 2.27, 2.49)
 """Tokens a step with 0 to 3 drafts: the public figures of V4-Pro, thinking."""
@@ -42,86 +41,31 @@ PUBLIC = (
 PROMPT, OUTPUT = 8192, 1024
 FEW_USERS = (1, 4, 8, 16)
 USER_RATES = (20, 30, 40, 50, 60, 80, 100)
-NAMES = {"experts": "experts", "attention": "attention, index", "hyper-connections": "hyper-connections", "exchange": "exchange"}
-"""Part of a measured profile -> of a predicted step, where they mean the same."""
 
 
 def work_of(name: str) -> Work:
     return Work.of(ModelConfig.from_folder(ROOT / "deploy/model_shapes" / name))
 
 
-# -- beside what was measured
-
-
-def cut(work: Work, layers: int) -> Work:
-    """The first `layers` layers, each as heavy as the mean."""
-    model = work.model
-    if layers == model.num_hidden_layers:
-        return work
-    share = layers / model.num_hidden_layers
-    shorter = dataclasses.replace(model, num_hidden_layers=layers, compress_ratios=model.compress_ratios[:layers])
-    return dataclasses.replace(work, model=shorter, layer_bytes=work.layer_bytes * share, layer_flops=work.layer_flops * share)
-
-
-def experts_seen(row: dict[str, Any], work: Work, layers: int, ranks: int) -> tuple[float | None, str]:
-    """Experts of a layer that this rank's step touched: counted where the run did, else what the expert kernels' time amounts to."""
-    if "experts" in row:
-        return row["experts"] / layers, "counted"
-    spent = sum(us for name, us in row.get("profile us", {}).items() if "moe_hidden" in name or "moe_out" in name) * 1e-6 / layers
-    if not spent:
-        return None, "uniform"
-    found = (spent - 2 * AS_MEASURED.product_s) * H200.memory_rate / work.expert_bytes
-    return min(float(work.held(ranks)), max(1.0, found)), "from kernels"
-
-
-def measured_parts(row: dict[str, Any]) -> Parts:
-    """Milliseconds of the parts that the model has, too; scaled to the step, since kernels of side streams overlap."""
-    spent: Parts = {}
-    for kernel, us in row.get("profile us", {}).items():
-        name = NAMES.get(part_of(kernel))
-        if name is not None:
-            spent[name] = spent.get(name, 0.0) + us / 1e3
-    whole = sum(row.get("profile us", {}).values()) / 1e3
-    return {name: ms * row["ms"] / whole for name, ms in spent.items()}
-
-
-def check(paths: Sequence[pathlib.Path], work: Work) -> Iterator[dict[str, Any]]:
-    """A row for each measured point of V4-Flash on H200s."""
-    for path in paths:
-        report = json.loads(path.read_text())
-        layers, ranks = report["layers"], report["ranks"]
-        part = cut(work, layers)
-        software = WITH_DEEPEP if report["ops"].get("expert_exchange") == "deepep" else AS_MEASURED
-        for row in report["decode"]:
-            seen, how = experts_seen(row, work, layers, ranks)
-            parts = decode_parts(part, H200, software, ranks=ranks, batch=row["batch"], context=row["context"], experts=seen)
-            shape = f"decode {row['batch']} x {row['context']}"
-            yield _compared(path, report, shape, row, parts) | {"experts": seen and round(seen, 1), "how": how}
-        for row in report["prefill"]:
-            parts = prefill_parts(part, H200, software, ranks=ranks, chunk=row["chunk"], prompt=row["prompt"])
-            yield _compared(path, report, f"prefill {row['prompt']}", row, parts) | {"experts": None, "how": "uniform"}
-
-
-def _compared(path: pathlib.Path, report: dict[str, Any], shape: str, row: dict[str, Any], parts: Parts) -> dict[str, Any]:
-    predicted = sum(parts.values()) * 1e3
-    return {
-        "file": path.stem, "commit": report["commit"], "layers": report["layers"], "ranks": report["ranks"], "shape": shape,
-        "measured ms": row["ms"], "predicted ms": round(predicted, 2), "error": round(predicted / row["ms"] - 1, 3),
-        "parts ms": {name: round(seconds * 1e3, 2) for name, seconds in parts.items()},
-        "measured parts ms": {name: round(ms, 2) for name, ms in measured_parts(row).items()},
-    }  # fmt: skip
-
-
-def _both(row: dict[str, Any], name: str) -> str:
-    return f"{row['measured parts ms'].get(name, 0):.2f} / {row['parts ms'].get(name, 0):.2f}"
-
-
 # -- groups
 
 
+def within(ranks: Sequence[int], software: Software) -> list[int]:
+    return [size for size in ranks if size <= software.most_ranks]
+
+
+def prompt_s(work: Work, hardware: Hardware, software: Software, ranks: int, imbalance: float) -> float:
+    """A prompt on each rank of a prefill group, with experts in FP8 in as many layers as there is room for."""
+    widened = widened_layers(work, hardware, ranks) if software.widens else 0
+    parts = prefill_parts(
+        work, hardware, software, ranks=ranks, chunk=PROMPT, prompt=PROMPT, imbalance=imbalance, widened_layers=widened
+    )  # fmt: skip
+    return sum(parts.values())
+
+
 def predict(work: Work, hardware: Hardware, software: Software, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for ranks in options.ranks:
-        prefill = prefill_parts(work, hardware, software, ranks=ranks, chunk=PROMPT, prompt=PROMPT, imbalance=options.imbalance)
+    for ranks in within(options.ranks, software):
+        prefill_s = prompt_s(work, hardware, software, ranks, options.imbalance)
         for context in options.context:
             for batch in options.batch:
                 parts = decode_parts(
@@ -133,7 +77,7 @@ def predict(work: Work, hardware: Hardware, software: Software, options: argpars
                     "ranks": ranks, "batch": batch, "context": context, "ms": round(seconds * 1e3, 2),
                     "tokens/s/user": round(ACCEPTED[options.drafts] / seconds, 1),
                     "tokens/s/GPU": round(batch * ACCEPTED[options.drafts] / seconds),
-                    "prefill tokens/s/GPU": round(PROMPT / sum(prefill.values())),
+                    "prefill tokens/s/GPU": round(PROMPT / prefill_s),
                     "fits": weights + batch * work.sequence_bytes(context + OUTPUT) <= 0.94 * hardware.memory_bytes,
                     "parts ms": {name: round(value * 1e3, 2) for name, value in parts.items()},
                 }  # fmt: skip
@@ -141,7 +85,7 @@ def predict(work: Work, hardware: Hardware, software: Software, options: argpars
 
 def spread(work: Work, hardware: Hardware, software: Software, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Steps of a group with few users, with attention spread over some of its ranks; rows that only fill up have no experts."""
-    for ranks in options.ranks:
+    for ranks in within(options.ranks, software):
         for users in FEW_USERS:
             experts = touched(work.held(ranks), ranks, work.model.num_experts_per_tok, users, options.imbalance)
             row: dict[str, Any] = {"ranks": ranks, "users": users}
@@ -156,9 +100,9 @@ def spread(work: Work, hardware: Hardware, software: Software, options: argparse
 
 def frontier(work: Work, hardware: Hardware, software: Software, ranks: Sequence[int], imbalance: float) -> Iterator[dict[str, Any]]:
     """For each decode group and speed a user gets: as many sequences as keep it, and as many prefill GPUs (groups of 4) as feed them."""
-    prefill_s = sum(prefill_parts(work, hardware, software, ranks=4, chunk=PROMPT, prompt=PROMPT, imbalance=imbalance).values())
+    prefill_s = prompt_s(work, hardware, software, 4, imbalance)
     for drafts, accepted in enumerate(ACCEPTED):
-        for size in ranks:
+        for size in within(ranks, software):
             for rate in USER_RATES:
                 batch = largest_batch(
                     work, hardware, software, ranks=size, tokens=PROMPT + OUTPUT, context=PROMPT + OUTPUT // 2, limit_s=accepted / rate,
@@ -171,6 +115,35 @@ def frontier(work: Work, hardware: Hardware, software: Software, ranks: Sequence
                     "prefill GPUs per decode GPU": round(prefill_s / decode_s, 2) if decode_s else None,
                     "tokens/s/GPU": round((PROMPT + OUTPUT) / (prefill_s + decode_s)) if decode_s else 0,
                 }  # fmt: skip
+
+
+def two_batches(work: Work, hardware: Hardware, software: Software, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Steps as they are, and as two halves of which one computes while the other's tokens and sums travel: weights are read and kernels
+    started twice. At best, that is with an exchange that takes nothing from the kernels beside it."""
+    for ranks in within(options.ranks, software):
+        widened = widened_layers(work, hardware, ranks) if software.widens else 0
+        steps = {
+            f"decode {batch}": [
+                decode_parts(work, hardware, software, ranks=ranks, batch=rows, context=options.context[0], imbalance=options.imbalance)
+                for rows in (batch, batch / 2, batch / 2)
+            ]
+            for batch in options.batch
+        }
+        steps[f"prefill {PROMPT}"] = [
+            prefill_parts(
+                work, hardware, software, ranks=ranks, chunk=chunk, prompt=PROMPT, imbalance=options.imbalance, widened_layers=widened
+            )
+            for chunk in (PROMPT, PROMPT // 2)
+        ]
+        for name, (whole, *halves) in steps.items():
+            step, sent = sum(whole.values()), sum(half["exchange"] for half in halves)
+            computes = sum(sum(half.values()) for half in halves) - sent
+            apart, adds = max(computes, sent), computes - step + whole["exchange"]
+            yield {
+                "ranks": ranks, "step": name, "ms": round(step * 1e3, 2), "exchange ms": round(whole["exchange"] * 1e3, 2),
+                "computing in two adds ms": round(adds * 1e3, 2), "two batches ms": round(apart * 1e3, 2),
+                "change": f"{apart / step - 1:+.0%}", "pays with an exchange so many times as long": round(adds / whole["exchange"], 1),
+            }  # fmt: skip
 
 
 def best(rows: Sequence[dict[str, Any]], has_drafts: bool) -> dict[int, dict[str, Any]]:
@@ -204,8 +177,11 @@ def plot(checked: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[dict[s
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for kind, color in (("decode", "tab:blue"), ("prefill", "tab:orange")):
-        points = [row for row in checked if row["shape"].startswith(kind)]
-        left.loglog([row["measured ms"] for row in points], [row["predicted ms"] for row in points], "o", color=color, label=kind)
+        for ranks, marker in ((1, "x"), (2, "o"), (4, "s")):
+            points = [row for row in checked if row["shape"].startswith(kind) and row["ranks"] == ranks]
+            if points:
+                ends = [[row[what] for row in points] for what in ("measured ms", "predicted ms")]
+                left.loglog(*ends, marker, color=color, label=f"{kind}, {ranks} GPU{'s' if ranks > 1 else ''}", fillstyle="none")
     ends = [min(row["measured ms"] for row in checked) / 1.5, max(row["measured ms"] for row in checked) * 1.5]
     left.plot(ends, ends, color="black", linewidth=0.8)
     left.set_xlabel("measured ms, V4-Flash on H200s")
@@ -243,22 +219,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--imbalance", type=float, default=1.0, help="the busiest rank's share of the experts' work over the mean")
     parser.add_argument("--drafts", type=int, choices=range(len(ACCEPTED)), default=0, help="MTP steps")
     parser.add_argument("--attention-tp", type=ints, default=[], help="also decode with attention spread over so many ranks")
+    parser.add_argument("--two-batches", action="store_true", help="also decode in two halves, one computing while the other is sent")
     parser.add_argument("--out", type=pathlib.Path, default=None, metavar="PREFIX")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    checked = list(check(sorted(RESULTS.glob("engine_flash_h200*.json")), work_of("v4_flash")))
+    checked = list(check(recorded(), work_of("v4_flash")))
     print("\n## Measured and predicted\n")
-    print(table(checked, ["file", "ranks", "layers", "shape", "experts", "how", "measured ms", "predicted ms", "error"]))
-    print("\n## Their parts, ms measured (of a step whose kernels do not overlap) / predicted\n")
-    parts = [
-        row | {name: _both(row, name) for name in NAMES.values()}
-        for row in checked
-        if row["shape"].startswith("decode") and row["measured parts ms"]
-    ]
-    print(table(parts, ["shape", *NAMES.values()]))
+    print(table(checked, ["file", "commit", "ranks", "layers", "shape", "measured ms", "predicted ms", "error"]))
+    print("\n## Their parts, ms of kernels (side by side counted each) / predicted\n")
+    print(table([row | beside(row) for row in checked if row["measured parts ms"]], ["ranks", "layers", "shape", *PARTS]))
     work, hardware = work_of(options.model), HARDWARE[options.hardware]
     groups = list(predict(work, hardware, SOFTWARE[options.software], options))
     print(f"\n## {options.model} on {hardware.name}, {options.software}\n")
@@ -267,6 +239,10 @@ def main() -> None:
     if options.attention_tp:
         rows = list(spread(work, hardware, SOFTWARE[options.software], options))
         print(f"\n## {options.model} on {hardware.name}, {options.software}: attention spread over ranks\n")
+        print(table(rows, list(rows[0])))
+    if options.two_batches:
+        rows = list(two_batches(work, hardware, SOFTWARE[options.software], options))
+        print(f"\n## {options.model} on {hardware.name}, {options.software}: a step in two halves\n")
         print(table(rows, list(rows[0])))
     curves = {software.name: list(frontier(work, hardware, software, options.ranks, options.imbalance)) for software in SOFTWARE.values()}
     print(f"\n## Frontier of {options.model} on {hardware.name}, {PROMPT} in and {OUTPUT} out, best group of {options.ranks}\n")

@@ -37,6 +37,8 @@ class Work:
     head_wise_bytes: float
     """Of `layer_bytes`: weights of which a rank of tensor-parallel attention needs its heads' part only (wq_b, wo_a)."""
     head_wise_flops: float
+    bf16_flops: float
+    """Of `layer_flops`: products whose input is not quantised (wo_a, compressors, router)."""
     head_flops: float
     expert_bytes: float
     """One expert of one layer."""
@@ -50,7 +52,7 @@ class Work:
 
     @staticmethod
     def of(model: ModelConfig) -> Work:
-        layers = head = flops = head_flops = resident = by_head = by_head_flops = 0.0
+        layers = head = flops = plain = head_flops = resident = by_head = by_head_flops = 0.0
         for name, tensor in expected_tensors(model).items():
             if ".ffn.experts." in name:
                 continue
@@ -62,11 +64,13 @@ class Work:
                 layers += size
                 if name.endswith((".attn.wq_b.weight", ".attn.wo_a.weight")):
                     by_head, by_head_flops = by_head + size, by_head_flops + 2.0 * values
-                flops += 2.0 * values if len(tensor.shape) == 2 and published_format(name) in ("fp8", "bf16", "fp32") else 0.0
+                if len(tensor.shape) == 2 and published_format(name) in ("fp8", "bf16"):
+                    flops += 2.0 * values
+                    plain += 2.0 * values if published_format(name) == "bf16" or name.endswith(".attn.wo_a.weight") else 0.0
         layout = build_layout(model, EngineConfig(), "m")
         params = 3.0 * model.hidden_size * model.moe_intermediate_size
         return Work(
-            model=model, layer_bytes=layers, head_bytes=head, layer_flops=flops, head_flops=head_flops,
+            model=model, layer_bytes=layers, head_bytes=head, layer_flops=flops, bf16_flops=plain, head_flops=head_flops,
             head_wise_bytes=by_head, head_wise_flops=by_head_flops,
             expert_bytes=params * BYTES["mxfp4"], expert_params=params,
             row_bytes={field.name.split(".")[0]: field.row_bytes for field in (*layout.page_fields, *layout.slot_fields)},
@@ -94,12 +98,16 @@ class Work:
         return total + model.compress_ratios.count(4) * c4 + model.compress_ratios.count(128) * (context // 128) * rows["c128_kv"]
 
     def attention_flops(self, context: float) -> float:
-        """Of one token with so much before it, scores of the index included."""
+        """Of one token with so much before it."""
         model = self.model
         rows = model.num_hidden_layers * min(context, 128) + model.compress_ratios.count(128) * context / 128
         rows += model.compress_ratios.count(4) * min(model.index_topk, context / 4)
-        index = model.compress_ratios.count(4) * 2.0 * model.index_n_heads * model.index_head_dim * context / 4
-        return 4.0 * model.num_attention_heads * model.head_dim * rows + index
+        return 4.0 * model.num_attention_heads * model.head_dim * rows
+
+    def index_flops(self, context: float) -> float:
+        """Of one token: scores of the index, in FP8."""
+        model = self.model
+        return model.compress_ratios.count(4) * 2.0 * model.index_n_heads * model.index_head_dim * context / 4
 
 
 def touched(held: int, ranks: int, top_k: int, tokens: float, imbalance: float = 1.0) -> float:
@@ -114,12 +122,15 @@ def touched_of(chances: Sequence[float], tokens: float) -> float:
     return float(sum(1.0 - (1.0 - min(1.0, chance)) ** tokens for chance in chances))
 
 
-def experts_s(work: Work, hardware: Hardware, software: Software, rows: float, experts: float) -> float:
-    """One layer's experts on one rank: `rows` (token, expert) pairs over `experts` that have any."""
-    size, flops = experts * work.expert_bytes, 2.0 * rows * work.expert_params
-    codes = max(size / hardware.memory_rate, flops / (hardware.fp8_rate * software.few_rows_share))
-    widening = experts * (work.expert_bytes + work.expert_params) / hardware.memory_rate if software.widens else 0.0
-    return min(codes, widening + max(size / hardware.memory_rate, flops / (hardware.fp8_rate * software.many_rows_share)))
+def experts_s(work: Work, hardware: Hardware, software: Software, rows: float, experts: float, is_widened: bool = False) -> float:
+    """One layer's experts on one rank: `rows` (token, expert) pairs over `experts` that have any. Few rows: bytes and FLOPs overlap in
+    part, as the root of their squares; many: FP8 products, once the codes are widened if they do not lie there so (`is_widened`)."""
+    read, flops = experts * work.expert_bytes / hardware.memory_rate, 2.0 * rows * work.expert_params / hardware.fp8_rate
+    codes = math.hypot(read, flops / software.few_rows_share)
+    wide = experts * work.expert_params / hardware.memory_rate
+    widening = (read + wide) / software.widening_share if software.widens and not is_widened else 0.0
+    many = widening + max(wide if software.widens else read, flops / software.many_rows_share)
+    return many if is_widened else min(codes, many)
 
 
 def exchange_s(work: Work, hardware: Hardware, software: Software, ranks: int, rows: float) -> float:
@@ -127,7 +138,7 @@ def exchange_s(work: Work, hardware: Hardware, software: Software, ranks: int, r
     if ranks == 1:
         return 0.0
     d = work.model.hidden_size
-    if software.exchange == "gather":  # bf16 rows of all ranks come here; sums leave in float32
+    if software.exchange == "to_all":  # rows in bf16, sums in float32
         out, back = (ranks - 1) * rows * d * 2.0, (ranks - 1) * rows * d * 4.0
     else:  # FP8 with scales, once for each expert; bf16 results
         far = rows * work.model.num_experts_per_tok * (ranks - 1) / ranks * d
@@ -157,23 +168,19 @@ def decode_parts(
     if experts is None:
         experts = touched(work.held(ranks, redundant), ranks, model.num_experts_per_tok, rows * ranks / attention_tp, imbalance)
     others = 1 - 1 / attention_tp
-    linear = max(
-        (work.layer_bytes - others * work.head_wise_bytes) / hardware.memory_rate,
-        rows * (work.layer_flops - others * work.head_wise_flops) / (hardware.fp8_rate * software.linear_share),
-    )
+    linear = (work.layer_bytes - others * work.head_wise_bytes) / hardware.memory_rate
+    linear += rows * (work.layer_flops - others * work.head_wise_flops) / (hardware.fp8_rate * software.few_linear_share)
     heads = min(1.0, max(64, model.num_attention_heads / attention_tp) / model.num_attention_heads)
     head = max(work.head_bytes / hardware.memory_rate, rows * work.head_flops / (hardware.bf16_rate * software.linear_share))
-    attention = max(
-        batch * work.cache_bytes(context) / hardware.memory_rate,
-        rows * heads * work.attention_flops(context) / (hardware.bf16_rate * software.attention_share),
-    )
+    attention = rows * heads * work.attention_flops(context) / (hardware.bf16_rate * software.attention_share)
+    attention += max(batch * work.cache_bytes(context) / hardware.memory_rate, rows * work.index_flops(context) / hardware.fp8_rate)
     hyper_bytes = rows * hyper_token_bytes(model)
     mine = rows / attention_tp
     per_layer = experts_s(work, hardware, software, imbalance * mine * model.num_experts_per_tok, experts)
     parts = {
         "projections": layers * (software.products - 2) * software.product_s + linear,
         "head": software.product_s + head,
-        "experts": layers * (2 * software.product_s + per_layer),
+        "experts": layers * (2 * software.expert_s + per_layer),
         "attention, index": layers * software.attention_s + attention,
         "hyper-connections": 2 * layers * (software.hyper_s + hyper_bytes / (hardware.memory_rate * software.hyper_share)),
         "exchange": layers * exchange_s(work, hardware, software, ranks, mine),
@@ -191,8 +198,8 @@ def decode_parts(
 
 
 def kernels_of_a_layer(software: Software, ranks: int) -> float:
-    """All launches: two each of attention, hyper-connections and exchange beside products and small ones."""
-    return software.small_launches + software.products + 4 + (2 if ranks > 1 else 0)
+    """That follow one another: two of attention, four of hyper-connections and two of the exchange beside products and small ones."""
+    return software.small_launches + software.products + 6 + (2 if ranks > 1 else 0)
 
 
 def hyper_token_bytes(model: ModelConfig) -> float:
@@ -201,28 +208,39 @@ def hyper_token_bytes(model: ModelConfig) -> float:
 
 
 def prefill_parts(
-    work: Work, hardware: Hardware, software: Software, *, ranks: int, chunk: int, prompt: int, imbalance: float = 1.0
-) -> Parts:
-    """Seconds of a rank's share of a prompt of `prompt` tokens in chunks of `chunk`, with all ranks of the group as busy."""
-    model, layers, chunks = work.model, work.model.num_hidden_layers, math.ceil(prompt / chunk)
-    rows = min(chunk, prompt)
+    work: Work, hardware: Hardware, software: Software, *, ranks: int, chunk: int, prompt: int, prompts: int = 1, imbalance: float = 1.0,
+    widened_layers: float = 0,
+) -> Parts:  # fmt: skip
+    """Seconds of a rank's share of `prompts` prompts of `prompt` tokens, as many in a chunk of `chunk` as fit, with all ranks of the group
+    as busy. `widened_layers` hold their experts in FP8."""
+    model, layers, tokens = work.model, work.model.num_hidden_layers, prompts * prompt
+    chunks = math.ceil(tokens / chunk)
+    rows = min(chunk, tokens)
     experts = touched(work.held(ranks), ranks, model.num_experts_per_tok, rows * ranks, imbalance)
-    each = experts_s(work, hardware, software, imbalance * rows * model.num_experts_per_tok, experts)
+    pairs = imbalance * rows * model.num_experts_per_tok
+    kept, widened = (experts_s(work, hardware, software, pairs, experts, is_widened) for is_widened in (False, True))
     met = ranks * (1 - (1 - 1 / ranks) ** model.num_experts_per_tok) * (ranks - 1) / ranks  # other ranks that a token goes to
-    sent = 2 * rows * met * model.hidden_size * 2.0 / (hardware.link_rate * software.prefill_link_share)
-    attention = sum(work.attention_flops(start + 256) for start in range(0, prompt, 512)) * 512
-    streamed = prompt * layers * stream_token_bytes(model) / hardware.memory_rate
-    launches = software.products * software.product_s + software.small_launches * software.launch_s
-    launches += kernels_of_a_layer(software, ranks) * software.gap_s
+    sent = rows * model.hidden_size * software.prefill_bytes * (ranks - 1 if software.exchange == "to_all" else met)
+    before = range(0, prompt, 512)
+    attention, index = (prompts * 512 * sum(of(start + 256) for start in before) for of in (work.attention_flops, work.index_flops))
+    streamed = tokens * layers * stream_token_bytes(model) / hardware.memory_rate
+    fp8, bf16 = (work.layer_flops - work.bf16_flops) / hardware.fp8_rate, work.bf16_flops / hardware.bf16_rate
     return {
-        "projections": prompt * work.layer_flops / (hardware.fp8_rate * software.linear_share),
-        "experts": chunks * layers * each,
-        "attention, index": attention / (hardware.bf16_rate * software.prefill_attention_share),
-        "hyper-connections": 2 * layers * prompt * hyper_token_bytes(model) / (hardware.memory_rate * software.hyper_share),
-        "exchange": chunks * layers * sent,
+        "projections": tokens * (fp8 + bf16) / software.linear_share,
+        "experts": chunks * (widened_layers * widened + (layers - widened_layers) * kept),
+        "attention": attention / (hardware.bf16_rate * software.prefill_attention_share),
+        "index": index / (hardware.fp8_rate * software.index_share),
+        "hyper-connections": 2 * layers * tokens * hyper_token_bytes(model) / (hardware.memory_rate * software.hyper_share),
+        "exchange": chunks * layers * sent / (hardware.link_rate * software.prefill_link_share),
         "norms, rope, stores, quantisation": streamed,
-        "launches": chunks * layers * launches,
+        "gaps": chunks * layers * software.prefill_launches * software.prefill_gap_s,
     }
+
+
+def widened_layers(work: Work, hardware: Hardware, ranks: int, memory_share: float = 0.85) -> int:
+    """Layers whose experts fit into memory in FP8, with a part of it left to caches and activations."""
+    room = hardware.memory_bytes * memory_share - work.rank_bytes(ranks)
+    return max(0, min(work.model.num_hidden_layers, int(room / (work.held(ranks) * (work.expert_params - work.expert_bytes)))))
 
 
 def between_bytes(model: ModelConfig) -> float:

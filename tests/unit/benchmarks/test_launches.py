@@ -9,8 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from engine.model.side_stream import SideStream
 from engine.ops.sample import NUM_TERMS, Draws, Filters, Histories
 from engine.ops.sample.triton import run
+from tests.benchmarks.hardware import AS_MEASURED
 from tests.benchmarks.launches import Recorder, count, launches_of_flash, noting_kernels
 
 MOST = {
@@ -25,18 +27,23 @@ MOST = {
 
 
 def test_a_step_of_a_group_launches_no_more_than_it_did() -> None:
-    found = count(ranks=2, batch=2)
+    found, chains = count(ranks=2, batch=2)
     totals = {part: launches.total() for part, launches in found.items() if part != "behind the layers"}
     assert totals.keys() == MOST.keys()
     assert {part: total for part, total in totals.items() if total > MOST[part]} == {}, found
     layers = [launches for part, launches in found.items() if part.startswith("layer")]
+    assert all(15 < launches.total() < found[part].total() for part, launches in chains.items() if part.startswith("layer"))
+    small, products = launches_of_flash(chains)
+    assert 5 < small <= AS_MEASURED.small_launches and 5 < products <= AS_MEASURED.products, "the scaling model has fewer"
     small, products = launches_of_flash(found)
-    assert 9 <= products <= 12 and small + products + 8 == pytest.approx((27 + 26 + 35 + 20 * 34 + 20 * 27) / 43, abs=0.1)
+    hashed, scored = ({ratio: found[f"layer of ratio {ratio}, {kind}"].total() for ratio in (0, 4, 128)} for kind in ("hash", "score"))
+    of_flash = (2 * hashed[0] + hashed[4] + 20 * scored[4] + 20 * scored[128]) / 43
+    assert 9 <= products <= 12 and small + products + 8 == pytest.approx(of_flash)
     assert len(layers) == 6 and all(launches["direct_dispatch_kernel"] == launches["direct_combine_kernel"] == 1 for launches in layers)
 
 
 def test_alone_nothing_is_exchanged() -> None:
-    found = count(ranks=1, batch=1)
+    found, _ = count(ranks=1, batch=1)
     assert not any(part in name for part in ("gather", "scatter", "direct") for launches in found.values() for name in launches)
     assert all(launches["moe_sum_kernel"] == 1 for part, launches in found.items() if part.startswith("layer")), found
 
@@ -56,3 +63,21 @@ def test_drawing_is_two_launches_and_penalties_add_none() -> None:
     assert launches_of_draw(filters, None) == launches_of_draw(filters, histories)
     search = {"sample_coarse_kernel": 2, "sample_collect_kernel": 2, "sample_finish_kernel": 2}
     assert launches_of_draw(filters, None) == {"sample_top_kernel": 1, **search, "sample_blocks_kernel": 1, "sample_decide_kernel": 1}
+
+
+def test_the_longest_chain_leaves_out_what_runs_beside_it() -> None:
+    recorder, side = Recorder(), SideStream(torch.device("cpu"))
+
+    def work(number: int) -> None:
+        for _ in range(number):
+            torch.zeros(1)
+
+    with noting_kernels(recorder), recorder:
+        work(1)
+        short, long = side.start(lambda: work(1)), side.start(lambda: work(4))  # five, one after the other, behind the first one
+        work(3)
+        short()
+        assert recorder.chains["before the layers"].total() == 4
+        long()
+        work(1)
+    assert recorder.chains["before the layers"].total() == 1 + 5 + 1 and recorder.found["before the layers"].total() == 10
