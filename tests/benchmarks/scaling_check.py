@@ -78,7 +78,7 @@ def check(paths: Sequence[pathlib.Path], work: Work) -> Iterator[dict[str, Any]]
                 part, H200, exchange_of(report, row), ranks=report["ranks"], chunk=row["chunk"], prompt=row["prompt"],
                 prompts=row.get("prompts", 1), widened_layers=row.get("widened layers", report["widened layers"]),
             )  # fmt: skip
-            shape = f"prefill {row.get('prompts', 1)} x {row['prompt']}, chunk {row['chunk']}"
+            shape = f"prefill {row.get('prompts', 1)} x {row['prompt']}"
             yield _compared(path, report, report["ranks"], shape, row["ms"], row, parts)
 
 
@@ -97,7 +97,7 @@ def _compared(
 ) -> dict[str, Any]:  # fmt: skip
     predicted = sum(parts.values()) * 1e3
     return {
-        "file": path.stem, "commit": row.get("commit", report["commit"]), "layers": report["layers"], "ranks": ranks, "shape": shape,
+        "file": path.stem, "commit": row.get("commit", report["commit"]), "layers": report["layers"], "GPUs": ranks, "step": shape,
         "measured ms": ms, "predicted ms": round(predicted, 2), "error": f"{predicted / ms - 1:+.1%}",
         "parts ms": {name: round(seconds * 1e3, 2) for name, seconds in parts.items()},
         "measured parts ms": measured_parts(row.get("profile us", {}), shape.startswith("prefill")),

@@ -1,7 +1,7 @@
 """Predict decode and prefill of a group of N ranks, and say how far the predictions are from what was measured. No device needed.
 
-python -m tests.benchmarks.scaling_model [--model v4_pro] [--hardware gb300] [--software goal] [--ranks 8,16,32,72] [--batch 1,32,128,256]
-    [--context 8192] [--imbalance 1.0] [--drafts 0] [--attention-tp 1,2,4]
+python -m tests.benchmarks.scaling_model [--model v4_pro] [--hardware gb300] [--software measured,deepep,goal] [--ranks 8,16,32,72]
+    [--batch 1,32,128,256] [--context 8192] [--imbalance 1.0] [--drafts 0] [--attention-tp 1,2,4]
     [--two-batches] [--out tests/benchmarks/results/scaling_2026-11]
 
 Prints tables in Markdown: each measured point of `results` beside its prediction, whole and by part (`scaling_check.py`); decode and
@@ -32,15 +32,16 @@ ACCEPTED = (1.0, 1.79, 2.27, 2.49)
 """Tokens a step with 0 to 3 drafts: the public figures of V4-Pro, thinking."""
 
 PUBLIC = (
-    ("SGLang, April 2026, no MTP", 50, 2_200),
-    ("SGLang, June 2026, MTP", 50, 11_200),
-    ("vLLM, 2026", 27, 6_182),
+    ("SGLang, April 2026, no MTP", False, 50, 2_200),
+    ("SGLang, June 2026, MTP", True, 50, 11_200),
+    ("vLLM, 2026", False, 27, 6_182),
 )
-"""V4-Pro FP4 on GB300, 8K in and 1K out: (who, tokens/s a user, tokens/s a GPU; InferenceX, which counts prompt tokens, too)."""
+"""V4-Pro FP4 on GB300, 8K in and 1K out: (who, with drafts, tokens/s a user, a GPU; InferenceX, which counts prompt tokens, too)."""
 
 PROMPT, OUTPUT = 8192, 1024
 FEW_USERS = (1, 4, 8, 16)
-USER_RATES = (20, 30, 40, 50, 60, 80, 100)
+USER_RATES = (20, 27, 30, 40, 50, 60, 80, 100)
+PRINTED_RATES = (20, 30, 50, 80)
 
 
 def work_of(name: str) -> Work:
@@ -74,7 +75,7 @@ def predict(work: Work, hardware: Hardware, software: Software, options: argpars
                 seconds = sum(parts.values())
                 weights = work.rank_bytes(ranks)
                 yield {
-                    "ranks": ranks, "batch": batch, "context": context, "ms": round(seconds * 1e3, 2),
+                    "software": software.name, "ranks": ranks, "batch": batch, "context": context, "ms": round(seconds * 1e3, 2),
                     "tokens/s/user": round(ACCEPTED[options.drafts] / seconds, 1),
                     "tokens/s/GPU": round(batch * ACCEPTED[options.drafts] / seconds),
                     "prefill tokens/s/GPU": round(PROMPT / prefill_s),
@@ -88,7 +89,7 @@ def spread(work: Work, hardware: Hardware, software: Software, options: argparse
     for ranks in within(options.ranks, software):
         for users in FEW_USERS:
             experts = touched(work.held(ranks), ranks, work.model.num_experts_per_tok, users, options.imbalance)
-            row: dict[str, Any] = {"ranks": ranks, "users": users}
+            row: dict[str, Any] = {"software": software.name, "ranks": ranks, "users": users}
             for size in options.attention_tp:
                 parts = decode_parts(
                     work, hardware, software, ranks=ranks, batch=-(-users * size // ranks), context=options.context[0], experts=experts,
@@ -140,7 +141,8 @@ def two_batches(work: Work, hardware: Hardware, software: Software, options: arg
             computes = sum(sum(half.values()) for half in halves) - sent
             apart, adds = max(computes, sent), computes - step + whole["exchange"]
             yield {
-                "ranks": ranks, "step": name, "ms": round(step * 1e3, 2), "exchange ms": round(whole["exchange"] * 1e3, 2),
+                "software": software.name, "ranks": ranks, "step": name,
+                "ms": round(step * 1e3, 2), "exchange ms": round(whole["exchange"] * 1e3, 2),
                 "computing in two adds ms": round(adds * 1e3, 2), "two batches ms": round(apart * 1e3, 2),
                 "change": f"{apart / step - 1:+.0%}", "pays with an exchange so many times as long": round(adds / whole["exchange"], 1),
             }  # fmt: skip
@@ -154,6 +156,14 @@ def best(rows: Sequence[dict[str, Any]], has_drafts: bool) -> dict[int, dict[str
             rate = row["tokens/s/user"]
             found[rate] = max(found.get(rate, row), row, key=lambda one: one["tokens/s/GPU"])
     return found
+
+
+def beside_public(curves: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    for who, has_drafts, rate, total in PUBLIC:
+        predicted = {name: best(rows, has_drafts).get(rate) for name, rows in curves.items()}
+        yield {"public, V4-Pro FP4 on GB300": who, "tokens/s/user": rate, "tokens/s/GPU": total} | {
+            name: row["tokens/s/GPU"] if row else "none" for name, row in predicted.items()
+        }
 
 
 # -- out
@@ -178,7 +188,7 @@ def plot(checked: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[dict[s
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for kind, color in (("decode", "tab:blue"), ("prefill", "tab:orange")):
         for ranks, marker in ((1, "x"), (2, "o"), (4, "s")):
-            points = [row for row in checked if row["shape"].startswith(kind) and row["ranks"] == ranks]
+            points = [row for row in checked if row["step"].startswith(kind) and row["GPUs"] == ranks]
             if points:
                 ends = [[row[what] for row in points] for what in ("measured ms", "predicted ms")]
                 left.loglog(*ends, marker, color=color, label=f"{kind}, {ranks} GPU{'s' if ranks > 1 else ''}", fillstyle="none")
@@ -193,7 +203,7 @@ def plot(checked: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[dict[s
             if found:
                 label = f"{name}, {'MTP' if has_drafts else 'no MTP'}"
                 right.plot([rate for rate, _ in found], [row["tokens/s/GPU"] for _, row in found], style, marker=".", label=label)
-    for name, rate, total in PUBLIC:
+    for name, _, rate, total in PUBLIC:
         right.plot([rate], [total], "k*")
         right.annotate(name, (rate, total), textcoords="offset points", xytext=(6, 4), fontsize=7)
     right.set_xlabel("tokens/s a user")
@@ -212,7 +222,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predicted decode and prefill of groups of ranks, beside what was measured.")
     parser.add_argument("--model", choices=["v4_flash", "v4_pro"], default="v4_pro")
     parser.add_argument("--hardware", choices=sorted(HARDWARE), default="gb300")
-    parser.add_argument("--software", choices=list(SOFTWARE), default="goal", help="of the table of groups; the frontier shows all")
+    parser.add_argument("--software", default=",".join(SOFTWARE), help="of the tables of groups; the frontier shows all")
     parser.add_argument("--ranks", type=ints, default=[8, 16, 32, 72])
     parser.add_argument("--batch", type=ints, default=[1, 32, 128, 256], help="sequences of each rank")
     parser.add_argument("--context", type=ints, default=[8192])
@@ -228,26 +238,30 @@ def main() -> None:
     options = parse()
     checked = list(check(recorded(), work_of("v4_flash")))
     print("\n## Measured and predicted\n")
-    print(table(checked, ["file", "commit", "ranks", "layers", "shape", "measured ms", "predicted ms", "error"]))
+    print(table(checked, ["commit", "GPUs", "layers", "step", "measured ms", "predicted ms", "error"]))
     print("\n## Their parts, ms of kernels (side by side counted each) / predicted\n")
-    print(table([row | beside(row) for row in checked if row["measured parts ms"]], ["ranks", "layers", "shape", *PARTS]))
+    print(table([row | beside(row) for row in checked if row["measured parts ms"]], ["commit", "GPUs", "layers", "step", *PARTS]))
     work, hardware = work_of(options.model), HARDWARE[options.hardware]
-    groups = list(predict(work, hardware, SOFTWARE[options.software], options))
-    print(f"\n## {options.model} on {hardware.name}, {options.software}\n")
-    columns = ["ranks", "batch", "context", "ms", "tokens/s/user", "tokens/s/GPU", "prefill tokens/s/GPU", "fits"]
+    chosen = [SOFTWARE[name] for name in options.software.split(",")]
+    groups = [row for software in chosen for row in predict(work, hardware, software, options)]
+    print(f"\n## {options.model} on {hardware.name}\n")
+    columns = ["software", "ranks", "batch", "context", "ms", "tokens/s/user", "tokens/s/GPU", "prefill tokens/s/GPU", "fits"]
     print(table(groups, columns))
     if options.attention_tp:
-        rows = list(spread(work, hardware, SOFTWARE[options.software], options))
-        print(f"\n## {options.model} on {hardware.name}, {options.software}: attention spread over ranks\n")
+        rows = [row for software in chosen for row in spread(work, hardware, software, options)]
+        print(f"\n## {options.model} on {hardware.name}: attention spread over ranks\n")
         print(table(rows, list(rows[0])))
     if options.two_batches:
-        rows = list(two_batches(work, hardware, SOFTWARE[options.software], options))
-        print(f"\n## {options.model} on {hardware.name}, {options.software}: a step in two halves\n")
+        rows = [row for software in chosen for row in two_batches(work, hardware, software, options)]
+        print(f"\n## {options.model} on {hardware.name}: a step in two halves\n")
         print(table(rows, list(rows[0])))
     curves = {software.name: list(frontier(work, hardware, software, options.ranks, options.imbalance)) for software in SOFTWARE.values()}
     print(f"\n## Frontier of {options.model} on {hardware.name}, {PROMPT} in and {OUTPUT} out, best group of {options.ranks}\n")
     columns = ["software", "drafts", "ranks", "tokens/s/user", "batch", "prefill GPUs per decode GPU", "tokens/s/GPU"]
-    print(table([row for rows in curves.values() for has in (False, True) for _, row in sorted(best(rows, has).items())], columns))
+    found = [row for rows in curves.values() for has in (False, True) for _, row in sorted(best(rows, has).items())]
+    print(table([row for row in found if row["tokens/s/user"] in PRINTED_RATES], columns))
+    print("\n## Public figures of V4-Pro on GB300, and what is predicted there\n")
+    print(table(list(beside_public(curves)), ["public, V4-Pro FP4 on GB300", "tokens/s/user", "tokens/s/GPU", *curves]))
     if options.out is not None:
         report = {"check": checked, "groups": groups, "frontier": curves, "public": PUBLIC}
         report["hardware"] = {name: dataclasses.asdict(one) for name, one in HARDWARE.items()}

@@ -135,7 +135,7 @@ def test_every_recorded_run_is_compared() -> None:
     reports = [json.loads(path.read_text()) for path in recorded()]
     rows = list(check(recorded(), work("v4_flash")))
     assert len(rows) == sum(len(report.get(kind, [])) for report in reports for kind in ("decode", "prefill", "rows"))
-    assert {row["ranks"] for row in rows} >= {2, 4} and {row["shape"].split()[0] for row in rows} == {"decode", "prefill"}
+    assert {row["GPUs"] for row in rows} >= {2, 4} and {row["step"].split()[0] for row in rows} == {"decode", "prefill"}
 
 
 def test_counted_experts_are_used_only_where_they_were_not_chosen_evenly(tmp_path: pathlib.Path) -> None:
