@@ -33,16 +33,14 @@ def moe_gate_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED_K)
-    expert = tl.arange(0, PADDED_E)
-    real = expert < num_experts
     if FIXED:
         ids = tl.load(table_ptr + tl.load(token_ids_ptr + token) * TOP_K + place, mask=place < TOP_K, other=0)
     else:
-        bias = tl.load(bias_ptr + expert, mask=real, other=0.0)
-    # The scores of all, chosen or not: their logits are on their way with all else, and no load waits for the choice.
-    scores = _score(tl.load(logits_ptr + token * num_experts + expert, mask=real, other=0.0))
-    if not FIXED:
-        bits = (scores + bias + 0.0).to(tl.int32, bitcast=True)  # + 0: no negative zero
+        expert = tl.arange(0, PADDED_E)
+        real = expert < num_experts
+        biased = _score(tl.load(logits_ptr + token * num_experts + expert, mask=real, other=0.0))
+        biased += tl.load(bias_ptr + expert, mask=real, other=0.0)
+        bits = (biased + 0.0).to(tl.int32, bitcast=True)  # + 0: no negative zero
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
         # One maximum finds score and id: the score's bits, in its order, above; the lower id below is the larger number.
         keys = tl.where(real, (ordered << 32) | (PADDED_E - 1 - expert).to(tl.int64), NOTHING)
@@ -51,7 +49,7 @@ def moe_gate_kernel(
             best = tl.max(keys, 0)
             ids = tl.where(place == k, PADDED_E - 1 - (best & (PADDED_E - 1)), ids)
             keys = tl.where(keys == best, NOTHING, keys)
-    picked = tl.sum(tl.where(ids[:, None] == expert[None, :], scores[None, :], 0.0), 1)
+    picked = _score(tl.load(logits_ptr + token * num_experts + ids))
     picked = tl.where(place < TOP_K, picked, 0.0)
     weights = picked / (tl.sum(picked, 0) + 1e-20) * scaling
     tl.store(ids_ptr + token * TOP_K + place, ids, mask=place < TOP_K)
