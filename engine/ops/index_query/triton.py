@@ -17,8 +17,8 @@ from engine.ops.index_query import hadamard
 from engine.ops.triton_rounding import round_bf16, to_bf16
 from engine.ops.triton_rows import form_name, fp4_values, fp8_index_codes, rotated, rounded, spread, turns
 
-FEW_TOKENS = 16
-FEW_ROWS, FEW_WARPS = 4, 1
+FEW_TOKENS = 64
+FEW_ROWS, FEW_WARPS = 2, 1
 """Heads of one program, and its warps, up to so many tokens,"""
 ROWS, WARPS = 64, 4
 """and above."""
