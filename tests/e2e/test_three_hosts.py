@@ -32,6 +32,8 @@ NAME, ROUTER, CONTROL, RAY = "hosts", 8000, 8010, 6379
 NODE_TRIES, NODE_TIMEOUT_S = 3, 90
 CUT_S = 6.0
 """Longer than transfer.liveness_timeout_s, shorter than what makes Ray give up a node."""
+HEALTH_TIMEOUT_S = 20.0
+"""TCP tries a link again after up to as long as it was cut, and longer where packets had to queue before."""
 
 
 class ThreeHosts:
@@ -50,6 +52,7 @@ class ThreeHosts:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
             "PYTHONPATH": str(ROOT),
         }
         head = self.net.address(0)
@@ -61,7 +64,7 @@ class ThreeHosts:
             "decode: {replicas: 2, num_pages: 64}\n"
             f"router: {{host: {head}, port: {ROUTER}, control_address: '{head}:{CONTROL}', default_thinking: false}}\n"
             "transfer: {ucx_tls: tcp}\n"
-            f"placement: {{ray: '{head}:{RAY}', cpus_per_rank: 1}}\n"
+            f"placement: {{ray: '{head}:{RAY}', cpus_per_rank: 1, health_timeout_s: {HEALTH_TIMEOUT_S:g}}}\n"
         )
 
     def start(self) -> None:
