@@ -1,5 +1,6 @@
 """Block-scaled FP8 products with nothing but Triton: one launch that streams the weight for few rows, two for many.
 
+One row, of a weight that is not large: triton_vector.py.
 Few rows (decode is bound by the bytes of the weight): programs split N and K so that all multiprocessors read; each quantises the
 activations of its channels itself, which is cheaper than a launch for it. Partial sums go through fp32 scratch, and the last
 program to arrive at a tile adds them in order: the result does not depend on who was last.
@@ -15,11 +16,14 @@ import triton
 import triton.language as tl
 
 from engine.model.quantized import FP8_BLOCK, QuantizedWeight, exp2_of_byte
+from engine.ops import triton_vector
 from engine.ops.triton_rounding import quantize, to_bf16
 from engine.ops.triton_splits import is_last, sum_parts
 
 BLOCK = tl.constexpr(FP8_BLOCK)
 FEW_ROWS = 64
+MOST_OF_ONE_ROW = 1 << 24
+"""Codes of a weight that one row is multiplied with outside the matrix units: large ones stream as fast with them."""
 SMALLEST_N = 64
 """Rows of the weight in a tile: the matrix unit's 64 at least."""
 
@@ -172,6 +176,9 @@ def run(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, config: FewConfig | None = None) -> None:
     """x: [M <= 64, K] contiguous; out: [M, N]."""
+    if config is None and len(x) == 1 and weight.codes.numel() <= MOST_OF_ONE_ROW:
+        triton_vector.multiply(x, weight.codes, weight.scale, out, is_quantised=True)
+        return
     rows, k_tiles = len(x), weight.codes.shape[1] // FP8_BLOCK
     block_m = max(16, triton.next_power_of_2(rows))
     config = config or choose_few(len(weight.codes))

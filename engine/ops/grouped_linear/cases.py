@@ -29,6 +29,8 @@ def _case(name: str, *sizes: int, is_fp8: bool = True, small: bool = False) -> C
 
 CASES = (
     _case("no tokens", 0, 2, 128, 128, small=True),
+    _case("one token of two groups", 1, 2, 128, 256, small=True),
+    _case("one token", 1, 8, 1024, 4096),
     _case("few tokens, two blocks", 5, 2, 128, 256, small=True),
     _case("rows that are no whole block", 5, 2, 32, 256, small=True),
     _case("more tokens than are streamed", 513, 2, 128, 128, small=True),

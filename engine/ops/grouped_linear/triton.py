@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from engine.model.quantized import FP8_BLOCK, QuantizedWeight, Weight, exp2_of_byte
+from engine.ops import triton_vector
 
 MOST_STREAMED = 512
 """Tokens up to which weights are widened in registers, for each block of 64 tokens anew; above, once, for a product of cuBLAS."""
@@ -53,6 +54,9 @@ def run(x: torch.Tensor, weight: PackedGroups) -> torch.Tensor:
     out = torch.empty(tokens, groups, rows, dtype=x.dtype, device=x.device)
     if weight.scale is None or tokens > MOST_STREAMED:
         torch.bmm(x.transpose(0, 1), _widened(weight).transpose(1, 2), out=out.transpose(0, 1))  # cuBLAS writes rows this far apart
+    elif tokens == 1:
+        codes, scale = weight.codes.flatten(0, 1), weight.scale.flatten(0, 1)
+        triton_vector.multiply(x.contiguous(), codes, scale, out.flatten(1), groups=groups)
     elif tokens:
         x = x.contiguous()
         block = 16 if tokens <= 16 else 32 if tokens <= 32 else 64

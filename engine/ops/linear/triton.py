@@ -1,7 +1,7 @@
 """Products of few rows with a small bf16 weight: N and K are split over all multiprocessors, in one launch.
 
 cuBLAS takes two launches for such shapes (parts, then their sum); here the last program to arrive at a tile adds the parts, in order.
-More rows and large weights go to cuBLAS.
+More rows and large weights go to cuBLAS, one row to triton_vector.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.ops import triton_vector
 from engine.ops.linear import cublas
 from engine.ops.triton_rounding import INTERPRETED, to_bf16
 from engine.ops.triton_splits import is_last, sum_parts
@@ -81,6 +82,10 @@ def run(x: torch.Tensor, weight: PackedLinear, out_dtype: torch.dtype) -> torch.
     is_bf16 = x.dtype == weight.weight.dtype == torch.bfloat16 and out_dtype in (torch.bfloat16, torch.float32)
     if not is_bf16 or not 0 < len(flat) <= MOST_ROWS or n_size > MOST_OUTPUTS:
         return cublas.run(x, weight.weight, out_dtype)
+    if len(flat) == 1:
+        out = torch.empty(1, n_size, dtype=out_dtype, device=x.device)
+        triton_vector.multiply(flat.contiguous(), weight.weight, None, out)
+        return out.unflatten(0, x.shape[:-1])
     rows, tiles, k_tiles = len(flat), len(weight.arrived), triton.cdiv(k_size, BLOCK_K)
     block_m = max(16, triton.next_power_of_2(rows))
     per_split = triton.cdiv(k_tiles, max(1, min(k_tiles // 2, PROGRAMS // tiles, 16)))

@@ -1,0 +1,113 @@
+"""Products of one row with a weight, without matrix units: a program takes a few rows of the weight and all of their channels.
+
+All of the weight is asked for at once, by programs that wait for nobody: no parts of sums go through memory, and nothing is counted.
+Matrix units would compute with 16 rows where there is one. x may consist of groups, one for each so many rows of the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.model.quantized import FP8_BLOCK
+from engine.ops.triton_rounding import quantize, to_bf16
+
+BLOCK = tl.constexpr(FP8_BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    outputs: int
+    """Of a program: a power of two up to 128."""
+    channels: int
+    """At a time: a power of two; in FP8 it divides their number."""
+    warps: int
+
+
+def choose(channels: int, is_fp8: bool) -> Config:
+    """Of weights of 2048 to 8192 channels these were the fastest, or nearly so, on an H200."""
+    if not is_fp8:
+        return Config(2, min(4096, triton.next_power_of_2(channels)), 8)
+    if channels % 4096 == 0:
+        return Config(4, 4096, 4)
+    return Config(4, min(1024, channels & -channels), 2)
+
+
+@triton.jit
+def vector_kernel(
+    x_ptr, weight_ptr, scale_ptr, out_ptr, n_size, k_size, padded_k, group_rows,
+    N: tl.constexpr, K: tl.constexpr, FP8: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """out [n_size] of N rows of the weight [.., padded_k]. FP8: with fp32 scales of 128 x 128; QUANTISED: x, too, per 128 channels."""
+    first = tl.program_id(0) * N
+    n, k, group = first + tl.arange(0, N), tl.arange(0, K), tl.arange(0, K // BLOCK if FP8 else 1)
+    x_ptr += (first // group_rows) * k_size
+    rows = weight_ptr + n.to(tl.int64)[:, None] * padded_k + k[None, :]
+    scales = scale_ptr + first // BLOCK * (padded_k // BLOCK) + group
+    total = tl.zeros([N], tl.float32)
+    for start in range(0, padded_k, K):
+        x = tl.load(x_ptr + start + k, mask=start + k < k_size, other=0.0).to(tl.float32)
+        if FP8:
+            weight = tl.load(rows + start)
+            x, scale = tl.reshape(x, [K // BLOCK, BLOCK]), tl.load(scales + start // BLOCK)[:, None]
+            if QUANTISED:
+                codes, x_scale = quantize(x, 1)
+                x = codes.to(tl.float32) * (x_scale * scale)
+            else:
+                x *= scale
+            x = tl.reshape(x, [K])
+        else:
+            weight = tl.load(rows + start, mask=(n < n_size)[:, None] & (start + k < k_size)[None, :], other=0.0)
+        total += tl.sum(weight.to(tl.float32) * x[None, :], 1)
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        total = to_bf16(total)
+    tl.store(out_ptr + n, total, mask=n < n_size)
+
+
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor, *, groups: int = 1, is_quantised: bool = False
+) -> None:
+    """x: [1, groups, K] or [1, K], contiguous. weight: bf16 [N, K]; or e4m3 codes [N', K'], padded to multiples of 128, and `scale`:
+    fp32 [N' / 128, K' / 128]. `is_quantised`: x is rounded to FP8, too. out: [1, N]; groups have equal parts of N."""
+    n_size, padded_k = out.shape[1], weight.shape[1]
+    assert len(x) == 1 and n_size % groups == 0, f"{x.shape=} {out.shape=}"
+    config = choose(padded_k, scale is not None)
+    group_rows = n_size // groups
+    outputs = config.outputs if groups == 1 else min(config.outputs, group_rows & -group_rows)
+    vector_kernel[(triton.cdiv(n_size, outputs),)](
+        x,
+        weight,
+        out if scale is None else scale,
+        out,
+        n_size,
+        x.shape[-1],
+        padded_k,
+        group_rows,
+        N=outputs,
+        K=config.channels,
+        FP8=scale is not None,
+        QUANTISED=is_quantised,
+        num_warps=config.warps,
+    )
+
+
+_NUMBERS = dict.fromkeys(("n_size", "k_size", "padded_k", "group_rows"), "i32:16")
+AOT = [
+    (
+        vector_kernel,
+        _NUMBERS | {"x_ptr": "*bf16", "weight_ptr": "*fp8e4nv" if is_fp8 else "*bf16", "scale_ptr": "*fp32", "out_ptr": out},
+        {"N": config.outputs, "K": config.channels, "FP8": is_fp8, "QUANTISED": quantised},
+        {"num_warps": config.warps},
+    )
+    for is_fp8, out, quantised, channels in (
+        (True, "*bf16", True, 4096),
+        (True, "*bf16", True, 1024),
+        (True, "*bf16", False, 4096),
+        (False, "*fp32", False, 4096),
+        (False, "*bf16", False, 4096),
+    )
+    for config in (choose(channels, is_fp8),)
+]
