@@ -55,15 +55,18 @@ MANY_ROWS = 224
 """Rows an expert from which widening pays."""
 
 
+TILES = ((16, Few(16, 1, 3)), (MANY_ROWS, Few(32, 4, 3)))
+"""By rows an expert, of which there are at most so many (the last for any number); where they are few, experts share K besides."""
+
+
 def choose(num_pairs: int, experts: PackedExperts) -> Few | Many:
     rows = num_pairs / experts.num_experts
     if rows >= MANY_ROWS and experts.widens:
         return Many()
-    if rows > 16:
-        return Few(32, 4, 3)
+    tiles = next((tiles for most, tiles in TILES if rows <= most), TILES[-1][1])
     blocks = min(num_pairs, experts.num_experts) + num_pairs // 16  # in a group of ranks half of them or fewer are here
-    if blocks > 32:
-        return Few(16, 1, 3)
+    if rows > 16 or blocks > 32:
+        return tiles
     return Few(16, 1, 3, 4, 2) if blocks <= 16 else Few(16, 1, 3, 2, 2)
 
 
