@@ -55,9 +55,8 @@ class Attention:
         if step.prompts is None:
             o = self._decode(q, chosen, step, cache)
         else:
-            o = self._prefill(q, (kv, *before), chosen, step.prompts, cache)
-        o = self._ops.output_derotate(o, cos, sin).flatten(1).unflatten(1, (self._groups, -1))
-        return self._wo_b(self._ops.grouped_linear(o, self._wo_a).flatten(1))
+            o = self._ops.output_derotate(self._prefill(q, (kv, *before), chosen, step.prompts, cache), cos, sin)
+        return self._wo_b(self._ops.grouped_linear(o.flatten(1).unflatten(1, (self._groups, -1)), self._wo_a).flatten(1))
 
     def _store_keys(self, x: torch.Tensor, step: Step, cache: LayerCache) -> tuple[torch.Tensor, ...]:
         """Index keys that are closed go into the cache, the first thing that anything waits for. Returns x's projections for entries,
@@ -84,13 +83,13 @@ class Attention:
         return step.tables.dense if self._ratio else step.tables.dense[:, :0]
 
     def _decode(self, q: torch.Tensor, chosen: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """[S, H, D] -> o [S, H, D], over rings and pages where they lie. chosen: int32 [S, K]."""
+        """[S, H, D] -> o [S, H, D], turned back, over rings and pages where they lie. chosen: int32 [S, K]."""
         rows = chosen
         if self._ratio:
             rows = self._ops.page_rows(chosen, step.places, C4_ROWS_PER_PAGE) if self._ratio == 4 else step.tables.dense_rows
-        memo = step.memo.setdefault(self._ratio, {})
+        memo, turned = step.memo.setdefault(self._ratio, {}), step.tokens[self._ratio]
         o: torch.Tensor = self._ops.sparse_attn_decode(
-            q, cache.window, step.tables.window_rows, cache.entries, rows, step.counts[self._ratio], self._sink, self._scale, memo
+            q, cache.window, step.tables.window_rows, cache.entries, rows, step.counts[self._ratio], self._sink, self._scale, *turned, memo
         )
         return o
 

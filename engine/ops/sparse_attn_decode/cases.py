@@ -11,6 +11,7 @@ from engine.cache.arena import RowPool
 from engine.cache.rows import RowFormat, kv_rows
 from engine.config import EngineConfig
 from engine.ops.cases import Bench, Case, Draw, generator, randn
+from engine.ops.q_norm_rope.cases import angles
 
 SCALE = 512**-0.5
 REASON = "weights are rounded to bf16 before the sum over rows, as the official kernel does (2^-9 each)"
@@ -42,10 +43,11 @@ def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv
         q = randn(device, seed + 1, count, heads, 512, dtype=torch.bfloat16)
         sink = randn(device, seed + 2, heads)
         row_bytes = form.data_bytes + form.scale_bytes
+        turned = angles(device, seed + 6, count, 64)
         window = pool(device, seed + 3, count + 2, 128, form, _aligned(128 * row_bytes) if is_alone else 100 * 576 * 128)
         if not ratio:
             none = torch.empty(count, 0, dtype=torch.int32, device=device)
-            return q, window, window_rows, None, none, torch.zeros(count, dtype=torch.int32, device=device), sink, SCALE, {}
+            return q, window, window_rows, None, none, torch.zeros(count, dtype=torch.int32, device=device), sink, SCALE, *turned, {}
         per_page = 256 // ratio
         seen = length // ratio
         used = seen.clamp(max=topk) if ratio == 4 else seen
@@ -56,7 +58,7 @@ def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv
         order = torch.rand(count, max(widest, 1), generator=generator(device, seed + 5), device=device)
         order = order.masked_fill(torch.arange(max(widest, 1), device=device) >= seen[:, None], 2.0).argsort(1)[:, :most]
         rows = torch.where(torch.arange(most, device=device) < used[:, None], first[:, None] + order, -1).int()
-        return q, window, window_rows, entries, rows, used.int(), sink, SCALE, {}
+        return q, window, window_rows, entries, rows, used.int(), sink, SCALE, *turned, {}
 
     return draw
 
@@ -77,6 +79,7 @@ CASES = (
     _case("heads of the demo model, bf16 rows", decode((5, 1200), 4, 128, kv_format="bf16"), small=True, kv_format="bf16"),
     _case("sequences for the kernel of long lists", decode((1, 0, 3, 4, 5, 127, 128, 129, 300), 4, 4, topk=64), small=True),
     _case("few sequences of window alone", decode((0, 5, 200), 4, 0), small=True),
+    _case("four sequences", decode((0, 7, 130, 300), 4, 4, topk=40), small=True),
     _case("one sequence", decode((8192,), 64, 4)),
     _case("eight sequences, some short", decode((8192, 1, 0, 3000, 130, 127, 8000, 512), 64, 4)),
     _case("one sequence of many entries", decode((131000,), 64, 128)),
@@ -97,7 +100,7 @@ def _bare(lengths: tuple[int, ...], ratio: int) -> Callable[[torch.device, int],
 
         from engine.ops.sparse_attn_decode.flash_mla import blocks
 
-        q, window, window_rows, entries, rows, used, sink, scale, _ = decode(lengths, 64, ratio, is_alone=True)(device, seed)
+        q, window, window_rows, entries, rows, used, sink, scale, *_ = decode(lengths, 64, ratio, is_alone=True)(device, seed)
         more = {"extra_k_cache": blocks(entries), "extra_indices_in_kvcache": rows[:, None], "extra_topk_length": used} if ratio else {}
         options = {"softmax_scale": scale, "attn_sink": sink, "use_legacy": True, "kv_format": "V4", **more}
         options["indices"] = window_rows[:, None]

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from engine.cache.arena import RowPool
 from engine.cache.rows import Fp8KvRows
+from engine.ops.output_derotate.triton import run as output_derotate
 from engine.ops.sparse_attn_decode.triton_few import run_few, takes
 
 ROWS = 32
@@ -124,6 +125,8 @@ def run(
     num_entries: torch.Tensor,
     sink: torch.Tensor,
     scale: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
     memo: dict[str, Any],
 ) -> torch.Tensor:
     sequences, heads, width = q.shape
@@ -131,7 +134,7 @@ def run(
     if not sequences:
         return out
     if takes(sequences, entry_rows.shape[1]):
-        return run_few(q.contiguous(), window, window_rows.contiguous(), entries, entry_rows, num_entries, sink, scale)
+        return run_few(q.contiguous(), window, window_rows.contiguous(), entries, entry_rows, num_entries, sink, scale, cos, sin)
     if entries is None or not entry_rows.shape[1]:
         entries, num_entries = window, torch.zeros_like(num_entries)
     block = max(16, min(64, triton.next_power_of_2(heads)))
@@ -148,7 +151,7 @@ def run(
         FP8=isinstance(window.form, Fp8KvRows), HEADS=block, ROWS=ROWS, DOT=tl.bfloat16 if q.is_cuda else tl.float32, num_warps=8,
     )  # fmt: skip
     combine_kernel[(sequences, heads)](partial, stats, sink, out, heads, splits, WIDTH=width, num_warps=4)
-    return out
+    return output_derotate(out, cos, sin)
 
 
 _KERNEL = {

@@ -1,7 +1,7 @@
 """Sparse decode attention of few sequences, whose rows are few too: two short launches over many programs.
 
     scores    a tile of a sequence's rows, some heads                     -> q K scaled, fp32 [S, H, window | entries]
-    values    some channels of a sequence, some heads: softmax, times V   -> o
+    values    some channels of a sequence, some heads: softmax, times V   -> o, turned back
 
 No program's result is a part of a sum with another's, so nothing is combined afterwards. Kernels for long lists (FlashMLA's, that of
 triton.py) give a sequence of 640 rows to two or a few programs, each of which goes through its rows in turn.
@@ -23,9 +23,9 @@ HEADS = 16
 """Of a program."""
 ROWS = 32
 """Of a program of `scores`."""
-COLUMNS = 32
-"""Channels of a program of `values`: of one scale."""
-SCORES_WARPS, VALUES_WARPS = 4, 4
+COLUMNS, MORE_COLUMNS = 32, 64
+"""Channels of a program of `values`, of one scale: of up to three sequences, and of more."""
+SCORES_WARPS, VALUES_WARPS = 4, 8
 CODES = tl.constexpr(448)
 """Channels of an FP8 row before those in bf16; its scales are of 64 channels each."""
 
@@ -125,9 +125,9 @@ def _channels(
 def attn_values_kernel(
     scores_ptr, sink_ptr, window_ptr, window_scale_ptr, window_stride, window_rows_ptr, num_window,
     entries_ptr, entries_scale_ptr, entries_stride, entry_rows_ptr, entry_row_stride, num_entries_ptr,
-    out_ptr, num_heads, length,
+    cos_ptr, sin_ptr, out_ptr, num_heads, length,
     WINDOW_PER_UNIT: tl.constexpr, ENTRIES_PER_UNIT: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
-    FP8: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
+    ROPE: tl.constexpr, FP8: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Program (s, block of heads, block of channels). ENTRIES: of a sequence at most, 0 or a power of two."""
     sequence, first = tl.program_id(0).to(tl.int64), tl.program_id(2) * COLUMNS
@@ -155,8 +155,15 @@ def attn_values_kernel(
         total += tl.sum(weights, 1)
         v = _channels(entries_ptr, entries_scale_ptr, entries_stride, entry_rows, first, ENTRIES_PER_UNIT, WIDTH, FP8, COLUMNS, DOT)
         acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
+    acc = acc / total[:, None]
+    if first + COLUMNS > WIDTH - ROPE:
+        pair = first // 2 + tl.arange(0, COLUMNS // 2) - (WIDTH - ROPE) // 2
+        c = tl.load(cos_ptr + sequence * (ROPE // 2) + pair, mask=pair >= 0, other=1.0)[None, :]
+        s = tl.load(sin_ptr + sequence * (ROPE // 2) + pair, mask=pair >= 0, other=0.0)[None, :]
+        even, odd = tl.split(tl.reshape(acc, [HEADS, COLUMNS // 2, 2]))
+        acc = tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), [HEADS, COLUMNS])
     out = out_ptr + (sequence * num_heads + head)[:, None] * WIDTH + first + tl.arange(0, COLUMNS)[None, :]
-    tl.store(out, acc / total[:, None], mask=real[:, None])
+    tl.store(out, acc, mask=real[:, None])
 
 
 def takes(sequences: int, num_entries: int) -> bool:
@@ -173,6 +180,8 @@ def run_few(
     num_entries: torch.Tensor,
     sink: torch.Tensor,
     scale: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
 ) -> torch.Tensor:
     """As the reference, for at least one sequence and what `takes` admits."""
     sequences, heads, width = q.shape
@@ -193,9 +202,11 @@ def run_few(
         "FP8": isinstance(window.form, Fp8KvRows), "HEADS": HEADS, "DOT": tl.bfloat16 if q.is_cuda else tl.float32,
     }  # fmt: skip
     attn_scores_kernel[(sequences, blocks, tiles)](q, *pools, scores, heads, length, scale, **shared, ROWS=ROWS, num_warps=SCORES_WARPS)
-    attn_values_kernel[(sequences, blocks, width // COLUMNS)](
-        scores, sink, *pools, out, heads, length, **shared, ENTRIES=padded, COLUMNS=COLUMNS, num_warps=VALUES_WARPS
-    )
+    columns = COLUMNS if sequences < 4 else MORE_COLUMNS
+    attn_values_kernel[(sequences, blocks, width // columns)](
+        scores, sink, *pools, cos, sin, out, heads, length, **shared, ENTRIES=padded, ROPE=2 * cos.shape[1], COLUMNS=columns,
+        num_warps=VALUES_WARPS,
+    )  # fmt: skip
     return out
 
 
@@ -205,7 +216,13 @@ _POOLS |= {"entry_row_stride": "i64:16", "num_entries_ptr": "*i32", "scores_ptr"
 _SHARED = {"WINDOW": 128, "WIDTH": 512, "HEADS": HEADS, "DOT": tl.bfloat16, "WINDOW_PER_UNIT": 128}
 AOT = [
     one
-    for per_unit, fp8, most in ((64, True, 512), (64, True, 1024), (2, True, 64), (64, False, 512), (128, True, 0))
+    for per_unit, fp8, most, columns in (
+        (64, True, 512, COLUMNS),
+        (64, True, 1024, MORE_COLUMNS),
+        (2, True, 64, MORE_COLUMNS),
+        (64, False, 512, MORE_COLUMNS),
+        (128, True, 0, COLUMNS),
+    )
     for one in (
         (
             attn_scores_kernel,
@@ -215,8 +232,8 @@ AOT = [
         ),
         (
             attn_values_kernel,
-            _POOLS | {"sink_ptr": "*fp32", "out_ptr": "*bf16"},
-            _SHARED | {"ENTRIES_PER_UNIT": per_unit, "FP8": fp8, "ENTRIES": most, "COLUMNS": COLUMNS},
+            _POOLS | {"sink_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "out_ptr": "*bf16"},
+            _SHARED | {"ENTRIES_PER_UNIT": per_unit, "FP8": fp8, "ENTRIES": most, "ROPE": 64, "COLUMNS": columns},
             {"num_warps": VALUES_WARPS},
         ),
     )
