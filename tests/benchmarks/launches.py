@@ -56,7 +56,7 @@ PAGES = 32
 """The narrowest decode graph's: longer than the indexer's top-k."""
 FORWARD = inspect.unwrap(DeepseekV4.forward)
 """In inference mode torch would show composite operations whole."""
-PRODUCTS = ("fp8_linear_few_kernel", "linear_few_kernel", "grouped_linear_kernel", "moe_hidden_kernel", "moe_out_kernel")
+PRODUCTS = ("vector_kernel", "fp8_linear_few_kernel", "linear_few_kernel", "grouped_linear_kernel", "moe_hidden_kernel", "moe_out_kernel")
 """Kernels that read weights."""
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_local_scalar_dense")
 

@@ -13,10 +13,10 @@ import pathlib
 
 PARTS = (
     ("experts", ("moe_hidden", "moe_out", "moe_sum", "moe_route", "moe_many", "moe_widen", "moe_act")),
-    ("FP8 projections", ("fp8_linear", "fp8_gemm", "act_quant", "swiglu")),
+    ("FP8 projections (of one row: all)", ("fp8_linear", "fp8_gemm", "act_quant", "swiglu", "vector_kernel")),
     ("grouped output", ("grouped_linear", "direct_copy", "128, 4, at::native::gpu_kernel_impl_nocast<at::native::Bin")),
     ("plain projections, head", ("nvjet", "splitKreduce", "linear_few")),
-    ("attention", ("flash_", "flash_fwd", "get_mla_metadata", "sparse_attn", "derotate")),
+    ("attention", ("flash_", "get_mla_metadata", "attn_", "derotate")),
     ("hyper-connections", ("one_launch", "project_kernel", "finish_kernel", "hc_")),
     ("exchange", ("nccl", "direct_", "exchange_")),
     (

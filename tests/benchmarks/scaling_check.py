@@ -22,7 +22,7 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 KERNELS = (
     ("exchange", ("ncclDev", "direct_", "exchange_", "deep_ep::")),
-    ("projections, head", ("fp8_linear", "linear_few", "grouped_linear", "act_quant", "0u, 0u, 0u, ", "nvjet", "splitKreduce", " x widen")),
+    ("projections, head", ("vector_kernel", "linear", "act_quant", "0u, 0u, 0u, ", "nvjet", "splitKreduce", " x widen")),
     ("experts", ("moe_hidden", "moe_out", "moe_widen", "fp8_gemm")),
     ("attention, index", ("flash_", "sparse_attn", "attn_", "combine_kernel", "mla_metadata", "logits")),
     ("hyper-connections", ("project_kernel", "finish_kernel", "hc_")),
