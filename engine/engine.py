@@ -88,6 +88,7 @@ class LoadedModel:
             workspace_bytes=workspace_bytes,
             history_bytes=history_bytes,
             num_widened=self.network.num_widened,
+            wide_outputs=self.network.wide_outputs,
         )
 
     def new_caches(self, num_pages: int, num_slots: int, workspace_bytes: int = 0, history_bytes: int = 0) -> ModelCaches:

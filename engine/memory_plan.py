@@ -17,6 +17,20 @@ _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _MEMINFO = pathlib.Path("/proc/meminfo")
 
 
+@dataclass(frozen=True, slots=True)
+class WideOutputs:
+    """Output projections' first halves in bf16 beside FP8, for decode steps of many sequences."""
+
+    wanted_bytes: int = 0
+    """0: not wanted."""
+    has_room: bool = True
+    """Else they are left out."""
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.wanted_bytes if self.has_room else 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
     weights_bytes: int
@@ -31,6 +45,8 @@ class MemoryPlan:
     """For the largest step and the graphs, on a GPU."""
     num_widened: int = 0
     """Layers among the weights whose experts are kept as FP8 in place of MXFP4."""
+    wide_outputs: WideOutputs = WideOutputs()
+    """Among the weights, if kept."""
     history_bytes: int = 0
     """Of each slot beside it: what the device needs to draw tokens of requests with penalties or a logit bias, where it does."""
 
@@ -45,6 +61,7 @@ class MemoryPlan:
         workspace_bytes: int = 0,
         history_bytes: int = 0,
         num_widened: int = 0,
+        wide_outputs: WideOutputs = WideOutputs(),
     ) -> MemoryPlan:
         """num_pages 0: as many as fit, on a GPU. Raises ConfigError if that is less than one, or the device is none."""
         available, slot_bytes = available_bytes(device), layout.slot_bytes + history_bytes
@@ -61,6 +78,7 @@ class MemoryPlan:
         return MemoryPlan(
             weights_bytes=weights_bytes,
             num_widened=num_widened,
+            wide_outputs=wide_outputs,
             workspace_bytes=workspace_bytes,
             history_bytes=history_bytes,
             num_pages=num_pages,
@@ -75,11 +93,14 @@ class MemoryPlan:
         return self.num_pages * self.page_bytes + self.num_slots * (self.slot_bytes + self.history_bytes)
 
     def table(self) -> str:
-        """A line each for weights, pages, slots and histories, and what stays free."""
+        """A line each for weights, wide outputs, pages, slots and histories, and what stays free."""
         pages, slots, histories = self.num_pages * self.page_bytes, self.num_slots * self.slot_bytes, self.num_slots * self.history_bytes
+        wide = self.wide_outputs
+        kept = "of the weights: wo_a in bf16, beside FP8" if wide.has_room else "left out for want of room: wo_a in bf16, beside FP8"
         widened = f"  of which {self.num_widened} layers' experts widened to FP8" if self.num_widened else ""
         lines = [
             f"weights  {_size(self.weights_bytes)}{widened}",
+            *([f"outputs  {_size(wide.wanted_bytes)}  {kept}"] if wide.wanted_bytes else []),
             *([f"steps    {_size(self.workspace_bytes)}  for the largest step, and graphs"] if self.workspace_bytes else []),
             f"pages    {_size(pages)}  {self.num_pages} x {self.page_bytes} B ({self.num_pages * PAGE_TOKENS} tokens)",
             f"slots    {_size(slots)}  {self.num_slots} x {self.slot_bytes} B ({self.num_slots} sequences)",

@@ -24,7 +24,7 @@ from engine.logprobs import logprobs_of
 from engine.parallel.rebalance import moving_bytes
 from engine.sampler import sample
 from engine.sequence import Sequence
-from engine.widening import widen_experts
+from engine.widening import widen_experts, widen_outputs
 from engine.workspace import measure_workspace
 
 if TYPE_CHECKING:
@@ -117,16 +117,21 @@ class ModelRunner:
         widened_layers: int = 0,
     ) -> None:
         """num_pages 0: as many as fit, on a GPU. There the largest steps are run before: prompts in chunks of `chunk_tokens`, and decode
-        steps of `max_decode` sequences, which are CUDA graphs; 0: none such. `widened_layers`: as `widen_experts` has it."""
+        steps of `max_decode` sequences, which are CUDA graphs; 0: none such. `widened_layers`: as `widen_experts` has it; wo_a as
+        `widen_outputs` has it."""
         self._loaded = loaded
         on_gpu = loaded.device.type == "cuda"
         workspace = measure_workspace(loaded, chunk_tokens, max_decode) if on_gpu else 0
-        reserved = workspace + 2 * moving_bytes(loaded)  # an expert that comes is not twice as large once it is widened
-        if widened_layers and widen_experts(loaded, widened_layers, num_pages, num_slots, reserved) and on_gpu:
-            workspace = measure_workspace(loaded, chunk_tokens, max_decode)  # the wide form has kernels of its own
-        workspace += moving_bytes(loaded)
         has_histories = max_decode > 0 and on_gpu and loaded.device_sample is not None
-        self._caches = loaded.new_caches(num_pages, num_slots, workspace, history_bytes(loaded.model.vocab_size) if has_histories else 0)
+        history = history_bytes(loaded.model.vocab_size) if has_histories else 0
+        reserved = workspace + 2 * moving_bytes(loaded)  # an expert that comes is not twice as large once it is widened
+        reserved += num_slots * history
+        widened = widened_layers != 0 and widen_experts(loaded, widened_layers, num_pages, num_slots, reserved)
+        widened = widen_outputs(loaded, max_decode, num_pages, num_slots, reserved) or widened
+        if widened and on_gpu:
+            workspace = measure_workspace(loaded, chunk_tokens, max_decode)  # the wide forms have kernels of their own
+        workspace += moving_bytes(loaded)
+        self._caches = loaded.new_caches(num_pages, num_slots, workspace, history)
         self._graphs: DecodeGraphs | None = None
         if max_decode and on_gpu:
             widths = width_buckets(loaded.engine.max_model_len)

@@ -1,6 +1,8 @@
-"""Memory that a prefill rank has to spare goes into experts: as many layers' as fit are kept as FP8, the form of the products of a chunk.
+"""Memory that a rank has to spare goes into larger forms of weights, equal in value, so that no result changes.
 
-MXFP4 takes half the bytes, and is widened in each step anew; its values are exact in FP8 (deepseek_v4.md, 4.2), so no result changes.
+On a prefill rank these are experts: as many layers' as fit are kept as FP8, the form of the products of a chunk. MXFP4 takes half the
+bytes, and is widened in each step anew; its values are exact in FP8 (deepseek_v4.md, 4.2). On a rank with decode steps of many sequences
+it is wo_a, which is kept in bf16 beside FP8.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from typing import TYPE_CHECKING
 from core.errors import ConfigError
 from core.kv_layout import PAGE_TOKENS
 from engine.memory_plan import available_bytes
+from engine.ops.grouped_linear import FEW_TOKENS
 
 if TYPE_CHECKING:
     from engine.engine import LoadedModel
 
 AS_MANY_AS_FIT = -1
+PAGES_SHARE = 8
+"""Of the memory that pages could have, wo_a in bf16 takes no more than this part, where num_pages leaves their number open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +59,18 @@ def widen_experts(loaded: LoadedModel, wanted: int, num_pages: int, num_slots: i
         raise ConfigError(f"prefill.widened_layers is {wanted}: beside {pages} pages, {num_slots} slots and the largest step {fitting} fit")
     loaded.network.widen(fitting if wanted == AS_MANY_AS_FIT else wanted)
     return loaded.network.num_widened > 0
+
+
+def widen_outputs(loaded: LoadedModel, max_decode: int, num_pages: int, num_slots: int, workspace_bytes: int) -> bool:
+    """Keep wo_a in bf16 beside FP8 if decode steps may have more than FEW_TOKENS sequences, and if it fits beside `num_pages` pages (0: in
+    an eighth of what they could have), slots and workspace on all ranks of the group. Collective. Returns whether it was widened."""
+    wanted = loaded.network.outputs_widening_bytes()
+    if max_decode <= FEW_TOKENS or not wanted:
+        return False
+    free = available_bytes(loaded.device)
+    room = (free or 0) - workspace_bytes - num_pages * loaded.layout.page_bytes - num_slots * loaded.layout.slot_bytes
+    fits = wanted <= (room if num_pages else room // PAGES_SHARE)
+    if loaded.share is not None:
+        fits = loaded.share.least("room for wide outputs", int(fits)) > 0
+    loaded.network.widen_outputs(fits)
+    return fits

@@ -41,6 +41,15 @@ class Attention:
         projections = (Compressor.projections(f"{prefix}.compressor"), *of_indexer)
         self._compress = Linears(build, projections, torch.float32) if ratio else None
 
+    @property
+    def widening_bytes(self) -> int:
+        """How many more wo_a takes once `widen`ed; 0 if it cannot be, or is."""
+        return int(self._wo_a.widening_bytes) if "grouped_linear" in self._ops.widen else 0
+
+    def widen(self) -> None:
+        """Hold wo_a in the backend's larger form as well, which is quicker for more than FEW_TOKENS tokens."""
+        self._wo_a = self._ops.widen["grouped_linear"](self._wo_a)
+
     def forward(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """x: [T, d] after attn_norm -> [T, d]. Reads and writes the cache of the batch's sequences."""
         cos, sin = step.tokens[self._ratio]

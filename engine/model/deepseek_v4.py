@@ -17,6 +17,7 @@ from core.errors import ConfigError
 from engine.batch import Batch
 from engine.cache.arena import LayerCache, ModelCaches
 from engine.config import EngineConfig, ModelConfig
+from engine.memory_plan import WideOutputs
 from engine.model.attention import Attention
 from engine.model.linear import Build, Linear
 from engine.model.moe import MoE
@@ -65,12 +66,12 @@ class Block:
         prefix = f"layers.{layer}"
         self._attn_hc = HyperConnection(build, prefix, "attn", is_first=layer == 0)
         self._ffn_hc = HyperConnection(build, prefix, "ffn", is_first=False)
-        self._attention = Attention(build, f"{prefix}.attn", ratio)
+        self.attention = Attention(build, f"{prefix}.attn", ratio)
         self.moe = MoE(build, f"{prefix}.ffn", is_hash)
 
     def forward(self, last: torch.Tensor | Unspread, step: Step, cache: LayerCache) -> Unspread:
         """`last`: of the block before; the streams in the first."""
-        last = self._attn_hc.run(last, lambda x: (self._attention.forward(x, step, cache), None))
+        last = self._attn_hc.run(last, lambda x: (self.attention.forward(x, step, cache), None))
         return self._ffn_hc.run(last, lambda x: self.moe.forward(x, step.batch.token_ids_T, step.batch.places.positions_T))
 
     def join(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
@@ -106,6 +107,7 @@ class DeepseekV4:
         self.mtp_weights = {name: weights[name] for name in weights if name.startswith("mtp.")}
         self.num_widened = 0
         """Layers whose routed experts are in the form for many tokens."""
+        self.wide_outputs = WideOutputs()
 
     def widenable(self) -> list[MoE]:
         """Those of the layers, first to last, that `widen` would take."""
@@ -123,6 +125,16 @@ class DeepseekV4:
             self.num_widened += 1
             if self._embed.is_cuda:
                 torch.cuda.empty_cache()  # the smaller form's memory has no use in pieces of its size
+
+    def outputs_widening_bytes(self) -> int:
+        """How many more the output projections' first halves take once `widen_outputs` has them."""
+        return sum(layer.attention.widening_bytes for layer in self._layers)
+
+    def widen_outputs(self, has_room: bool) -> None:
+        """`Attention.widen` in all layers, or, without room, only a note of it in `wide_outputs`."""
+        self.wide_outputs = WideOutputs(self.outputs_widening_bytes(), has_room)
+        for layer in self._layers if has_room else ():
+            layer.attention.widen()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: ModelCaches) -> torch.Tensor:

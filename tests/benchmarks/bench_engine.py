@@ -34,6 +34,7 @@ from engine.memory_plan import tensor_bytes
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
 from engine.sequence import Sequence
+from engine.widening import widen_outputs
 from tests.benchmarks.bench_ops import ceilings
 from tests.benchmarks.step_profile import profile_step
 
@@ -101,7 +102,7 @@ def step_bytes(loaded: LoadedModel, num_experts: float, ranks: int, batch: int, 
     cache += model.compress_ratios.count(128) * (context // 128) * rows["c128_kv"]
     return {
         "experts": round(num_experts * one_expert),
-        "other weights": round(tensor_bytes(loaded.network) - held * one_expert - embedding),
+        "other weights": round(tensor_bytes(loaded.network) - loaded.network.wide_outputs.kept_bytes - held * one_expert - embedding),
         "cache": batch * cache,
     }
 
@@ -260,6 +261,9 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
                 save()
     shapes = [(batch, context) for context in arguments.contexts for batch in arguments.batches] + arguments.also
     if shapes:
+        most = max(batch for batch, _ in shapes)
+        widen_outputs(loaded, most, num_pages=0, num_slots=most, workspace_bytes=0)  # as a rank does
+        report["wo_a kept in bf16 GB"] = round(loaded.network.wide_outputs.kept_bytes / 1e9, 2)
         for row in bench_decode(loaded, shapes, group, bandwidth, arguments.profile):
             report["decode"].append(row)
             if rank == 0:

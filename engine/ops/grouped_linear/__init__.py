@@ -8,6 +8,9 @@ from engine.model.quantized import QuantizedWeight, Weight
 from engine.ops import requires
 from engine.ops.registry import Impl, Op
 
+FEW_TOKENS = 64
+"""Up to so many, a backend that has the weights in a larger form besides is quicker without it."""
+
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x: [T, G, K] bf16 or fp32, not quantised; weight: [G, N, K] as `pack` made it. Returns [T, G, N] in x's dtype."""

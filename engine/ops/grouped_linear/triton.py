@@ -1,10 +1,11 @@
 """FP8 weights stay in FP8: widened in registers where few tokens make their bytes count, and for many before a product of cuBLAS.
 
-Their values are exact in bf16, so nothing is rounded that the definition does not round.
+Their values are exact in bf16, so nothing is rounded that the definition does not round. `widen` keeps them in bf16 as well.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 
 from engine.model.quantized import FP8_BLOCK, QuantizedWeight, Weight, exp2_of_byte
 from engine.ops import triton_vector
+from engine.ops.grouped_linear import FEW_TOKENS
 
 MOST_STREAMED = 512
 """Tokens up to which weights are widened in registers, for each block of 64 tokens anew; above, once, for a product of cuBLAS."""
@@ -26,6 +28,13 @@ class PackedGroups:
     """e4m3 [G, N, K]; or the weight itself, bf16."""
     scale: torch.Tensor | None
     """fp32 [G, N / 128, K / 128]."""
+    wide: torch.Tensor | None = None
+    """bf16 [G, N, K]: the same values, for more than FEW_TOKENS tokens."""
+
+    @property
+    def widening_bytes(self) -> int:
+        """How many more `widen` would take."""
+        return 0 if self.scale is None or self.wide is not None else 2 * self.codes.numel()
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -52,7 +61,7 @@ def run(x: torch.Tensor, weight: PackedGroups) -> torch.Tensor:
     tokens, groups, columns = x.shape
     rows = weight.codes.shape[1]
     out = torch.empty(tokens, groups, rows, dtype=x.dtype, device=x.device)
-    if weight.scale is None or tokens > MOST_STREAMED:
+    if weight.scale is None or tokens > (MOST_STREAMED if weight.wide is None else FEW_TOKENS):
         torch.bmm(x.transpose(0, 1), _widened(weight).transpose(1, 2), out=out.transpose(0, 1))  # cuBLAS writes rows this far apart
     elif tokens == 1:
         codes, scale = weight.codes.flatten(0, 1), weight.scale.flatten(0, 1)
@@ -80,11 +89,18 @@ def _widened(weight: PackedGroups) -> torch.Tensor:
     """bf16 [G, N, K]."""
     if weight.scale is None:
         return weight.codes
+    if weight.wide is not None:
+        return weight.wide
     groups, rows, columns = weight.codes.shape
     out = torch.empty(weight.codes.shape, dtype=torch.bfloat16, device=weight.codes.device)
     grid = (groups * rows // FP8_BLOCK, columns // FP8_BLOCK)
     widen_kernel[grid](weight.codes, weight.scale, out, columns, BLOCK=FP8_BLOCK, num_warps=8)
     return out
+
+
+def widen(weight: PackedGroups) -> PackedGroups:
+    """The weights in bf16 besides."""
+    return dataclasses.replace(weight, wide=_widened(weight)) if weight.widening_bytes else weight
 
 
 def pack(weight: Weight, groups: int) -> PackedGroups:

@@ -1,4 +1,5 @@
-"""Experts that are kept as FP8: as many layers as fit beside what a prefill rank needs, equally many on all ranks of a group."""
+"""Larger forms of weights: experts as FP8, in as many layers as fit beside what a prefill rank needs, equally many on all ranks of a group;
+wo_a in bf16 beside FP8 where decode steps are large."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from engine.engine import Engine, LoadedModel
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Group
 from engine.runner import ModelRunner
-from engine.widening import AS_MANY_AS_FIT, Layer, num_fitting, widen_experts
+from engine.widening import AS_MANY_AS_FIT, PAGES_SHARE, Layer, num_fitting, widen_experts, widen_outputs
 from tests.support.experts import packed
 from tests.support.ranks import run_group
 
@@ -110,3 +111,73 @@ def test_a_group_widens_what_fits_on_all_its_ranks_and_takes_experts_that_come(
         ]
 
     assert run_group(2, rank) == [(2, [True, True, False, False])] * 2
+
+
+OUTPUTS = 4 * EXTRA
+"""What wo_a takes in the layers of the small model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    inner: Any
+    widening_bytes: int = EXTRA
+
+
+@pytest.fixture
+def narrow_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`grouped_linear` of every model that is loaded can be widened."""
+
+    def bind(*args: Any) -> Any:
+        ops = real(*args)
+        run, pack = ops.grouped_linear, ops.pack["grouped_linear"]
+        ops.grouped_linear = lambda x, weight: run(x, weight.inner)
+        ops.pack["grouped_linear"] = lambda *weights: Output(pack(*weights))
+        ops.widen = {"grouped_linear": lambda weight: dataclasses.replace(weight, widening_bytes=0)}
+        return ops
+
+    from engine import engine
+
+    real = engine.bind
+    monkeypatch.setattr(engine, "bind", bind)
+
+
+def test_wo_a_is_kept_in_bf16_where_decode_steps_are_large(
+    small_checkpoint: pathlib.Path, narrow_outputs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.widening.available_bytes", lambda device: 1000 * EXTRA)
+    loaded = LoadedModel.load(small_checkpoint, ENGINE)
+    for max_decode in (0, 64):
+        ModelRunner(loaded, 4, 1, max_decode=max_decode)
+        assert "outputs" not in loaded.memory_plan(4, 1).table()
+    ModelRunner(loaded, 4, 1, max_decode=65)
+    assert "outputs      4.00 GiB  of the weights: wo_a in bf16" in loaded.memory_plan(4, 1).table()
+    assert loaded.network.outputs_widening_bytes() == 0 and loaded.network.wide_outputs.kept_bytes == OUTPUTS
+    ModelRunner(loaded, 4, 1, max_decode=65)
+    assert loaded.network.wide_outputs.kept_bytes == OUTPUTS, "a second runner finds them"
+
+
+@pytest.mark.parametrize(("num_pages", "needed"), [(4, OUTPUTS), (0, OUTPUTS * PAGES_SHARE)])
+def test_wo_a_is_left_out_without_room_and_the_plan_says_so(
+    small_checkpoint: pathlib.Path, narrow_outputs: None, monkeypatch: pytest.MonkeyPatch, num_pages: int, needed: int
+) -> None:
+    loaded = LoadedModel.load(small_checkpoint, ENGINE)
+    free = num_pages * loaded.layout.page_bytes + 3 * loaded.layout.slot_bytes + 99 + needed - 1
+    monkeypatch.setattr("engine.widening.available_bytes", lambda device: free)
+    assert not widen_outputs(loaded, 256, num_pages, 3, 99) and loaded.network.wide_outputs.kept_bytes == 0
+    assert "outputs      4.00 GiB  left out for want of room" in loaded.memory_plan(4, 1).table()
+    free += 1
+    assert widen_outputs(loaded, 256, num_pages, 3, 99) and loaded.network.wide_outputs.kept_bytes == OUTPUTS
+
+
+def test_a_group_keeps_wo_a_in_bf16_on_all_its_ranks_or_on_none(
+    small_checkpoint: pathlib.Path, narrow_outputs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.widening.available_bytes", lambda device: (100 if fits.pop() else 3) * EXTRA)
+    fits = [True, False]
+
+    def rank(group: Group) -> int:
+        loaded = LoadedModel.load(small_checkpoint, ENGINE, Sharing(group=group, max_tokens=128, is_latency_bound=True))
+        widen_outputs(loaded, 128, 4, 1, 0)
+        return loaded.network.wide_outputs.kept_bytes
+
+    assert run_group(2, rank) == [0, 0]
