@@ -53,7 +53,7 @@ class Attention:
     def forward(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """x: [T, d] after attn_norm -> [T, d]. Reads and writes the cache of the batch's sequences."""
         cos, sin = step.tokens[self._ratio]
-        before = () if step.prompts is None else (self._ops.pool_rows(cache.window, *step.prompts.before),)
+        before = [self._ops.pool_rows(cache.window, *prompts.before) for prompts in step.prompts]
         compressed = self._sides[0].start(lambda: self._store_keys(x, step, cache))
         qr, kv = self._wq_a_wkv(x)
         stored = self._sides[0].start(lambda: self._store_rows(kv, compressed(), step, cache))
@@ -61,10 +61,14 @@ class Attention:
         selected = self._sides[1].start(lambda: self._select(qr, compressed, step, cache))
         q = self._ops.q_norm_rope(self._wq_b(qr).unflatten(1, (self._heads, self._dim)), cos, sin, self._eps)
         kv, chosen = stored(), selected()
-        if step.prompts is None:
+        if step.places.is_decode:
             o = self._decode(q, chosen, step, cache)
         else:
-            o = self._ops.output_derotate(self._prefill(q, (kv, *before), chosen, step.prompts, cache), cos, sin)
+            parts = [
+                self._prefill(q[prompts.tokens], (kv[prompts.tokens], rows), chosen[prompts.tokens], prompts, cache)
+                for prompts, rows in zip(step.prompts, before, strict=True)
+            ]
+            o = self._ops.output_derotate(parts[0] if len(parts) == 1 else torch.cat(parts), cos, sin)
         return self._wo_b(self._ops.grouped_linear(o.flatten(1).unflatten(1, (self._groups, -1)), self._wo_a).flatten(1))
 
     def _store_keys(self, x: torch.Tensor, step: Step, cache: LayerCache) -> tuple[torch.Tensor, ...]:
@@ -105,8 +109,8 @@ class Attention:
     def _prefill(
         self, q: torch.Tensor, window: tuple[torch.Tensor, ...], chosen: torch.Tensor, prompts: PromptRows, cache: LayerCache
     ) -> torch.Tensor:
-        """[T, H, D] -> o [T, H, D]. window: rows [T, D] of the step's tokens and [N, D] of those before, as the cache holds them; chosen:
-        int32 [T, K]."""
+        """A run of sequences: [T, H, D] -> o [T, H, D]. window: rows [T, D] of their tokens and [N, D] of those before, as the cache holds
+        them; chosen: int32 [T, K]."""
         rows = window if cache.entries is None else (*window, self._ops.pool_rows(cache.entries, *prompts.entries[self._ratio]))
         indices = prompts.indices.get(self._ratio)
         if indices is None:

@@ -26,8 +26,8 @@ class Step:
     """By ratio, 4 and 128: of the first position of each token's block, for the entry that it may close."""
     counts: dict[int, torch.Tensor]
     """By ratio: int32 [T], how many entries each token attends to."""
-    prompts: PromptRows | None
-    """None in decode."""
+    prompts: tuple[PromptRows, ...]
+    """None of them in decode."""
     memo: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What attention's backend keeps from layer to layer, by ratio."""
 
@@ -49,5 +49,5 @@ class StepMaker:
             tokens={0: (tables.main_cos, tables.main_sin), 4: compressed, 128: compressed},
             blocks={4: (tables.block4_cos, tables.block4_sin), 128: (tables.block128_cos, tables.block128_sin)},
             counts={0: tables.count0, 4: tables.count4, 128: tables.count128},
-            prompts=None if batch.places.is_decode else prompt_rows(batch, tables.dense, self._ops),
+            prompts=() if batch.places.is_decode else prompt_rows(batch, tables.dense, self._ops),
         )

@@ -17,6 +17,7 @@ from engine.batch import Chunk
 from engine.config import EngineConfig
 from engine.engine import Engine, Generation, LoadedModel
 from engine.memory_plan import MemoryPlan, available_bytes, tensor_bytes
+from engine.model.prompts import ENTRIES_AT_ONCE
 from engine.runner import ModelRunner
 from engine.score import score
 from engine.sequence import Sequence
@@ -67,10 +68,17 @@ def test_outputs_are_not_degenerate(alone: list[list[int]]) -> None:
     assert len({tuple(tokens) for tokens in alone}) == len(alone)
 
 
-@pytest.mark.parametrize(("max_running", "chunk_tokens"), [(4, 61), (16, 256), (16, 1024)])
+@pytest.mark.parametrize(("max_running", "chunk_tokens", "entries_at_once"), [(4, 61, 1), (16, 256, 100), (16, 1024, ENTRIES_AT_ONCE)])
 def test_tokens_do_not_depend_on_batch_and_chunks(
-    loaded: LoadedModel, requests: list[Request], alone: list[list[int]], max_running: int, chunk_tokens: int
+    loaded: LoadedModel,
+    requests: list[Request],
+    alone: list[list[int]],
+    max_running: int,
+    chunk_tokens: int,
+    entries_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("engine.model.prompts.ENTRIES_AT_ONCE", entries_at_once)
     engine = new_engine(loaded, max_running=max_running, chunk_tokens=chunk_tokens)
     assert outputs(engine.generate(requests)) == alone
 
