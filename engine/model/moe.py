@@ -46,8 +46,8 @@ class MoE:
 
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up; in a group it has no experts, so
-        that idle ranks cost their peers little). Returns what is to be added up and rounded to x's dtype: the routed experts' sum, fp32
-        [T, d], and the shared expert's output, [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
+        that idle ranks cost their peers little). Returns what is to be added up and rounded to x's dtype: the routed experts' sum,
+        [T, d] in fp32 or x's dtype, and the shared expert's output, [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
         shared = self._side.start(lambda: self._shared(x))
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, self._table, token_ids, self._topk, self._scaling)
         if self._share is None:

@@ -7,6 +7,7 @@ OP_NAMES = (
     "exchange_pack_fp8",
     "exchange_put",
     "exchange_slots",
+    "exchange_slots_fp8",
     "exchange_sum",
     "exchange_take",
     "exchange_unpack",

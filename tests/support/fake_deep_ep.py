@@ -86,27 +86,34 @@ class _Buffer:
     def get_dispatch_layout(self, topk_idx: torch.Tensor, num_experts: int) -> tuple[Any, ...]:
         assert topk_idx.dim() == 2 and topk_idx.is_contiguous() and topk_idx.dtype == torch.int64
         local = num_experts // self.size
-        is_in_rank = torch.zeros(len(topk_idx), self.size, dtype=torch.bool).scatter_(1, topk_idx // local, True)
-        per_expert = torch.bincount(topk_idx.flatten(), minlength=num_experts).int()
+        is_in_rank = ((topk_idx // local)[:, :, None] == torch.arange(self.size)).any(1)
+        per_expert = torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts).int()
         return is_in_rank.sum(0).int(), None, per_expert, is_in_rank, None
 
-    def dispatch(self, x: torch.Tensor, **layout: Any) -> tuple[Any, ...]:
-        assert x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16  # intranode_dispatch
-        assert layout["topk_idx"].is_contiguous() and layout["topk_idx"].dtype == torch.int64
+    def dispatch(self, rows: torch.Tensor | tuple[torch.Tensor, torch.Tensor], **layout: Any) -> tuple[Any, ...]:
+        x, scale = rows if isinstance(rows, tuple) else (rows, torch.ones(len(rows), rows.shape[1] // 128))
+        assert x.dim() == 2 and x.is_contiguous() and x.dtype == (torch.float8_e4m3fn if isinstance(rows, tuple) else torch.bfloat16)
+        assert scale.shape == (len(x), x.shape[1] // 128) and scale.is_contiguous() and scale.dtype == torch.float32
+        assert layout["topk_idx"].is_contiguous() and layout["topk_idx"].dtype == torch.int64  # intranode_dispatch
         assert layout["topk_weights"].is_contiguous() and layout["topk_weights"].dtype == torch.float32
         assert layout["is_token_in_rank"].shape == (len(x), self.size) and layout["is_token_in_rank"].is_contiguous()
         local = len(layout["num_tokens_per_expert"]) // self.size
-        sent = self.shared.meet(self.rank, (x, layout["topk_idx"], layout["topk_weights"], layout["is_token_in_rank"]))
-        xs, ids, weights, sources = [], [], [], []
-        for rank, (rows, topk, topk_weights, is_in_rank) in enumerate(sent):
+        sent = self.shared.meet(
+            self.rank, (x.view(torch.uint8), scale, layout["topk_idx"], layout["topk_weights"], layout["is_token_in_rank"])
+        )
+        xs, scales, ids, weights, sources = [], [], [], [], []
+        for rank, (sent_rows, row_scales, topk, topk_weights, is_in_rank) in enumerate(sent):
             chosen = is_in_rank[:, self.rank].nonzero()[:, 0]
             here = (topk[chosen] // local) == self.rank
-            xs.append(rows[chosen])
+            xs.append(sent_rows[chosen])
+            scales.append(row_scales[chosen])
             ids.append(torch.where(here, topk[chosen] % local, -1))
             weights.append(torch.where(here, topk_weights[chosen], 0.0))
             sources.append((rank, chosen))
         counts = [int((torch.cat(ids) == expert).sum()) for expert in range(local)]
-        return torch.cat(xs), torch.cat(ids), torch.cat(weights), counts, (sources, len(x)), None
+        got = torch.cat(xs).view(x.dtype)
+        found = (got, torch.cat(scales)) if isinstance(rows, tuple) else got
+        return found, torch.cat(ids), torch.cat(weights), counts, (sources, len(x)), None
 
     def combine(self, x: torch.Tensor, handle: Any) -> tuple[Any, ...]:
         assert x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16  # intranode_combine

@@ -6,7 +6,7 @@ import torch
 
 from engine.ops.cases import Bench, Case, Draw, generator, randn
 
-REASON = "rounded to bf16 once"
+REASON = "moved"
 
 
 def _draw(experts: int, room: int, width: int, rows: int, gap: int = 0) -> Draw:
@@ -16,7 +16,7 @@ def _draw(experts: int, room: int, width: int, rows: int, gap: int = 0) -> Draw:
         places = torch.randperm(experts * room, generator=generator(device, seed), device=device)[:rows]
         places[4::5] = -1
         buffer = torch.full((experts, room, width + gap), 7.0, dtype=torch.bfloat16, device=device)[:, :, :width]
-        return randn(device, seed + 1, rows, width), places, buffer
+        return randn(device, seed + 1, rows, width, dtype=torch.bfloat16), places, buffer
 
     return draw
 
@@ -35,7 +35,7 @@ CASES = (
 
 
 def _bench(width: int, rows: int) -> Bench:
-    return Bench(f"R={rows} d={width}", _draw(16, 128, width, rows), rows * width * 6)
+    return Bench(f"R={rows} d={width}", _draw(16, 128, width, rows), rows * width * 4)
 
 
 BENCH = (_bench(4096, 12), _bench(4096, 384), _bench(4096, 1536), _bench(7168, 768))

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.ops.triton_rounding import to_bf16
-
 
 @triton.jit
 def exchange_put_kernel(rows_ptr, places_ptr, buffer_ptr, width, row_stride, PADDED_WIDTH: tl.constexpr):
@@ -15,14 +13,16 @@ def exchange_put_kernel(rows_ptr, places_ptr, buffer_ptr, width, row_stride, PAD
     place = tl.load(places_ptr + number)
     word = tl.arange(0, PADDED_WIDTH)
     there = (word < width) & (place >= 0)
-    values = tl.load(rows_ptr + number * width + word, mask=there, other=0.0)
-    tl.store(buffer_ptr + place * row_stride + word, to_bf16(values), mask=there)
+    values = tl.load(rows_ptr + number * width + word, mask=there)
+    tl.store(buffer_ptr + place * row_stride + word, values, mask=there)
 
 
 def run(rows: torch.Tensor, places: torch.Tensor, buffer: torch.Tensor) -> None:
     """As the reference."""
     _, room, width = buffer.shape
-    assert rows.is_contiguous() and places.is_contiguous() and buffer.stride(2) == 1, f"{rows.stride()=} {buffer.stride()=}"
+    assert rows.dtype == buffer.dtype and rows.is_contiguous() and places.is_contiguous() and buffer.stride(2) == 1, (
+        f"{rows.stride()=} {buffer.stride()=}"
+    )
     assert buffer.stride(0) == room * buffer.stride(1), f"rows of experts are not at equal distances: {buffer.stride()}"
     if len(rows):
         exchange_put_kernel[(len(rows),)](
@@ -33,7 +33,7 @@ def run(rows: torch.Tensor, places: torch.Tensor, buffer: torch.Tensor) -> None:
 AOT = [
     (
         exchange_put_kernel,
-        {"rows_ptr": "*fp32", "places_ptr": "*i64", "buffer_ptr": "*bf16", "width": "i32:16", "row_stride": "i32:16"},
+        {"rows_ptr": "*bf16", "places_ptr": "*i64", "buffer_ptr": "*bf16", "width": "i32:16", "row_stride": "i32:16"},
         {"PADDED_WIDTH": width},
         {"num_warps": 4},
     )

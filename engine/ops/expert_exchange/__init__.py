@@ -5,7 +5,7 @@ The op opens an exchange; every MoE layer of the rank then uses it, all ranks in
     exchange = ops.expert_exchange(group, shape, ops)
     arrived = exchange.dispatch(x, ids, weights, positions, choice)          # my tokens out, everybody's tokens for my experts in
     rows = ops.moe_experts(arrived.x, arrived.ids, arrived.weights, experts, limit, arrived.sum_dtype)
-    routed = exchange.combine(rows, arrived)                                 # float32 [T, d], as one rank with all experts has it
+    routed = exchange.combine(rows, arrived)                                 # [T, d], as one rank with all experts has it
 
 Routing is decided at home, for hash layers from the home's token ids, so that token ids never travel. A rank without tokens calls
 both with T = 0: its experts are needed by its peers.
@@ -64,8 +64,8 @@ class ExpertExchange(Protocol):
         ...
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        """rows: [R, d] in arrived.sum_dtype, what `moe_experts` made of `arrived`. Returns fp32 [T, d]: for each token the sum over its
-        experts."""
+        """rows: [R, d] in arrived.sum_dtype, what `moe_experts` made of `arrived`. Returns [T, d]: for each token the sum over its experts,
+        fp32, or bf16 from a backend that rounds it to that."""
         ...
 
     def check(self) -> None:

@@ -1,8 +1,8 @@
 """DeepEP 1.2.1: normal mode for prefill, low-latency mode for decode (inside CUDA graphs: no size depends on the routing).
 
-normal        a token goes once to each rank that has experts of it, in bf16; that rank's sum for it comes back in bf16
-low latency   a token goes once for each expert, in FP8 with scales that are powers of two, so that it is quantised only once: what
-              `moe_experts` makes of it again is the same; results come back in bf16, and are weighted and added up at home
+normal        a token goes once to each rank that has experts of it, in FP8, as experts take it; that rank's sum for it comes back in bf16
+low latency   a token goes once for each expert, in FP8 with scales that are powers of two, as experts take it; results come back in
+              bf16, in which they are, and are weighted and added up at home
 
 Both round a token's sum to bf16. Low latency applies the weight after w2 in place of before, so the FP8 rounding of the hidden values
 differs: about 4 % of a row's norm, as with any other order of weight and rounding.
@@ -18,6 +18,7 @@ import torch
 
 from core.errors import ConfigError, GroupLost
 from core.log import get_logger
+from engine.model.quantized import FP8_BLOCK, QuantizedRows
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import SlotChoice
@@ -83,10 +84,12 @@ class _Buffer:
 
 
 class NormalExchange(_Buffer):
-    def __init__(self, group: Group, shape: ExchangeShape) -> None:
+    def __init__(self, group: Group, shape: ExchangeShape, ops: BoundOps) -> None:
         if group.size not in NORMAL_GROUPS:
             raise _misfit(f"groups of {', '.join(map(str, NORMAL_GROUPS))} ranks in normal mode", f"{group.seat.name} has {group.size}")
-        self._num_slots = shape.num_slots
+        if shape.hidden_size % FP8_BLOCK:
+            raise _misfit(f"hidden sizes of whole groups of {FP8_BLOCK}", f"the model has {shape.hidden_size}")
+        self._ops, self._num_slots = ops, shape.num_slots
         row_bytes = shape.hidden_size * torch.bfloat16.itemsize
         configs = (deep_ep.Buffer.get_dispatch_config(group.size), deep_ep.Buffer.get_combine_config(group.size))
         super().__init__(
@@ -96,10 +99,10 @@ class NormalExchange(_Buffer):
         )
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
-        slots = choice.counted(ids, positions)
+        codes, scale, slots = self._ops.exchange_slots_fp8(x, ids, positions, choice.table, choice.turns, choice.load)
         per_rank, per_rdma_rank, per_slot, is_in_rank, _ = self._buffer.get_dispatch_layout(slots, self._num_slots)
-        rows, places, row_weights, _, handle, _ = self._buffer.dispatch(
-            x,
+        (rows, row_scales), places, row_weights, _, handle, _ = self._buffer.dispatch(
+            (codes, scale),
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_rdma_rank,
             is_token_in_rank=is_in_rank,
@@ -107,11 +110,11 @@ class NormalExchange(_Buffer):
             topk_idx=slots,
             topk_weights=weights,
         )
-        return Arrived(rows, places, row_weights, handle)
+        return Arrived(QuantizedRows(rows, row_scales, x.dtype), places, row_weights, handle, torch.bfloat16)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        total: torch.Tensor = self._buffer.combine(rows.bfloat16(), arrived.way_back)[0]
-        return total.float()
+        total: torch.Tensor = self._buffer.combine(rows, arrived.way_back)[0]
+        return total
 
 
 class LowLatencyExchange(_Buffer):
@@ -140,9 +143,8 @@ class LowLatencyExchange(_Buffer):
             x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )
         most = max(len(x), self.rows) * self._size * min(slots.shape[1], self._experts)
-        rows, experts, places = self._ops.exchange_take(codes, scales, counts, most)
-        ones = torch.ones(most, 1, dtype=torch.float32, device=x.device)
-        return Arrived(rows, experts, ones, (handle, slots, weights, places))
+        rows, row_scales, experts, ones, places = self._ops.exchange_take(codes, scales, counts, most)
+        return Arrived(QuantizedRows(rows, row_scales, x.dtype), experts, ones, (handle, slots, weights, places), torch.bfloat16)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         handle, slots, weights, places = arrived.way_back
@@ -153,7 +155,7 @@ class LowLatencyExchange(_Buffer):
         experts, room, width = buffer.shape
         shape = buffer.as_strided((experts, room, width), (room * width, width, 1))
         total: torch.Tensor = self._buffer.low_latency_combine(shape, slots, weights, handle, zero_copy=True)[0]
-        return total.float()
+        return total
 
 
 def _misfit(known: str, found: str) -> ConfigError:
@@ -162,4 +164,4 @@ def _misfit(known: str, found: str) -> ConfigError:
 
 def run(group: Group, shape: ExchangeShape, ops: BoundOps) -> ExpertExchange:
     """As the reference."""
-    return LowLatencyExchange(group, shape, ops) if shape.is_latency_bound else NormalExchange(group, shape)
+    return LowLatencyExchange(group, shape, ops) if shape.is_latency_bound else NormalExchange(group, shape, ops)

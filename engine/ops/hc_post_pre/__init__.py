@@ -26,10 +26,10 @@ def hc_post_pre(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`hc_post(y, h, post, comb)`, then `hc_pre` of its result with the next sublayer's parameters.
 
-    With `more` ([T, d] in h's dtype) y is fp32, and what is spread is their fp32 sum, rounded to h's dtype.
+    With `more` ([T, d] in h's dtype) y is fp32 or in h's dtype, and what is spread is their fp32 sum, rounded to h's dtype.
 
     Returns (streams [T, M, d], x [T, d], post [T, M], comb [T, M, M]), the last three for the next sublayer."""
-    streams = hc_post(y if more is None else (y + more).to(h.dtype), h, post, comb)
+    streams = hc_post(y if more is None else (y.float() + more).to(h.dtype), h, post, comb)
     return streams, *hc_pre(streams, fn, base, scale, norm_weight, norm_eps, hc_eps, sinkhorn_iters)
 
 

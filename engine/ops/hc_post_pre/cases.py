@@ -8,9 +8,11 @@ from engine.ops.cases import Bench, Draw, randn
 from engine.ops.hc_pre.cases import EPS, HC_EPS, ITERATIONS, OUTPUTS, STREAMS, case, last_gates, norm_weight, parameters
 
 
-def _draw(tokens: int, dim: int, dtype: torch.dtype = torch.bfloat16, more: bool = False) -> Draw:
+def _draw(tokens: int, dim: int, dtype: torch.dtype = torch.bfloat16, more: bool = False, part: torch.dtype = torch.float32) -> Draw:
+    """`part`: dtype of y where there is more."""
+
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        y = randn(device, seed, tokens, dim, dtype=torch.float32 if more else dtype)
+        y = randn(device, seed, tokens, dim, dtype=part if more else dtype)
         added = randn(device, seed + 8, tokens, dim, dtype=dtype) if more else None
         h = randn(device, seed + 1, tokens, STREAMS, dim, dtype=dtype)
         norm = norm_weight(device, seed + 7, dim)
@@ -24,6 +26,7 @@ CASES = (
     case("one token in fp32", _draw(1, 256, torch.float32), small=True),
     case("odd width in fp32", _draw(3, 48, torch.float32), small=True),
     case("two parts in fp32", _draw(5, 48, torch.float32, more=True), small=True),
+    case("two parts in bf16", _draw(5, 4096, more=True, part=torch.bfloat16)),
     case("two parts", _draw(1, 4096, more=True)),
     case("two parts, batch 33", _draw(33, 7168, more=True)),
     case("two parts, prefill", _draw(2049, 4096, more=True)),
