@@ -4,10 +4,13 @@ python -m tests.benchmarks.bench_exchange [--ranks 2] [--device cuda] [--tokens 
     [--experts 256] [--top-k 6] [--out FILE.json]
 
 One row is a dispatch and a combine with nothing in between, of so many tokens a rank, on the slowest rank. Decode (`--tokens`) is timed as
-replays of a CUDA graph that holds several, prefill (`--prompt-tokens`) as calls; the rows of a load take turns. Experts are drawn at
-random. Beside each backend stands what it calls, with tensors of the same sizes that were made before: two collectives, or DeepEP's
-dispatch and combine; `direct`, which calls nothing, stands beside the collectives. What the results are is for
-tests/parity/test_exchange_gpus.py to say. On CPUs (`--device cpu`) the collectives are gloo's.
+replays of a CUDA graph that holds several, prefill (`--prompt-tokens`) as several calls in a row, so that the host launches one while the
+GPU is busy with the one before, as it does in a chunk (who asks the GPU for sizes, as the reference and DeepEP do for prompts, cannot);
+the rows of a load take turns. Experts are drawn at random. Beside each backend stands what it calls, with tensors of the same sizes and
+formats that were made before: two collectives, or DeepEP's dispatch and combine; `direct`, which calls nothing, stands beside the
+collectives. For prompts these send FP8 values, their scales and labels, and bf16 sums back; "wide" are those that send bf16 values and,
+of collectives, fp32 sums. What the results are is for tests/parity/test_exchange_gpus.py to say. On CPUs (`--device cpu`) the collectives
+are gloo's.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from engine.config import EngineConfig
 from engine.ops.exchange_pack_fp8 import row_words
 from engine.ops.expert_exchange import ExchangeShape, ExpertExchange
 from engine.ops.expert_exchange.gather import GatherExchange
+from engine.ops.fp8_linear import quantize_rows
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, even_placement
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
@@ -36,6 +40,8 @@ from tests.benchmarks.bench_serving import table
 
 CALLS = 16
 """In one graph."""
+PROMPT_CALLS = 8
+"""In a row."""
 WARM_UP = 5
 REPEATS = 15
 
@@ -73,18 +79,19 @@ def ours(exchange: ExpertExchange, load: Load, group: Group, device: torch.devic
     return lambda: exchange.combine(rows, exchange.dispatch(x, ids, weights, positions, choice))
 
 
-def bare_collectives(load: Load, group: Group, device: torch.device) -> Callable[[], object]:
-    """What `gather` sends: tokens with their labels to all ranks, float32 sums back; of prompts in FP8, and sums to be added in bf16."""
+def bare_collectives(load: Load, group: Group, device: torch.device, is_wide: bool) -> Callable[[], object]:
+    """What `gather` sends: tokens with their labels to all ranks, float32 sums back (wide: of decode steps); of prompts tokens in FP8, and
+    sums to be added in bf16."""
     backend, size = group.backend(device), group.size
-    width = 2 * load.hidden + 8 * load.top_k if load.is_decode else 4 * row_words(load.hidden, load.top_k)
+    width = 2 * load.hidden + 8 * load.top_k if is_wide else 4 * row_words(load.hidden, load.top_k)
     sent = torch.zeros(load.tokens, width, dtype=torch.uint8, device=device)
     got = torch.empty(size * load.tokens, width, dtype=torch.uint8, device=device)
-    rows = torch.zeros(size, load.tokens, load.hidden, device=device, dtype=torch.float32 if load.is_decode else torch.bfloat16)
-    sums = torch.empty_like(rows[0] if load.is_decode else rows)
+    rows = torch.zeros(size, load.tokens, load.hidden, device=device, dtype=torch.float32 if is_wide else torch.bfloat16)
+    sums = torch.empty_like(rows[0] if is_wide else rows)
 
     def call() -> None:
         backend._allgather_base(got, sent).wait()
-        if load.is_decode:
+        if is_wide:
             backend._reduce_scatter_base(sums, rows.flatten(0, 1)).wait()
         else:
             group.swap(rows.unbind(), sums.unbind())
@@ -92,20 +99,23 @@ def bare_collectives(load: Load, group: Group, device: torch.device) -> Callable
     return call
 
 
-def bare_deepep(exchange: Any, load: Load, group: Group, device: torch.device) -> Callable[[], object]:
-    """With the buffer of `exchange`: a process has one NVSHMEM."""
+def bare_deepep(exchange: Any, load: Load, group: Group, device: torch.device, is_wide: bool) -> Callable[[], object]:
+    """With the buffer of `exchange`: a process has one NVSHMEM. Wide: prompts in bf16."""
     buffer = exchange._buffer
     x, ids, weights = load.draw(group.rank, device)
     if not load.is_decode:
         per_rank, _, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(ids, exchange._num_slots)
         layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": is_in_rank, "num_tokens_per_expert": per_expert}
-        rows = buffer.dispatch(x, **layout, topk_idx=ids, topk_weights=weights)[0]
+        quantized = quantize_rows(x)
+        sent = x if is_wide else (quantized.codes, quantized.scale.contiguous())
+        _, places, _, _, handle, _ = buffer.dispatch(sent, **layout, topk_idx=ids, topk_weights=weights)
+        rows = torch.ones(len(places), load.hidden, dtype=torch.bfloat16, device=device)
+        buffer.combine(rows, handle)
 
         def normal() -> None:
             buffer.get_dispatch_layout(ids, exchange._num_slots)
-            buffer.combine(rows, buffer.dispatch(x, **layout, topk_idx=ids, topk_weights=weights)[4])
+            buffer.combine(rows, buffer.dispatch(sent, **layout, topk_idx=ids, topk_weights=weights)[4])
 
-        buffer.combine(rows, buffer.dispatch(x, **layout, topk_idx=ids, topk_weights=weights)[4])
         return normal
     shape = (exchange._experts, exchange._max_tokens * group.size, load.hidden)
     rows = torch.zeros(shape, dtype=torch.bfloat16, device=device)
@@ -145,14 +155,18 @@ def bodies(
     load: Load, exchanges: Exchanges, group: Group, device: torch.device
 ) -> Iterator[tuple[str, str, Callable[[], Callable[[], object]]]]:
     """(name, the name of what it is compared with, what makes a call to time). Every rank in the same order."""
-    yield "collectives", "", lambda: bare_collectives(load, group, device)
+    yield "collectives", "", lambda: bare_collectives(load, group, device, load.is_decode)
+    if not load.is_decode:
+        yield "collectives, wide", "", lambda: bare_collectives(load, group, device, True)
     yield "gather", "collectives", lambda: ours(exchanges.of("gather", load), load, group, device)
     if exchanges.no_direct is None and load.is_decode:
         yield "direct", "collectives", lambda: ours(exchanges.of("direct", load), load, group, device)
     if device.type == "cpu" or not load.is_decode:  # the reference asks the host for sizes, which a graph cannot
         yield "reference", "collectives", lambda: ours(exchanges.of("reference", load), load, group, device)
     if exchanges.no_deepep is None:
-        yield "DeepEP", "", lambda: bare_deepep(exchanges.of("deepep", load), load, group, device)
+        yield "DeepEP", "", lambda: bare_deepep(exchanges.of("deepep", load), load, group, device, False)
+        if not load.is_decode:
+            yield "DeepEP, wide", "", lambda: bare_deepep(exchanges.of("deepep", load), load, group, device, True)
         yield "deepep", "DeepEP", lambda: ours(exchanges.of("deepep", load), load, group, device)
 
 
@@ -165,9 +179,9 @@ def measure(loads: list[Load], group: Group, device: torch.device) -> Iterator[d
         print(f"direct is left out: {exchanges.no_direct}", flush=True)
     for load in loads:
         found = list(bodies(load, exchanges, group, device))
-        in_graph = load.is_decode and device.type == "cuda"
-        calls = [captured(make(), CALLS) if in_graph else make() for _, _, make in found]
-        times = timed(calls, group, device, CALLS if in_graph else 1)
+        parts = 1 if device.type == "cpu" else CALLS if load.is_decode else PROMPT_CALLS
+        several = captured if load.is_decode and device.type == "cuda" else in_a_row
+        times = timed([several(make(), parts) for _, _, make in found], group, device, parts)
         slowest = {name: slowest_of(group, statistics.median(one)) for (name, _, _), one in zip(found, times, strict=True)}
         for name, base, _ in found:
             yield {
@@ -175,6 +189,14 @@ def measure(loads: list[Load], group: Group, device: torch.device) -> Iterator[d
                 "us": round(slowest[name], 1), "beside": base or "-", "added": f"{slowest[name] / slowest[base] - 1:+.1%}" if base else "-",
             }  # fmt: skip
     exchanges.close()
+
+
+def in_a_row(call: Callable[[], object], times: int) -> Callable[[], object]:
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
 
 
 def captured(call: Callable[[], object], times: int) -> Callable[[], object]:
