@@ -220,6 +220,11 @@ def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: flo
         yield row
 
 
+def command() -> str:
+    """That which runs, as it is typed in the repository's folder, wherever that lies."""
+    return " ".join(["python -m", f"tests.benchmarks.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
 def commit() -> str:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
@@ -241,7 +246,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         loaded = LoadedModel.load(shape, engine, sharing)
     loaded.network.widen(arguments.widened_layers)
     report: dict[str, Any] = {
-        "command": " ".join(sys.argv), "commit": commit(), "device": torch.cuda.get_device_name(), "ranks": arguments.ranks,
+        "command": command(), "commit": commit(), "device": torch.cuda.get_device_name(), "ranks": arguments.ranks,
         "routing": arguments.routing,
         "layers": loaded.model.num_hidden_layers, "widened layers": loaded.network.num_widened,
         "copy bandwidth TB/s": round(bandwidth / 1e12, 3), "fp8 rate TFLOP/s": round(rate / 1e12, 1),

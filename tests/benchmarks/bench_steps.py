@@ -10,7 +10,6 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -24,7 +23,7 @@ from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.runner import Launched, ModelRunner
 from engine.sequence import Sequence
-from tests.benchmarks.bench_engine import commit, cut_shape, fill, time_replays
+from tests.benchmarks.bench_engine import command, commit, cut_shape, fill, time_replays
 
 NUM_STEPS = 100
 PENALISED: dict[str, Any] = {"seed": 5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((9, 1.0),)}
@@ -104,7 +103,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     if arguments.out is not None:
         device = torch.cuda.get_device_name()
-        report = {"command": " ".join(sys.argv), "commit": commit(), "device": device, "layers": arguments.layers, "steps": rows}
+        report = {"command": command(), "commit": commit(), "device": device, "layers": arguments.layers, "steps": rows}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
