@@ -37,8 +37,8 @@ log = get_logger("experts")
 
 LEAST_GAIN = 0.05
 """Share of the busiest rank's work that a new placement must take off it; less is not worth reading weights for."""
-LEAST_TOKENS = 1000
-"""Of a layer and of each rank, on average, before experts are placed by them: of fewer, chance alone makes a rank busy."""
+LEAST_LOAD = 1000
+"""(token, expert) pairs of a layer, for each rank, before experts are placed by them: of fewer, chance alone makes a rank busy."""
 MOST_COMING = 16
 """Experts that a rank reads before it puts them in their places: they lie beside all others, and so does what packing takes."""
 PACKING = 12
@@ -140,7 +140,7 @@ class Rebalancer:
         return bool(plan) and all(self._move(number, place, batch) for place, batch in enumerate(batches))
 
     def _planned(self) -> list[Batch]:
-        if self._counted.sum(1).max() < LEAST_TOKENS * self._group.size:
+        if self._counted.sum(1).max() < LEAST_LOAD * self._group.size:
             return []
         plan = {}
         for (prefix, layer), counts in zip(self._share.layers.items(), self._counted.tolist(), strict=True):

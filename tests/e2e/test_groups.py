@@ -61,7 +61,7 @@ def have_stepped_alike(serving: Serving, role: str, size: int) -> bool:
 def test_groups_give_the_tokens_of_one_engine(
     prefill: int, decode: int, overlap: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.parallel.rebalance.LEAST_TOKENS", 1)  # chance is skew enough
+    monkeypatch.setattr("engine.parallel.rebalance.LEAST_LOAD", 1)  # chance is skew enough
     wanted = SETS[chosen]()
     with serving_in_groups(prefill, decode, overlap) as serving:
         assert len(serving.members) == prefill + decode

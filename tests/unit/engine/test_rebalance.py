@@ -144,6 +144,7 @@ def test_experts_stay_where_few_tokens_were_counted_and_where_a_rank_has_no_room
     small_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tokens: int, has_room: bool
 ) -> None:
     """Rank 1 is out of memory when it is to read: both go on with what they have, and nobody dies."""
+    refused: list[object] = []
 
     def rank(group: Group) -> tuple[bool, int, int, set[tuple[int, ...]]]:
         steps = GroupSteps(group, max, SystemClock())
@@ -161,9 +162,11 @@ def test_experts_stay_where_few_tokens_were_counted_and_where_a_rank_has_no_room
         return is_going_on, num_moved(share), share.num_awaited, {layer.placement.experts for layer in share.layers.values()}
 
     def out_of_memory(*arguments: object) -> None:
+        refused.append(arguments)
         raise torch.OutOfMemoryError("no room")
 
     assert run_group(2, rank) == [(True, 0, 0, {(0, 1, 2, 3)})] * 2
+    assert bool(refused) == (not has_room), "experts were to move, and only where many tokens were counted"
 
 
 def test_layers_move_together_as_long_as_no_rank_reads_too_many_experts() -> None:
