@@ -42,7 +42,7 @@ class MemoryPlan:
     available_bytes: int | None
     """For all but the weights. None where the system does not say."""
     workspace_bytes: int = 0
-    """For the largest step and the graphs, on a GPU."""
+    """For the largest step, the graphs, and experts that move in while the group serves, on a GPU."""
     num_widened: int = 0
     """Layers among the weights whose experts are kept as FP8 in place of MXFP4."""
     wide_outputs: WideOutputs = WideOutputs()
@@ -101,7 +101,7 @@ class MemoryPlan:
         lines = [
             f"weights  {_size(self.weights_bytes)}{widened}",
             *([f"outputs  {_size(wide.wanted_bytes)}  {kept}"] if wide.wanted_bytes else []),
-            *([f"steps    {_size(self.workspace_bytes)}  for the largest step, and graphs"] if self.workspace_bytes else []),
+            *([f"steps    {_size(self.workspace_bytes)}  for the largest step, graphs, and experts that move in"] if self.workspace_bytes else []),
             f"pages    {_size(pages)}  {self.num_pages} x {self.page_bytes} B ({self.num_pages * PAGE_TOKENS} tokens)",
             f"slots    {_size(slots)}  {self.num_slots} x {self.slot_bytes} B ({self.num_slots} sequences)",
             *([f"history  {_size(histories)}  {self.num_slots} x {self.history_bytes} B (penalties and bias)"] if histories else []),
