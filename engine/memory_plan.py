@@ -16,6 +16,8 @@ from core.kv_layout import PAGE_TOKENS, KVLayout
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _MEMINFO = pathlib.Path("/proc/meminfo")
 
+STEPS = "for the largest step, graphs, and experts that move in"
+
 
 @dataclass(frozen=True, slots=True)
 class WideOutputs:
@@ -101,7 +103,7 @@ class MemoryPlan:
         lines = [
             f"weights  {_size(self.weights_bytes)}{widened}",
             *([f"outputs  {_size(wide.wanted_bytes)}  {kept}"] if wide.wanted_bytes else []),
-            *([f"steps    {_size(self.workspace_bytes)}  for the largest step, graphs, and experts that move in"] if self.workspace_bytes else []),
+            *([f"steps    {_size(self.workspace_bytes)}  {STEPS}"] if self.workspace_bytes else []),
             f"pages    {_size(pages)}  {self.num_pages} x {self.page_bytes} B ({self.num_pages * PAGE_TOKENS} tokens)",
             f"slots    {_size(slots)}  {self.num_slots} x {self.slot_bytes} B ({self.num_slots} sequences)",
             *([f"history  {_size(histories)}  {self.num_slots} x {self.history_bytes} B (penalties and bias)"] if histories else []),
