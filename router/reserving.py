@@ -77,19 +77,25 @@ class Reserver:
                     decode.reserve(request)
                     async with asyncio.timeout(self._config.reserve_timeout_s):
                         event = await answer
-                    if isinstance(event, Reserved):
-                        return keeper or self._find_prefill(request, decode, avoid), decode, event.reservation
-                    assert isinstance(event, Failed), f"{event}"
-                    raise event.error
+                    if isinstance(event, Failed):
+                        raise event.error
+                    assert isinstance(event, Reserved), f"{event}"
                 except Overloaded:
                     decode.forget(request.request_id)
                     full.add(decode.member.key)
+                    continue
                 except BaseException as error:
                     decode.forget(request.request_id)
                     decode.cancel(request.request_id)
                     avoid.append(decode.member.key)
                     if isinstance(error, TimeoutError):
                         raise Unavailable(f"{decode.member.name} did not answer a reservation") from error
+                    raise
+                try:
+                    return keeper or self._find_prefill(request, decode, avoid), decode, event.reservation
+                except Unavailable:  # the decode rank is well
+                    decode.forget(request.request_id)
+                    decode.cancel(request.request_id)
                     raise
 
     async def _find_decode(

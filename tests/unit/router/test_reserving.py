@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from core.clock import SystemClock
-from core.errors import DeadlineExceeded, NoMembers
+from core.errors import DeadlineExceeded, NoMembers, Unavailable
 from core.kv_layout import PAGE_TOKENS
 from core.request import FinishReason, Request, SamplingParams, Tokens
 from router.reserving import full_poll_s
@@ -117,6 +117,27 @@ def test_pages_are_given_back_when_no_prefill_rank_is_left_to_fill_them() -> Non
     with pytest.raises(NoMembers, match="no prefill rank is ready"):
         asyncio.run(tokens_of(relay))
     assert decode.cancelled == ["r.1"] and not decode.in_flight and not prefill.requests
+
+
+def test_a_decode_rank_is_not_blamed_for_a_prefill_rank_that_is_gone() -> None:
+    decode = FakeRank("decode")
+    prefill = FakePrefill([decode])
+    ranks: list[FakeRank] = [prefill, decode]
+    reserver, grant = new_relay(ranks)._reserver, decode.reserve
+    avoid: list[tuple[str, int]] = []
+
+    def lose_prefill(request: Request) -> None:
+        ranks.remove(prefill)
+        grant(request)
+
+    async def ask() -> None:
+        request = Request(request_id="r", token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        with pytest.raises(Unavailable, match="is ready any more"):
+            await reserver.reserve(request, asyncio.Queue(), avoid, SystemClock().now() + 5)
+
+    decode.reserve = lose_prefill  # type: ignore[method-assign]
+    asyncio.run(ask())
+    assert decode.cancelled == ["r"] and not decode.in_flight and not avoid
 
 
 def test_a_request_whose_time_is_up_leaves_the_line_though_others_wait_before_it() -> None:
