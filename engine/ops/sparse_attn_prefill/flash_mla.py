@@ -18,7 +18,8 @@ def run(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, sink: torch.Te
     missing = next(known for known in HEADS if known >= heads) - heads
     if missing:
         q, sink = torch.nn.functional.pad(q, (0, 0, 0, missing)), torch.nn.functional.pad(sink, (0, missing))
-    rows = torch.nn.functional.pad(indices, (0, -indices.shape[1] % ROWS), value=-1)
+    more = -indices.shape[1] % ROWS
+    rows = torch.nn.functional.pad(indices, (0, more), value=-1) if more else indices  # `pad` copies even if nothing is to be added
     out, _, _ = flash_mla.flash_mla_sparse_fwd(
         q.contiguous(),
         kv[:, None].contiguous(),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
+
 import pytest
+import torch
 
 from core.request import Request, SamplingParams
 from engine.batch import Chunk, build_batch
@@ -71,3 +76,23 @@ def test_sequences_are_taken_together_as_long_as_their_entries_are_few() -> None
     half = ENTRIES_AT_ONCE // 2
     assert runs_of([half, half, 1, 5 * half, 0, half, half]) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 7)]
     assert runs_of([10 * half]) == [slice(0, 1)]
+
+
+@pytest.mark.parametrize(("columns", "taken"), [(256, 256), (130, 256)])
+def test_rows_that_come_in_whole_blocks_are_not_copied_for_flash_mla(columns: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do (MULTIPLE of `prompt_indices`), in every layer."""
+    seen: list[torch.Tensor] = []
+
+    def attend(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None, None]:
+        seen.append(indices)
+        return q, None, None
+
+    name = "engine.ops.sparse_attn_prefill.flash_mla"
+    monkeypatch.setitem(sys.modules, "flash_mla", types.SimpleNamespace(flash_mla_sparse_fwd=attend))
+    try:
+        run = importlib.import_module(name).run
+    finally:
+        sys.modules.pop(name, None)
+    indices = torch.zeros(3, columns, dtype=torch.int32)
+    run(torch.zeros(3, 64, 512), torch.zeros(9, 512), indices, torch.zeros(64), 1.0)
+    assert seen[0].shape == (3, 1, taken) and (seen[0].data_ptr() == indices.data_ptr()) == (columns == taken)
