@@ -39,6 +39,8 @@ class Few:
     hidden_splits: int = 1
     out_splits: int = 1
     warps: int = 4
+    registers: int | None = None
+    """The most a thread takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +55,22 @@ class Many:
 
 MANY_ROWS = 224
 """Rows an expert from which widening pays."""
-
-
-TILES = ((16, Few(16, 1, 3)), (MANY_ROWS, Few(32, 4, 3)))
-"""By rows an expert, of which there are at most so many (the last for any number); where they are few, experts share K besides."""
+FEW_ROWS = 16
+FEW_PAIRS = 4096
+"""Rows an expert, or pairs in all, up to which tiles are of 16 rows. In a group of ranks most pairs' experts are elsewhere: 4,096 pairs are
+16 rows of each of 256 experts, wherever these are."""
 
 
 def choose(num_pairs: int, experts: PackedExperts) -> Few | Many:
     rows = num_pairs / experts.num_experts
     if rows >= MANY_ROWS and experts.widens:
         return Many()
-    tiles = next((tiles for most, tiles in TILES if rows <= most), TILES[-1][1])
     blocks = min(num_pairs, experts.num_experts) + num_pairs // 16  # in a group of ranks half of them or fewer are here
-    if rows > 16 or blocks > 32:
-        return tiles
-    return Few(16, 1, 3, 4, 2) if blocks <= 16 else Few(16, 1, 3, 2, 2)
+    if rows <= FEW_ROWS and blocks <= 32:  # too few blocks for a GPU: they share K
+        return Few(16, 1, 3, 4, 2) if blocks <= 16 else Few(16, 1, 3, 2, 2)
+    if rows <= FEW_ROWS or num_pairs <= FEW_PAIRS:
+        return Few(16, 1, 3, registers=128)
+    return Few(32, 4, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,7 @@ def _few(
         **tiles,
         SPLITS=splits[0],
         num_warps=config.warps,
+        maxnreg=config.registers,
     )
     moe_out_kernel[(max_blocks * w2.num_tiles, splits[1])](
         hidden,
@@ -219,6 +223,7 @@ def _few(
         **tiles,
         SPLITS=splits[1],
         num_warps=config.warps,
+        maxnreg=config.registers,
     )
     return rows
 

@@ -75,7 +75,7 @@ def decode_portable(tile_ptr, words, HALF: tl.constexpr):
 
 @triton.jit
 def partial(tiles_ptr, words_ptr, expert, place, tile, k, x, num_tiles, k_tiles, PLACES: tl.constexpr, FP4: tl.constexpr):
-    """One tile of weights [128, 128] times x [128, M]: fp32 [128, M], scaled but for the activations' scale. x: FP8 codes."""
+    """One tile of weights [128, 128] times x [128, M]: fp32 [128, M], scaled but for the activations' scale. x: as `load_x` has it."""
     row = tl.arange(0, BLOCK)
     if FP4:
         index = ((expert * num_tiles + tile) * k_tiles + k) * PLACES + place
@@ -88,14 +88,27 @@ def partial(tiles_ptr, words_ptr, expert, place, tile, k, x, num_tiles, k_tiles,
             packed = tile_ptr + row[:, None] * 32 + tl.arange(0, 32)[None, :]
             a0, a1 = decode(tl.load(packed), words[:, None], 0)
             a2, a3 = decode(tl.load(packed + BLOCK * 32), words[:, None], 1)
-        groups = tl.join(tl.join(a0, a1), tl.join(a2, a3))  # [128, channel of a group, group % 2, group // 2]
-        out = tl.dot(groups.permute(0, 3, 2, 1).reshape(BLOCK, BLOCK), x)  # one product: products of 32 wait for one another
+        out = tl.dot(a0, x[0])
+        out = tl.dot(a1, x[1], out)
+        out = tl.dot(a2, x[2], out)
+        out = tl.dot(a3, x[3], out)
         out = out * (((words >> 16) & 255) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
         n_tile = (expert * PLACES + place) * num_tiles + tile
         weight_row = tiles_ptr + (n_tile * BLOCK + row[:, None]) * (k_tiles * BLOCK) + tl.arange(0, BLOCK)[None, :]
-        out = tl.dot(tl.load(weight_row + k * BLOCK), x) * tl.load(words_ptr + n_tile * k_tiles + k)
+        out = tl.dot(tl.load(weight_row + k * BLOCK), x[0]) * tl.load(words_ptr + n_tile * k_tiles + k)
     return out
+
+
+@triton.jit
+def load_x(codes_ptr, rows, FP4: tl.constexpr):
+    """[channels, M] tiles of FP8 codes: four of 32 channels, or one of 128 (four times). rows: [M] offsets of 128 channels."""
+    if FP4:
+        at = codes_ptr + rows[None, :] + tl.arange(0, 32)[:, None]
+        x = tl.load(at), tl.load(at + 32), tl.load(at + 64), tl.load(at + 96)
+    else:
+        x = (tl.load(codes_ptr + rows[None, :] + tl.arange(0, BLOCK)[:, None]),) * 4
+    return x
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -131,14 +144,14 @@ def moe_hidden_kernel(
         return
     pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
     tokens = (tl.maximum(pairs, 0) // top_k).to(tl.int64)
-    x_at = codes_ptr + (tokens * (k_tiles * BLOCK))[None, :] + tl.arange(0, BLOCK)[:, None]
+    x_rows = tokens * (k_tiles * BLOCK)
     expert = expert.to(tl.int64)
     gate = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     split = tl.program_id(1)
     scale = tl.load(scales_ptr + tokens * k_tiles + k_tiles * split // SPLITS)
     for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
-        x = tl.load(x_at + k * BLOCK)
+        x = load_x(codes_ptr + k * BLOCK, x_rows, FP4)
         next_scale = tl.load(scales_ptr + tokens * k_tiles + tl.minimum(k + 1, k_tiles - 1))
         gate += partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
         up += partial(tiles_ptr, words_ptr, expert, 1, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
@@ -195,13 +208,12 @@ def moe_out_kernel(
         return
     pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
     row = tl.maximum(pairs, 0).to(tl.int64)
-    x_at = hidden_ptr + (row * (k_tiles * BLOCK))[None, :] + tl.arange(0, BLOCK)[:, None]
     expert = expert.to(tl.int64)
     total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     split = tl.program_id(1)
     scale = tl.load(hidden_scales_ptr + row * k_tiles + k_tiles * split // SPLITS)
     for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
-        x = tl.load(x_at + k * BLOCK)
+        x = load_x(hidden_ptr + k * BLOCK, row * (k_tiles * BLOCK), FP4)
         next_scale = tl.load(hidden_scales_ptr + row * k_tiles + tl.minimum(k + 1, k_tiles - 1))
         part = partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 1, FP4)
         total += part * scale[None, :]
