@@ -126,10 +126,9 @@ class ModelRunner:
         history = history_bytes(loaded.model.vocab_size) if has_histories else 0
         reserved = workspace + 2 * moving_bytes(loaded)  # an expert that comes is not twice as large once it is widened
         reserved += num_slots * history
-        widened = widened_layers != 0 and widen_experts(loaded, widened_layers, num_pages, num_slots, reserved)
-        widened = widen_outputs(loaded, max_decode, num_pages, num_slots, reserved) or widened
-        if widened and on_gpu:
-            workspace = measure_workspace(loaded, chunk_tokens, max_decode)  # the wide forms have kernels of their own
+        if widened_layers and widen_experts(loaded, widened_layers, num_pages, num_slots, reserved) and on_gpu:
+            workspace = measure_workspace(loaded, chunk_tokens, max_decode)  # the wide form has kernels of its own
+        widen_outputs(loaded, max_decode, num_pages, num_slots, reserved)
         workspace += moving_bytes(loaded)
         self._caches = loaded.new_caches(num_pages, num_slots, workspace, history)
         self._graphs: DecodeGraphs | None = None

@@ -11,14 +11,14 @@ from core.kv_layout import PAGE_TOKENS
 from core.request import Request, SamplingParams
 from engine.batch import Chunk, build_batch
 from engine.cache.arena import Arena, ModelCaches
-from engine.graphs import DecodeGraphs, width_buckets
+from engine.graphs import DecodeGraphs, batch_buckets, width_buckets
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from engine.engine import LoadedModel
 
 MARGIN = 1.1
-"""For what differs from run to run: smaller graphs, libraries that load late, fragments."""
+"""For what differs from run to run: libraries that load late, fragments."""
 MARGIN_BYTES = 512 << 20
 
 
@@ -29,9 +29,9 @@ def warm_lengths(most: int) -> list[int]:
 
 
 def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -> int:
-    """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence, and for decode graphs of `max_decode` sequences
-    (0: none). Compiles what these and shorter chunks need, so that no request waits for it. Raises
-    torch.OutOfMemoryError if not even one page fits beside it."""
+    """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence, and for all decode graphs up to `max_decode` sequences
+    (0: none): beside what they use in turn the driver keeps tens of MiB for each. Compiles what these and shorter chunks need, so that no
+    request waits for it. Raises torch.OutOfMemoryError if not even one page fits beside it."""
     device, longest = loaded.device, loaded.engine.max_model_len
     gc.collect()
     torch.cuda.empty_cache()
@@ -47,7 +47,9 @@ def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -
             torch.cuda.empty_cache()  # what shorter chunks leave behind is not needed by the longest
             sequence.num_computed = longest - length
             loaded.network.forward(build_batch([Chunk(sequence, length)], device), caches)
-    graphs = DecodeGraphs(loaded.network, caches, [max_decode], width_buckets(longest)[-1:], loaded.device_sample) if max_decode else None
+    graphs = None
+    if max_decode:
+        graphs = DecodeGraphs(loaded.network, caches, batch_buckets(max_decode), width_buckets(longest), loaded.device_sample)
     torch.cuda.synchronize(device)
     taken = before - own - torch.cuda.mem_get_info(device)[0]
     del graphs, caches
