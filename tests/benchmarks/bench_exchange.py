@@ -19,7 +19,6 @@ import argparse
 import json
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from engine.ops.fp8_linear import quantize_rows
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, even_placement
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
-from tests.benchmarks.bench_engine import commit
+from tests.benchmarks.bench_engine import command, commit
 from tests.benchmarks.bench_serving import table
 
 CALLS = 16
@@ -263,7 +262,7 @@ def publish(measured: Iterable[dict[str, Any]], group: Group, arguments: argpars
             print(row, flush=True)
             if arguments.out is not None:
                 name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-                header = {"command": " ".join(sys.argv), "commit": commit(), "device": name}
+                header = {"command": command(), "commit": commit(), "device": name}
                 arguments.out.write_text(json.dumps(header | said | {"rows": rows}, indent=1) + "\n")
     if group.rank == 0:
         print(table(rows), flush=True)
