@@ -97,7 +97,7 @@ class DirectExchange:
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
         if len(x) > self._inbox.tokens:
             arrived = self._others.dispatch(x, ids, weights, positions, choice)
-            return Arrived(arrived.x, arrived.ids, arrived.weights, arrived)
+            return dataclasses.replace(arrived, way_back=arrived)
         self._order.join()
         assert ids.shape[1] <= MOST_EXPERTS, f"{ids.shape[1]} experts a token; there is room for {MOST_EXPERTS}"
         dispatched, combined = self._lost
