@@ -12,6 +12,7 @@ stream than before has it wait for that one.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
