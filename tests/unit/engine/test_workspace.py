@@ -1,10 +1,16 @@
-"""Chunks that are run before a rank is ready need the kernels that chunks of all lengths need."""
+"""What is run before a rank is ready: chunks that need the kernels of all lengths, and every decode graph."""
 
 from __future__ import annotations
 
-import pytest
+import pathlib
 
-from engine.workspace import warm_lengths
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import LoadedModel
+from engine.graphs import batch_buckets, width_buckets
+from engine.workspace import MARGIN, MARGIN_BYTES, measure_workspace, warm_lengths
 
 
 @pytest.mark.parametrize("most", [1, 2, 100, 8192, 10_000])
@@ -25,3 +31,22 @@ def test_no_length_in_between_has_a_kernel_compiled() -> None:
         assert len(found[length]) > 20
         missing = found[length] - set().union(*(found[step] for step in steps))
         assert not missing, f"{length} tokens, beside {steps}"
+
+
+def test_decode_graphs_of_all_sizes_and_widths_are_measured(small_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in of a GPU, each of whose graphs takes a MiB."""
+    free, captured = 1 << 40, []
+
+    def capture(network: object, caches: object, sizes: list[int], widths: list[int], sample: object) -> None:
+        nonlocal free
+        captured.extend((size, width) for size in sizes for width in widths)
+        free -= len(captured) << 20
+
+    monkeypatch.setattr("engine.workspace.DecodeGraphs", capture)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    loaded = LoadedModel.load(small_checkpoint, EngineConfig(device="cpu", max_model_len=16_384))
+    taken = measure_workspace(loaded, 0, 100)
+    assert captured == [(size, width) for size in batch_buckets(100) for width in width_buckets(16_384)]
+    assert len(captured) > 20 and taken == int((len(captured) << 20) * MARGIN) + MARGIN_BYTES
