@@ -76,6 +76,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference; 128 channels in the quantised formats. Rows of weights may be further apart than they are long."""
     tokens, heads, dim = q.shape
+    assert weights.stride(1) == 1, f"{weights.stride()=}"
     name = form_name(form)
     out = torch.empty(q.shape, dtype=torch.uint8 if name == "fp8_index" else form.dtype, device=q.device)
     factors = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)

@@ -151,6 +151,7 @@ def _few(
     block_m, groups = config.block_m, min(8, triton.next_power_of_2(w13.k_tiles))
     max_blocks = min(pairs, experts.num_experts) + pairs // block_m
     if isinstance(x, QuantizedRows):
+        assert x.codes.shape == (tokens, w13.k_tiles * FP8_BLOCK), f"{x.codes.shape}"
         codes, scales, quantizers = x.codes.contiguous(), x.scale.contiguous(), 0
     else:
         codes = torch.empty(tokens, w13.k_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)

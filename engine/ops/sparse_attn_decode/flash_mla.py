@@ -42,7 +42,7 @@ def run(
     most = entry_rows.shape[1]
     is_few = most <= MOST_FEW_ENTRIES and sequences * (window_rows.shape[1] + most) <= MOST_FEW_ROWS
     if is_few and triton_few.takes(sequences, most):
-        return triton_few.run_few(q, window, window_rows, entries, entry_rows, num_entries, sink, scale, cos, sin)
+        return triton_few.run_few(q.contiguous(), window, window_rows.contiguous(), entries, entry_rows, num_entries, sink, scale, cos, sin)
     missing = next(known for known in HEADS if known >= heads) - heads
     if missing:
         q, sink = torch.nn.functional.pad(q, (0, 0, 0, missing)), torch.nn.functional.pad(sink, (0, missing))
