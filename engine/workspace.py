@@ -29,24 +29,27 @@ def warm_lengths(most: int) -> list[int]:
 
 
 def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -> int:
-    """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence, and for all decode graphs up to `max_decode` sequences
-    (0: none): beside what they use in turn the driver keeps tens of MiB for each. Compiles what these and shorter chunks need, so that no
-    request waits for it. Raises torch.OutOfMemoryError if not even one page fits beside it."""
+    """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence (of as many as make up so many tokens), and for all
+    decode graphs up to `max_decode` sequences (0: none): beside what they use in turn the driver keeps tens of MiB for each. Compiles what
+    these and shorter chunks need, so that no request waits for it. Raises torch.OutOfMemoryError if not even one page fits beside it."""
     device, longest = loaded.device, loaded.engine.max_model_len
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info(device)[0]
-    caches = ModelCaches(Arena(loaded.layout, 1, 1, device), loaded.model)
+    num_slots = max(1, -(-chunk_tokens // longest))
+    caches = ModelCaches(Arena(loaded.layout, 1, num_slots, device), loaded.model)
     torch.cuda.synchronize(device)
     own = before - torch.cuda.mem_get_info(device)[0]
     if chunk_tokens:
-        request = Request(request_id="workspace", token_ids=(0,) * longest, prompt_len=longest, sampling=SamplingParams(max_tokens=1))
-        sequence = Sequence.from_request(request)
-        sequence.slot_id, sequence.page_ids = 0, [0] * -(-longest // PAGE_TOKENS)
-        for length in warm_lengths(min(chunk_tokens, longest)):
+        sequences = [_longest(slot_id, longest) for slot_id in range(num_slots)]
+        for length in warm_lengths(chunk_tokens):
             torch.cuda.empty_cache()  # what shorter chunks leave behind is not needed by the longest
-            sequence.num_computed = longest - length
-            loaded.network.forward(build_batch([Chunk(sequence, length)], device), caches)
+            chunks = []
+            for sequence, start in zip(sequences, range(0, length, longest), strict=False):
+                part = min(longest, length - start)
+                sequence.num_computed = longest - part
+                chunks.append(Chunk(sequence, part))
+            loaded.network.forward(build_batch(chunks, device), caches)
     graphs = None
     if max_decode:
         graphs = DecodeGraphs(loaded.network, caches, batch_buckets(max_decode), width_buckets(longest), loaded.device_sample)
@@ -56,3 +59,10 @@ def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -
     gc.collect()
     torch.cuda.empty_cache()
     return int(taken * MARGIN) + MARGIN_BYTES
+
+
+def _longest(slot_id: int, length: int) -> Sequence:
+    request = Request(request_id=f"workspace-{slot_id}", token_ids=(0,) * length, prompt_len=length, sampling=SamplingParams(max_tokens=1))
+    sequence = Sequence.from_request(request)
+    sequence.slot_id, sequence.page_ids = slot_id, [0] * -(-length // PAGE_TOKENS)
+    return sequence

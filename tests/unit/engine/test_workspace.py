@@ -7,6 +7,7 @@ import pathlib
 import pytest
 import torch
 
+from engine.batch import Chunk, build_batch
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.graphs import batch_buckets, width_buckets
@@ -31,6 +32,22 @@ def test_no_length_in_between_has_a_kernel_compiled() -> None:
         assert len(found[length]) > 20
         missing = found[length] - set().union(*(found[step] for step in steps))
         assert not missing, f"{length} tokens, beside {steps}"
+
+
+@pytest.mark.parametrize(("chunk_tokens", "longest_step"), [(256, [256]), (300, [256, 44]), (600, [256, 256, 88])])
+def test_the_largest_prefill_step_is_measured_even_if_no_prompt_fills_it(
+    small_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int, longest_step: list[int]
+) -> None:
+    steps: list[list[Chunk]] = []
+    monkeypatch.setattr("engine.workspace.build_batch", lambda chunks, device: (steps.append(chunks), build_batch(chunks, device))[1])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("engine.workspace.warm_lengths", lambda most: [1, most])
+    loaded = LoadedModel.load(small_checkpoint, EngineConfig(device="cpu", max_model_len=256))
+    measure_workspace(loaded, chunk_tokens, 0)
+    assert [[chunk.length for chunk in step] for step in steps] == [[1], longest_step]
+    assert all(chunk.sequence.num_computed + chunk.length == 256 for chunk in steps[-1]), "at the end of the longest sequences"
 
 
 def test_decode_graphs_of_all_sizes_and_widths_are_measured(small_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
