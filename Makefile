@@ -28,7 +28,7 @@ dev:  ## make .venv with the tools for tests
 test: dev lint  ## what CI runs first
 	@mkdir -p .cache
 	$(BIN)/python -m pytest -q -n 2 --durations=12 -m "not e2e" --basetemp=.cache/pytest
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=12 -m e2e --basetemp=.cache/pytest tests/e2e
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=12 -m e2e --basetemp=.cache/pytest tests/e2e
 
 worlds: dev  ## and then: 100,000 simulated worlds on all cores; prints the seeds of those that break a rule, and fails
 	$(BIN)/python -m tests.sim --worlds 100000
