@@ -61,16 +61,16 @@ def widen_experts(loaded: LoadedModel, wanted: int, num_pages: int, num_slots: i
     return loaded.network.num_widened > 0
 
 
-def widen_outputs(loaded: LoadedModel, max_decode: int, num_pages: int, num_slots: int, workspace_bytes: int) -> bool:
+def widen_outputs(loaded: LoadedModel, max_decode: int, num_pages: int, num_slots: int, workspace_bytes: int) -> None:
     """Keep wo_a in bf16 beside FP8 if decode steps may have more than FEW_TOKENS sequences, and if it fits beside `num_pages` pages (0: in
-    an eighth of what they could have), slots and workspace on all ranks of the group. Collective. Returns whether it was widened."""
+    an eighth of what they could have), slots and workspace on all ranks of the group. Collective; `wide_outputs` of the
+    network says what became of it."""
     wanted = loaded.network.outputs_widening_bytes()
     if max_decode <= FEW_TOKENS or not wanted:
-        return False
+        return
     free = available_bytes(loaded.device)
     room = (free or 0) - workspace_bytes - num_pages * loaded.layout.page_bytes - num_slots * loaded.layout.slot_bytes
     fits = wanted <= (room if num_pages else room // PAGES_SHARE)
     if loaded.share is not None:
         fits = loaded.share.least("room for wide outputs", int(fits)) > 0
     loaded.network.widen_outputs(fits)
-    return fits

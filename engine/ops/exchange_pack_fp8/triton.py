@@ -8,6 +8,7 @@ import triton.language as tl
 
 from engine.model.quantized import FP8_BLOCK
 from engine.ops.exchange_pack_fp8 import row_words
+from engine.ops.exchange_slots.triton import counted_slots
 from engine.ops.triton_rounding import quantize
 
 BLOCK = tl.constexpr(FP8_BLOCK)
@@ -33,16 +34,10 @@ def exchange_pack_fp8_kernel(
     out_ptr += groups
     # What is left of the row: slots, weights, zeros.
     place = tl.arange(0, TAIL)
-    there = (place < TOP_K) & is_token
-    expert = tl.load(ids_ptr + token * TOP_K + place, mask=there, other=0)
-    turn = token % tl.load(turns_ptr + expert, mask=there, other=1)
-    slot = tl.load(table_ptr + expert * copies + turn, mask=there, other=0)
-    counts = there & (tl.load(positions_ptr + token, mask=is_token, other=-1) >= 0)
+    slot = counted_slots(token, place, ids_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, copies, TOP_K, is_token)
     weighs = (place >= TOP_K) & (place < 2 * TOP_K) & is_token
     weight = tl.load(weights_ptr + token * TOP_K + place - TOP_K, mask=weighs, other=0)
-    slot = tl.where(counts, slot, -1).to(tl.int32)
-    tl.store(out_ptr + place, tl.where(place < TOP_K, slot, weight), mask=place < words - groups * (BLOCK // 4 + 1))
-    tl.atomic_add(load_ptr + expert, tl.full([TAIL], 1, tl.int64), mask=counts, sem="relaxed")
+    tl.store(out_ptr + place, tl.where(place < TOP_K, slot.to(tl.int32), weight), mask=place < words - groups * (BLOCK // 4 + 1))
 
 
 def run(

@@ -1,4 +1,4 @@
-"""exchange_slots in one launch, a program a token; and what it does for a token, which exchange_pack does, too."""
+"""exchange_slots in one launch, a program a token; and what it does for a token, which other ops do, too."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import triton.language as tl
 
 
 @triton.jit
-def counted_slots(token, place, ids_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, copies, TOP_K: tl.constexpr):
-    """int64, as `place`: the slots of a token's experts, the places below TOP_K, which are counted. -1 for a token without a position."""
-    there = place < TOP_K
+def counted_slots(token, place, ids_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, copies, TOP_K: tl.constexpr, is_token=True):
+    """int64, as `place`: the slots of a token's experts, the places below TOP_K, which are counted. -1 for a token without a position,
+    and where there is none."""
+    there = (place < TOP_K) & is_token
     expert = tl.load(ids_ptr + token * TOP_K + place, mask=there, other=0)
     turn = token % tl.load(turns_ptr + expert, mask=there, other=1)
     slot = tl.load(table_ptr + expert * copies + turn, mask=there, other=0)
-    counts = there & (tl.load(positions_ptr + token) >= 0)
+    counts = there & (tl.load(positions_ptr + token, mask=is_token, other=-1) >= 0)
     tl.atomic_add(load_ptr + expert, tl.full(place.shape, 1, tl.int64), mask=counts, sem="relaxed")
     return tl.where(counts, slot, -1)
 

@@ -103,39 +103,44 @@ def test_requests_that_arrive_together_are_spread_over_prefill_ranks() -> None:
     assert [len(prefill.requests) for prefill in prefills] == [4, 4]
 
 
-def test_pages_are_given_back_when_no_prefill_rank_is_left_to_fill_them() -> None:
-    decode = FakeRank("decode")
+class LosingRank(FakeRank):
+    """Its peers of prefill are gone when it grants pages."""
+
+    def __init__(self, ranks: list[FakeRank]) -> None:
+        super().__init__("decode")
+        self._ranks = ranks
+
+    def reserve(self, request: Request) -> None:
+        self._ranks[:] = [self]
+        super().reserve(request)
+
+
+def new_losing() -> tuple[list[FakeRank], FakePrefill, LosingRank]:
+    ranks: list[FakeRank] = []
+    decode = LosingRank(ranks)
     prefill = FakePrefill([decode])
-    ranks: list[FakeRank] = [prefill, decode]
-    relay, grant = new_relay(ranks, wait_for_members_s=0.0), decode.reserve
+    ranks += [prefill, decode]
+    return ranks, prefill, decode
 
-    def lose_prefill(request: Request) -> None:
-        ranks.remove(prefill)
-        grant(request)
 
-    decode.reserve = lose_prefill  # type: ignore[method-assign]
+def test_pages_are_given_back_when_no_prefill_rank_is_left_to_fill_them() -> None:
+    ranks, prefill, decode = new_losing()
+    relay = new_relay(ranks, wait_for_members_s=0.0)
     with pytest.raises(NoMembers, match="no prefill rank is ready"):
         asyncio.run(tokens_of(relay))
     assert decode.cancelled == ["r.1"] and not decode.in_flight and not prefill.requests
 
 
 def test_a_decode_rank_is_not_blamed_for_a_prefill_rank_that_is_gone() -> None:
-    decode = FakeRank("decode")
-    prefill = FakePrefill([decode])
-    ranks: list[FakeRank] = [prefill, decode]
-    reserver, grant = new_relay(ranks)._reserver, decode.reserve
+    ranks, _, decode = new_losing()
+    reserver = new_relay(ranks)._reserver
     avoid: list[tuple[str, int]] = []
-
-    def lose_prefill(request: Request) -> None:
-        ranks.remove(prefill)
-        grant(request)
 
     async def ask() -> None:
         request = Request(request_id="r", token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
         with pytest.raises(Unavailable, match="is ready any more"):
             await reserver.reserve(request, asyncio.Queue(), avoid, SystemClock().now() + 5)
 
-    decode.reserve = lose_prefill  # type: ignore[method-assign]
     asyncio.run(ask())
     assert decode.cancelled == ["r"] and not decode.in_flight and not avoid
 
