@@ -53,6 +53,13 @@ def collect(cluster: Cluster, prompt: str, max_tokens: int) -> str:
     return "".join(parts)
 
 
+def is_free(cluster: Cluster) -> bool:
+    """Whether ranks have told the controller that nothing holds a page or a slot: what it knows is up to health_interval_s old."""
+    pages = {"prefill": 64, "decode": 128}
+    loads = {row.member.role: row.load for row in cluster.rows().values() if row.member.role in pages}
+    return all(load.pages_free == pages[role] and load.slots_free == load.slots_total for role, load in loads.items())
+
+
 def stream_in_background(cluster: Cluster, prompts: list[str], max_tokens: int) -> tuple[list[threading.Thread], dict[str, list[str]]]:
     """Streams started at once; texts by prompt. A stream that fails leaves its error as the last text."""
     texts: dict[str, list[str]] = {prompt: [] for prompt in prompts}
@@ -135,11 +142,11 @@ def test_ranks_and_routers_have_the_priority_of_whoever_started_them(settled: Cl
 def test_status_shows_every_member_and_what_pages_travel_over(settled: Cluster) -> None:
     assert collect(settled, "Hello", 2)
     settled.wait(lambda: any(row.note for row in settled.rows().values()), "a rank has said what pages travel over")
+    settled.wait(lambda: is_free(settled), "ranks have told that all pages and slots are free")
     output = settled.baton("status")
-    assert "1 over shared_memory" in output, output
-    assert all(
-        name in output for name in ("router/0.0", settled.only("prefill")[0], settled.only("decode")[0], "64/64", "128/128", "settled")
-    )
+    ranks = settled.only("prefill")[0], settled.only("decode")[0]
+    for word in ("1 over shared_memory", "router/0.0", *ranks, "64/64", "128/128", "settled"):
+        assert word in output, f"{word!r} is missing:\n{output}"
     assert "rank.ready member=prefill/" in settled.baton("logs", "prefill")
     assert "controller: " in settled.baton("logs")
 
@@ -192,13 +199,7 @@ def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing
 
     rows = settled.rows()
     assert len(rows) == 3
-    pages = {"prefill": 64, "decode": 128}
-
-    def is_free() -> bool:
-        loads = {row.member.role: row.load for row in settled.rows().values() if row.member.role in pages}
-        return all(load.pages_free == pages[role] and load.slots_free == load.slots_total for role, load in loads.items())
-
-    settled.wait(is_free, "all pages and slots are free")
+    settled.wait(lambda: is_free(settled), "all pages and slots are free")
     assert sorted(rank_processes_of(settled.state.marker)) == sorted(row.pid for row in rows.values())
 
 
