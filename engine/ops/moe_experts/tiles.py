@@ -49,6 +49,8 @@ class PackedExperts:
     """d."""
     arrived: torch.Tensor
     """int32 [MOST_SPLIT_TILES], zeros between calls: programs that have finished their part of a split tile."""
+    taken: torch.Tensor
+    """int32 [1], zero between calls: blocks that experts have taken for their pairs."""
     widens: bool
     """Whether MXFP4 tiles are exact in FP8 with one scale each; else the kernels for few rows serve any number."""
 
@@ -83,7 +85,8 @@ def pack_experts(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_
     w13, first_widens = _pack_tiles([(gate, up) for gate, up in zip(gates, ups, strict=True)], fp4)
     w2_tiles, second_widens = _pack_tiles([(down,) for down in downs], fp4)
     arrived = torch.zeros(MOST_SPLIT_TILES, dtype=torch.int32, device=w13.codes.device)
-    return PackedExperts(w13, w2_tiles, fp4, downs[0].shape[0], arrived, first_widens and second_widens)
+    taken = torch.zeros(1, dtype=torch.int32, device=w13.codes.device)
+    return PackedExperts(w13, w2_tiles, fp4, downs[0].shape[0], arrived, taken, first_widens and second_widens)
 
 
 def _pack_tiles(experts: Sequence[tuple[QuantizedWeight, ...]], fp4: bool) -> tuple[Tiles, bool]:

@@ -23,7 +23,14 @@ from engine.model.quantized import FP8_BLOCK, QuantizedRows, Weight
 from engine.ops.moe_experts.tiles import MOST_SPLIT_BLOCKS, PackedExperts, Tiles, pack_experts
 from engine.ops.moe_experts.triton_few import moe_hidden_kernel, moe_out_kernel
 from engine.ops.moe_experts.triton_many import moe_act_kernel, moe_gather_kernel, moe_many_kernel, moe_widen_kernel
-from engine.ops.moe_experts.triton_route import moe_count_kernel, moe_list_kernel, moe_route_kernel, moe_sum_kernel
+from engine.ops.moe_experts.triton_route import (
+    MOST_BLOCKS,
+    MOST_EXPERTS,
+    moe_count_kernel,
+    moe_list_kernel,
+    moe_route_kernel,
+    moe_sum_kernel,
+)
 
 CHUNK = 4096
 """Pairs that a listing program looks at in one go."""
@@ -150,6 +157,9 @@ def _few(
     tokens, pairs, device, w13, w2 = len(ids), ids.numel(), ids.device, experts.w13, experts.w2
     block_m, groups = config.block_m, min(8, triton.next_power_of_2(w13.k_tiles))
     max_blocks = min(pairs, experts.num_experts) + pairs // block_m
+    assert max_blocks < MOST_BLOCKS.value and experts.num_experts <= MOST_EXPERTS.value, (
+        f"{max_blocks} blocks of {experts.num_experts} experts"
+    )
     if isinstance(x, QuantizedRows):
         assert x.codes.shape == (tokens, w13.k_tiles * FP8_BLOCK), f"{x.codes.shape}"
         codes, scales, quantizers = x.codes.contiguous(), x.scale.contiguous(), 0
@@ -166,14 +176,14 @@ def _few(
         scales,
         block_pairs,
         block_expert,
+        experts.taken,
         pairs,
         experts.num_experts,
         max_blocks,
         experts.width,
         w13.k_tiles * FP8_BLOCK,
-        PADDED_E=triton.next_power_of_2(experts.num_experts + 1),
         BLOCK_M=block_m,
-        CHUNK=min(1024, max(32, triton.next_power_of_2(pairs))),
+        CHUNK=min(CHUNK, max(32, triton.next_power_of_2(pairs))),
         GROUPS=groups,
         num_warps=4,
     )
@@ -363,4 +373,4 @@ def widen(experts: PackedExperts) -> PackedExperts:
     def wide(tiles: Tiles) -> Tiles:
         return Tiles(*_widened(tiles, fp4=True), tiles.num_tiles, tiles.k_tiles, tiles.places)
 
-    return PackedExperts(wide(experts.w13), wide(experts.w2), False, experts.width, experts.arrived, True)
+    return PackedExperts(wide(experts.w13), wide(experts.w2), False, experts.width, experts.arrived, experts.taken, True)

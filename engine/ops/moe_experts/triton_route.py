@@ -8,81 +8,67 @@ import triton.language as tl
 from engine.ops.triton_rounding import quantize, to_bf16
 
 BLOCK = tl.constexpr(128)
+MOST_EXPERTS = tl.constexpr(512)
+MOST_BLOCKS = tl.constexpr(1 << 22)
+"""In one launch: their product is what an int32 can count."""
+
+
+@triton.jit
+def count_pairs(ids_ptr, num_pairs, CHUNK: tl.constexpr):
+    """Pairs of the expert that this program's number is."""
+    count = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, num_pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        count += (tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1) == tl.program_id(0)).to(tl.int32)
+    return tl.sum(count, 0)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def moe_count_kernel(ids_ptr, counts_ptr, num_pairs, CHUNK: tl.constexpr):
     """counts[expert] = pairs of it."""
-    expert = tl.program_id(0)
-    count = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, num_pairs, CHUNK):
-        pair = start + tl.arange(0, CHUNK)
-        count += (tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1) == expert).to(tl.int32)
-    tl.store(counts_ptr + expert, tl.sum(count, 0))
-
-
-@triton.jit
-def count_pairs(ids_ptr, counts_ptr, num_pairs, num_experts, PADDED_E: tl.constexpr, CHUNK: tl.constexpr, COUNTED: tl.constexpr):
-    """int32 [PADDED_E]: pairs of each expert."""
-    experts = tl.arange(0, PADDED_E)
-    if COUNTED:
-        counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
-    else:
-        counts = tl.zeros([PADDED_E], tl.int32)
-        for start in range(0, num_pairs, CHUNK):
-            pair = start + tl.arange(0, CHUNK)
-            local = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-            local = tl.where((pair < num_pairs) & (local >= 0) & (local < num_experts), local, PADDED_E - 1)
-            counts += tl.histogram(local, PADDED_E)
-        counts = tl.where(experts < num_experts, counts, 0)
-    return counts
+    tl.store(counts_ptr + tl.program_id(0), count_pairs(ids_ptr, num_pairs, CHUNK))
 
 
 @triton.jit
 def list_pairs(
-    ids_ptr,
-    counts_ptr,
-    pairs_ptr,
-    block_expert_ptr,
-    slots_ptr,
-    ends_ptr,
-    num_pairs,
-    num_experts,
-    max_blocks,
-    PADDED_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNK: tl.constexpr,
-    COUNTED: tl.constexpr,
+    ids_ptr, pairs_ptr, slots_ptr, num_pairs, count, first_block, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr
 ):
-    """Program e lists the pairs of expert e, in order, in blocks of BLOCK_M with -1 behind the last; program 0 also says that the
-    remaining blocks are nobody's. COUNTED: counts are there, and each pair's slot is kept, too, and the slot behind each expert's last
-    pair (that of its first block, if it has none)."""
+    """Program e lists the `count` pairs of expert e, in order, from block `first_block` on, with -1 behind the last of a block; with SLOTS
+    each pair's slot is kept, too."""
     program = tl.program_id(0)
-    experts = tl.arange(0, PADDED_E)
-    counts = count_pairs(ids_ptr, counts_ptr, num_pairs, num_experts, PADDED_E, CHUNK, COUNTED)
-    blocks = (counts + BLOCK_M - 1) // BLOCK_M
-    first_block = tl.sum(tl.where(experts < program, blocks, 0), 0)
-    own_blocks = tl.sum(tl.where(experts == program, blocks, 0), 0)
-    for block in range(own_blocks):
-        tl.store(block_expert_ptr + first_block + block, program)
     base = first_block * BLOCK_M
     found = 0
-    if own_blocks > 0:
+    if count > 0:
         for start in range(0, num_pairs, CHUNK):
             pair = start + tl.arange(0, CHUNK)
             mine = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1) == program
             slot = base + found + tl.cumsum(mine.to(tl.int32), 0) - 1
             tl.store(pairs_ptr + slot, pair, mask=mine)
-            if COUNTED:
+            if SLOTS:
                 tl.store(slots_ptr + pair, slot, mask=mine)
             found += tl.sum(mine.to(tl.int32), 0)
-        place = found + tl.arange(0, BLOCK_M)
-        tl.store(pairs_ptr + base + place, tl.full([BLOCK_M], -1, tl.int32), mask=place < own_blocks * BLOCK_M)
-    if COUNTED:
-        tl.store(ends_ptr + program, base + found)
-    if program == 0:
-        for block in range(tl.sum(blocks, 0), max_blocks):
-            tl.store(block_expert_ptr + block, -1)
+        place = count + tl.arange(0, BLOCK_M)
+        tl.store(pairs_ptr + base + place, tl.full([BLOCK_M], -1, tl.int32), mask=place < tl.cdiv(count, BLOCK_M) * BLOCK_M)
+
+
+@triton.jit
+def say_expert(block_expert_ptr, expert, first_block, end_block):
+    """block_expert[first_block:end_block] = expert."""
+    for start in range(first_block, end_block, 128):
+        block = start + tl.arange(0, 128)
+        tl.store(block_expert_ptr + block, tl.full([128], 0, tl.int32) + expert, mask=block < end_block)
+
+
+@triton.jit
+def take_blocks(taken_ptr, count, num_experts):
+    """(the first of `count` blocks that are this program's, whether all other programs have theirs). `taken_ptr`: the blocks taken and
+    MOST_BLOCKS for each program that took some or none; zero between launches, to which the last program sets it back. Which blocks a
+    program gets is a race; an expert's lie together."""
+    taken = tl.atomic_add(taken_ptr, count + MOST_BLOCKS, sem="relaxed")
+    is_last = taken // MOST_BLOCKS == num_experts - 1
+    if is_last:
+        tl.store(taken_ptr, 0)
+    return taken % MOST_BLOCKS, is_last
 
 
 @triton.jit(do_not_specialize=["num_pairs", "max_blocks"])
@@ -93,12 +79,12 @@ def moe_route_kernel(
     scales_ptr,
     pairs_ptr,
     block_expert_ptr,
+    taken_ptr,
     num_pairs,
     num_experts,
     max_blocks,
     width,
     padded_width,
-    PADDED_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -107,21 +93,13 @@ def moe_route_kernel(
     token."""
     program = tl.program_id(0)
     if program < num_experts:
-        list_pairs(
-            ids_ptr,
-            ids_ptr,
-            pairs_ptr,
-            block_expert_ptr,
-            ids_ptr,
-            ids_ptr,
-            num_pairs,
-            num_experts,
-            max_blocks,
-            PADDED_E,
-            BLOCK_M,
-            CHUNK,
-            False,
-        )
+        count = count_pairs(ids_ptr, num_pairs, CHUNK)
+        blocks = tl.cdiv(count, BLOCK_M)
+        first_block, is_last = take_blocks(taken_ptr, blocks, num_experts)
+        list_pairs(ids_ptr, pairs_ptr, ids_ptr, num_pairs, count, first_block, BLOCK_M, CHUNK, False)
+        say_expert(block_expert_ptr, program, first_block, first_block + blocks)
+        if is_last:
+            say_expert(block_expert_ptr, -1, first_block + blocks, max_blocks)
     else:
         groups_per_row = padded_width // BLOCK
         pieces = tl.cdiv(groups_per_row, GROUPS)
@@ -149,22 +127,18 @@ def moe_list_kernel(
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """For many rows: program e lists the pairs of expert e."""
-    list_pairs(
-        ids_ptr,
-        counts_ptr,
-        pairs_ptr,
-        block_expert_ptr,
-        slots_ptr,
-        ends_ptr,
-        num_pairs,
-        num_experts,
-        max_blocks,
-        PADDED_E,
-        BLOCK_M,
-        CHUNK,
-        True,
-    )
+    """For many rows: program e lists the pairs of expert e, whose blocks follow those of expert e - 1, and says where they end: `ends`,
+    the slot behind its last pair, or that of its first block, if it has none."""
+    program = tl.program_id(0)
+    experts = tl.arange(0, PADDED_E)
+    blocks = tl.cdiv(tl.load(counts_ptr + experts, mask=experts < num_experts, other=0), BLOCK_M)
+    first_block = tl.sum(tl.where(experts < program, blocks, 0), 0)
+    count = tl.load(counts_ptr + program)
+    list_pairs(ids_ptr, pairs_ptr, slots_ptr, num_pairs, count, first_block, BLOCK_M, CHUNK, True)
+    say_expert(block_expert_ptr, program, first_block, first_block + tl.cdiv(count, BLOCK_M))
+    tl.store(ends_ptr + program, first_block * BLOCK_M + count)
+    if program == 0:
+        say_expert(block_expert_ptr, -1, tl.sum(blocks, 0), max_blocks)
 
 
 @triton.jit
@@ -202,10 +176,11 @@ def moe_sum_kernel(
 _LIST = {"ids_ptr": "*i64", "pairs_ptr": "*i32", "block_expert_ptr": "*i32", "num_pairs": "i32", "num_experts": "i32:16"}
 _LIST |= {"max_blocks": "i32"}
 _ROUTE = {**_LIST, "x_ptr": "*bf16", "codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "width": "i32:16", "padded_width": "i32:16"}
+_ROUTE |= {"taken_ptr": "*i32"}
 _SUM = {"rows_ptr": "*bf16", "ids_ptr": "*i64", "slots_ptr": "*i32", "num_experts": "i32:16", "width": "i32:16"}
 _SUM |= {"row_width": "i32:16"}
 AOT = [
-    (moe_route_kernel, _ROUTE, {"PADDED_E": 512, "BLOCK_M": 16, "CHUNK": 1024, "GROUPS": 8}, {"num_warps": 4}),
+    (moe_route_kernel, _ROUTE, {"BLOCK_M": 16, "CHUNK": 1024, "GROUPS": 8}, {"num_warps": 4}),
     (moe_count_kernel, {"ids_ptr": "*i64", "counts_ptr": "*i32", "num_pairs": "i32"}, {"CHUNK": 4096}, {"num_warps": 8}),
     (
         moe_list_kernel,
