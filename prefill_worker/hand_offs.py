@@ -87,13 +87,16 @@ class HandOffs:
         job.outbox.post(prefill_pb2.PrefillUpdate(handed_off=[done]))
 
     def closed(self, event: Closed) -> None:
-        """The sender has let go: free the job, send it to where it was redirected, or keep it and tell the router."""
+        """The sender has let go: free the job, send it to where it was redirected (even if decode had just taken over: the router has
+        given that one up), or keep it and tell the router."""
         job = self._open.pop(event.request_id)
         job.is_open = False
-        if event.error is None or job.state is State.CLOSING:
+        if job.state is State.CLOSING:
             self._free(job)
         elif job.reservation.request_id != job.hand_off:
             self.open(job)
+        elif event.error is None:
+            self._free(job)
         else:
             self._metrics.requests.labels("hand_off_failed").inc()
             log.warning("prefill.hand_off_failed", request_id=job.request_id, error=str(event.error))

@@ -148,6 +148,19 @@ def test_an_open_hand_off_ends_before_the_next_begins(rank: Rank) -> None:
     assert not rank.updates().hand_offs_failed, "the router has given it up itself"
 
 
+def test_a_decode_rank_that_takes_over_just_after_it_was_given_up_costs_the_next_one_nothing(rank: Rank) -> None:
+    rank.run()
+    rank.turns(4)
+    order = rank.sender.taken()[-1][2]
+    rank.loop.hand_on("r.1", granted("r.2"), rank.outbox)
+    rank.turn()
+    rank.sender.taken()
+    rank.close("r.1", None)
+    assert rank.sender.taken() == [("open", "r.2", 2), ("push", "r.2", 0, 3), ("commit", "r.2", order)]
+    rank.close("r.2", None)
+    assert rank.loop.is_idle and rank.loop.load.pages_free == NUM_PAGES
+
+
 def test_cancelling_a_kept_request_frees_its_pages_at_once(rank: Rank) -> None:
     rank.run()
     rank.turns(4)
