@@ -4,7 +4,8 @@
     |-- ConfigError            the operator's file or option is wrong; nothing was started
     |   `-- CheckpointError    a model folder cannot be used; names file and tensor
     |-- InvalidRequest         the client's request is wrong; names field and limit           400
-    |   |-- TooLarge           body or prompt over a limit                                    413
+    |   |-- TooLarge           the body is over a limit                                       413
+    |   |-- PromptTooLong      the prompt leaves no room in the longest sequence              400
     |   `-- ModelNotFound      the request names a model that is not served                   404
     |-- Unauthorized           no valid API key                                               401
     |-- Overloaded             a bounded queue is full; carries retry_after_s                 429
@@ -60,6 +61,10 @@ class InvalidRequest(BatonError):
 
 class TooLarge(InvalidRequest):
     http_status = 413
+
+
+class PromptTooLong(InvalidRequest):
+    pass
 
 
 class ModelNotFound(InvalidRequest):

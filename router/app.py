@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -28,6 +28,9 @@ from router.service import Service
 log = get_logger("http")
 
 T = TypeVar("T")
+
+LONG_BODY_BYTES = 65_536
+"""A larger one is parsed in a thread: tokenising takes some microseconds a byte, and other streams go on meanwhile."""
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -84,8 +87,8 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         route = request.scope.get("route")
         service.metrics.requests.labels(getattr(route, "path", "unknown"), str(status)).inc()
 
-    async def read_body(request: Request) -> dict[str, Any]:
-        """The JSON object of a request. Raises TooLarge or InvalidRequest."""
+    async def read_body(request: Request) -> tuple[dict[str, Any], int]:
+        """The JSON object of a request, and its size in bytes. Raises TooLarge or InvalidRequest."""
         limit = service.config.max_body_bytes
         parts, size = [], 0
         try:
@@ -102,7 +105,11 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
             raise InvalidRequest(f"the body is not JSON: {error}") from error
         if not isinstance(body, dict):
             raise InvalidRequest(f"the body must be a JSON object, found {type(body).__name__}")
-        return body
+        return body, size
+
+    async def parsed_by(request: Request, size: int, parse: Callable[[], T]) -> T:
+        """What `parse` makes of a body of `size` bytes."""
+        return parse() if size <= LONG_BODY_BYTES else await until_gone(request, service.in_thread(parse))
 
     def stream(request: Request, events: AsyncIterator[bytes]) -> Response:
         """`events` have begun."""
@@ -137,8 +144,8 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         return whole()
 
     async def chat_route(request: Request, dialect: Dialect) -> Response:
-        body = await read_body(request)
-        parsed = form.parse(body, dialect)
+        body, size = await read_body(request)
+        parsed = await parsed_by(request, size, lambda: form.parse(body, dialect))
         chat = Chat(service, form, dialect, parsed)
         if parsed.stream:
             return stream(request, await until_gone(request, started(chat.events())))
@@ -168,19 +175,19 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
     @app.post("/v1/messages/count_tokens", openapi_extra=documented(messages=HELLO))
     async def count_tokens(request: Request) -> Response:
         """Tokens of an Anthropic request's prompt."""
-        body = await read_body(request)
-        parsed = form.parse({**body, "max_tokens": 1}, MESSAGES)
+        body, size = await read_body(request)
+        parsed = await parsed_by(request, size, lambda: form.parse({**body, "max_tokens": 1}, MESSAGES))
         return JSONResponse({"input_tokens": len(parsed.prompt)})
 
     @app.post("/v1/completions", openapi_extra=documented(prompt="Hello", max_tokens=32))
     async def text_completions(request: Request) -> Response:
         """OpenAI Completions: text or token ids."""
-        body = await read_body(request)
+        body, size = await read_body(request)
         if body.get("model") not in (service.model, None):
             raise ModelNotFound(f"the model {str(body['model'])[:100]!r} does not exist; this server has {service.model!r}", param="model")
         for key in body.keys() - completions.KNOWN:
             service.metrics.ignored_fields.labels(key[:40] if key.isidentifier() else "other").inc()
-        parsed = completions.parse(body, service)
+        parsed = await parsed_by(request, size, lambda: completions.parse(body, service))
         completion = completions.Completion(service, parsed)
         if not parsed.stream:
             answer = await until_gone(request, _whole_completion(completion))

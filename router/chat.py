@@ -31,12 +31,15 @@ class Dialect:
     request: Any
     response: Any
     id_prefix: str
+    prompt_key: str
     max_tokens_keys: tuple[str, ...]
 
 
-CHAT = Dialect(recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-", ("max_completion_tokens", "max_tokens"))
-RESPONSES = Dialect(recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", ("max_output_tokens",))
-MESSAGES = Dialect(recipe.MessagesRequest, recipe.MessagesResponse, "msg_", ("max_tokens",))
+CHAT = Dialect(
+    recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-", "messages", ("max_completion_tokens", "max_tokens")
+)
+RESPONSES = Dialect(recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", "input", ("max_output_tokens",))
+MESSAGES = Dialect(recipe.MessagesRequest, recipe.MessagesResponse, "msg_", "messages", ("max_tokens",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +88,14 @@ class ChatFormat:
             names = request.namespace_tool_map(options) if dialect is RESPONSES else None
             converted = request.convert(options)
             refuse_unenforceable(converted)
+            rendered = self._encoding.render_conversation(converted.conversation).prompt
+            service.codec.refuse_overlong(rendered, service.longest(), dialect.prompt_key)
             prompt = tuple(self._encoding.encode(converted.conversation))
         except recipe.ConversionError as error:
             raise InvalidRequest(_message_of(error.body)) from error
         except (ValueError, TypeError, RuntimeError, orjson.JSONEncodeError) as error:
             raise InvalidRequest(str(error)) from error
-        allowed = service.check_length(len(prompt), max_tokens)
+        allowed = service.check_length(len(prompt), max_tokens, dialect.prompt_key)
         inference = converted.inference_options
         sampling = sampling_params(
             body,

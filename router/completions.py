@@ -75,7 +75,7 @@ def parse(body: Mapping[str, Any], service: Service) -> CompletionRequest:
     if max_tokens == 0 and not echo:
         raise InvalidRequest("max_tokens is 0; it must be at least 1 unless echo is true", param="max_tokens")
     longest = max(len(prompt) for prompt in prompts)
-    service.check_length(longest, max(max_tokens, 1))
+    service.check_length(longest, max(max_tokens, 1), "prompt")
     logprobs = number(body, "logprobs", 0, MAX_LOGPROBS, None, integer=True)
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
@@ -110,6 +110,7 @@ def _prompts(value: Any, service: Service) -> tuple[tuple[int, ...], ...]:
     for item in many:
         if isinstance(item, str):
             try:
+                service.codec.refuse_overlong(item, service.longest(), "prompt")
                 ids = service.codec.encode(item)
             except UnicodeEncodeError as error:
                 raise InvalidRequest("prompt holds a lone surrogate: it is not valid text", param="prompt") from error

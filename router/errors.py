@@ -14,6 +14,9 @@ _OPENAI_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404:
 _OPENAI_TYPES |= {405: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable", 504: "timeout_error"}
 _ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 _ANTHROPIC_TYPES |= {405: "invalid_request_error", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
+_OPENAI_CODES = {"ModelNotFound": "model_not_found", "PromptTooLong": "context_length_exceeded", "Unauthorized": "invalid_api_key"}
+_OPENAI_CODES |= {"Overloaded": "rate_limit_exceeded"}
+"""Words that OpenAI's clients look for; elsewhere our own."""
 
 
 def body_of(error: BatonError, *, anthropic: bool) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def body_of(error: BatonError, *, anthropic: bool) -> dict[str, Any]:
         return {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(status, "api_error"), "message": str(error)}}
     param = error.param if isinstance(error, InvalidRequest) else None
     kind = _OPENAI_TYPES.get(status, "server_error")
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": error.code}}
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": _OPENAI_CODES.get(error.code, error.code)}}
 
 
 def response_of(error: BatonError, *, anthropic: bool) -> Response:

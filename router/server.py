@@ -102,6 +102,7 @@ class Router:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
         await self.members.close()
+        self._service.close()
 
 
 def _end_with(watch: asyncio.Task[None]) -> None:

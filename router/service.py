@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
 
 from core.clock import Clock
-from core.errors import BatonError, InvalidRequest, NoMembers, TooLarge
+from core.errors import BatonError, InvalidRequest, NoMembers, PromptTooLong
 from core.log import get_logger
 from core.request import Request, SamplingParams
 from router.admission import Admission
@@ -17,6 +20,8 @@ from router.relay import Journey, Output, Relay
 from router.tokens import TextCodec
 
 log = get_logger("request")
+
+T = TypeVar("T")
 
 
 class Service:
@@ -28,20 +33,35 @@ class Service:
         """Longest sequence; 0 while the ranks have not said."""
         self._relay, self._clock = relay, clock
         self._admission = Admission(max_requests=config.max_requests, max_waiting_tokens=config.max_waiting_tokens, clock=clock)
+        self._parsers = ThreadPoolExecutor(2, "parse")
 
     @property
     def num_requests(self) -> int:
         """Admitted and not ended."""
         return self._admission.num_requests
 
-    def check_length(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """Tokens that may be generated: max_tokens, or what is left of the longest sequence. Raises InvalidRequest or TooLarge, and
-        NoMembers while the longest sequence is not known."""
+    def close(self) -> None:
+        self._parsers.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, parse: Callable[[], T]) -> T:
+        """The result of `parse`, run in one of few threads while the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, parse)
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence. Raises NoMembers while that is not known."""
         if not self.max_model_len:
             raise NoMembers("not every rank has answered since this router started: how long a sequence may be is not known yet")
-        room = self.max_model_len - num_prompt_tokens
+        return self.max_model_len
+
+    def check_length(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> int:
+        """Tokens that may be generated: max_tokens, or what is left of the longest sequence. `param`: the field of the prompt. Raises
+        InvalidRequest or PromptTooLong, and NoMembers while the longest sequence is not known."""
+        room = self.longest() - num_prompt_tokens
         if room < 1:
-            raise TooLarge(f"the prompt has {num_prompt_tokens} tokens; sequences have at most {self.max_model_len}", param="prompt")
+            raise PromptTooLong(
+                f"the prompt has {num_prompt_tokens} tokens; a sequence, prompt and answer together, has at most {self.max_model_len}",
+                param=param,
+            )
         if max_tokens is not None and max_tokens > room:
             raise InvalidRequest(
                 f"max_tokens is {max_tokens}, the prompt has {num_prompt_tokens} tokens: together more than the {self.max_model_len} that "

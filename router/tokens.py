@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, PromptTooLong
+
+PIECE_CHARS = 65_536
 
 
 class TextCodec:
@@ -26,6 +28,21 @@ class TextCodec:
         """The text as it is, nothing added; spellings of special tokens become those tokens."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def refuse_overlong(self, text: str, max_tokens: int, param: str) -> None:
+        """Raises PromptTooLong for a text that surely has more than max_tokens tokens, before all of it is tokenised.
+
+        Only a text of more than 8 characters a token is looked at, piece by piece. A cut between pieces changes a few tokens beside it:
+        twice max_tokens is certain. What passes is still to be counted."""
+        if len(text) <= 8 * max_tokens:
+            return
+        count = 0
+        for start in range(0, len(text), PIECE_CHARS):
+            count += len(self.tokenizer.encode(text[start : start + PIECE_CHARS], add_special_tokens=False))
+            if count > 2 * max_tokens:
+                raise PromptTooLong(
+                    f"the prompt has {len(text)} characters, more than twice the {max_tokens} tokens that a sequence may have", param=param
+                )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

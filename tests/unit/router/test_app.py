@@ -93,6 +93,19 @@ def test_limits_model_and_route_are_named(client: httpx.Client, path: str) -> No
         assert path.startswith("/v1/messages") or refused.json()["error"]["code"] == "NoRoute"
 
 
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("num_words", [1000, 9000])  # tokenised as a whole, and given up after the first piece
+def test_a_prompt_that_is_too_long_is_400_and_named_as_openai_names_it(client: httpx.Client, path: str, num_words: int) -> None:
+    field = next(iter(BODIES[path]))
+    text = "a " * num_words
+    value = [{"role": "user", "content": text}] if field == "messages" else text
+    refused = client.post(path, json={"model": "demo", **BODIES[path], field: value})
+    assert (refused.status_code, "512" in message_of(path, refused)) == (400, True), refused.text
+    if path != "/v1/messages":
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert refused.json()["error"]["param"] == field
+
+
 IMAGES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"type": "image_url", "image_url": {"url": "http://host/a.png"}},
     "/v1/responses": {"type": "input_image", "image_url": "http://host/a.png"},

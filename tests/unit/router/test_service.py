@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pathlib
+import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, cast
@@ -98,6 +99,18 @@ def test_the_log_names_the_finish_reason_that_the_client_was_told(
     (line,) = lines
     assert (fields(line)["status"], fields(line)["finish_reason"]) == (status, reason), line
     assert service.num_requests == 0
+
+
+def test_other_requests_go_on_while_a_long_body_is_parsed() -> None:
+    async def both() -> str:
+        service, went_on = new_service(FinishReason.LENGTH), threading.Event()
+        asyncio.get_running_loop().call_later(0.01, went_on.set)
+        try:
+            return await service.in_thread(lambda: "whole" if went_on.wait(10) else "the event loop stood still")
+        finally:
+            service.close()
+
+    assert asyncio.run(both()) == "whole"
 
 
 def test_a_stop_sequence_of_a_chat_is_logged_as_stop(lines: list[str]) -> None:
