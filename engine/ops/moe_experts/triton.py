@@ -34,6 +34,8 @@ from engine.ops.moe_experts.triton_route import (
 
 CHUNK = 4096
 """Pairs that a listing program looks at in one go."""
+PARTS = 8
+"""Of many pairs, which as many programs list side by side for each expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,11 +304,12 @@ def _many(
 def _list(ids: torch.Tensor, num_experts: int, block_m: int) -> Slots:
     pairs, device = ids.numel(), ids.device
     max_blocks = min(pairs, num_experts) + pairs // block_m
-    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    part_pairs = triton.cdiv(pairs, PARTS * 128) * 128
+    counts = torch.empty(num_experts, PARTS, dtype=torch.int32, device=device)
     sizes = max_blocks * block_m, max_blocks, num_experts, pairs
     slots = Slots(*(torch.empty(size, dtype=torch.int32, device=device) for size in sizes), block_m)
-    moe_count_kernel[(num_experts,)](ids, counts, pairs, CHUNK=CHUNK, num_warps=8)
-    moe_list_kernel[(num_experts,)](
+    moe_count_kernel[(num_experts, PARTS)](ids, counts, pairs, part_pairs, CHUNK=CHUNK, num_warps=8)
+    moe_list_kernel[(num_experts, PARTS)](
         ids,
         counts,
         slots.pairs,
@@ -314,9 +317,11 @@ def _list(ids: torch.Tensor, num_experts: int, block_m: int) -> Slots:
         slots.slots,
         slots.ends,
         pairs,
+        part_pairs,
         num_experts,
         max_blocks,
         PADDED_E=triton.next_power_of_2(num_experts),
+        PARTS=PARTS,
         BLOCK_M=block_m,
         CHUNK=CHUNK,
         num_warps=8,

@@ -14,41 +14,43 @@ MOST_BLOCKS = tl.constexpr(1 << 22)
 
 
 @triton.jit
-def count_pairs(ids_ptr, num_pairs, CHUNK: tl.constexpr):
-    """Pairs of the expert that this program's number is."""
+def count_pairs(ids_ptr, first, end, CHUNK: tl.constexpr):
+    """Pairs first..end - 1 of the expert that this program's number is."""
     count = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, num_pairs, CHUNK):
+    for start in range(first, end, CHUNK):
         pair = start + tl.arange(0, CHUNK)
-        count += (tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1) == tl.program_id(0)).to(tl.int32)
+        count += (tl.load(ids_ptr + pair, mask=pair < end, other=-1) == tl.program_id(0)).to(tl.int32)
     return tl.sum(count, 0)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
-def moe_count_kernel(ids_ptr, counts_ptr, num_pairs, CHUNK: tl.constexpr):
-    """counts[expert] = pairs of it."""
-    tl.store(counts_ptr + tl.program_id(0), count_pairs(ids_ptr, num_pairs, CHUNK))
+@triton.jit(do_not_specialize=["num_pairs", "part_pairs"])
+def moe_count_kernel(ids_ptr, counts_ptr, num_pairs, part_pairs, CHUNK: tl.constexpr):
+    """counts[expert, part] = pairs of it in this part of all, of `part_pairs` each."""
+    start = tl.program_id(1) * part_pairs
+    count = count_pairs(ids_ptr, start, tl.minimum(start + part_pairs, num_pairs), CHUNK)
+    tl.store(counts_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), count)
 
 
 @triton.jit
-def list_pairs(
-    ids_ptr, pairs_ptr, slots_ptr, num_pairs, count, first_block, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr
-):
-    """Program e lists the `count` pairs of expert e, in order, from block `first_block` on, with -1 behind the last of a block; with SLOTS
-    each pair's slot is kept, too."""
-    program = tl.program_id(0)
-    base = first_block * BLOCK_M
-    found = 0
-    if count > 0:
-        for start in range(0, num_pairs, CHUNK):
-            pair = start + tl.arange(0, CHUNK)
-            mine = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1) == program
-            slot = base + found + tl.cumsum(mine.to(tl.int32), 0) - 1
-            tl.store(pairs_ptr + slot, pair, mask=mine)
-            if SLOTS:
-                tl.store(slots_ptr + pair, slot, mask=mine)
-            found += tl.sum(mine.to(tl.int32), 0)
-        place = count + tl.arange(0, BLOCK_M)
-        tl.store(pairs_ptr + base + place, tl.full([BLOCK_M], -1, tl.int32), mask=place < tl.cdiv(count, BLOCK_M) * BLOCK_M)
+def list_pairs(ids_ptr, pairs_ptr, slots_ptr, first, end, slot, CHUNK: tl.constexpr, SLOTS: tl.constexpr):
+    """Program e lists those of pairs first..end - 1 that are of expert e, in order, from `slot` on; with SLOTS each pair's slot is kept,
+    too. Returns the slot behind the last."""
+    for start in range(first, end, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        mine = tl.load(ids_ptr + pair, mask=pair < end, other=-1) == tl.program_id(0)
+        own = slot + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(pairs_ptr + own, pair, mask=mine)
+        if SLOTS:
+            tl.store(slots_ptr + pair, own, mask=mine)
+        slot += tl.sum(mine.to(tl.int32), 0)
+    return slot
+
+
+@triton.jit
+def fill_up(pairs_ptr, slot, BLOCK_M: tl.constexpr):
+    """-1 from `slot` to the end of its block, if it is not the first of one."""
+    place = slot + tl.arange(0, BLOCK_M)
+    tl.store(pairs_ptr + place, tl.full([BLOCK_M], -1, tl.int32), mask=place < tl.cdiv(slot, BLOCK_M) * BLOCK_M)
 
 
 @triton.jit
@@ -93,11 +95,13 @@ def moe_route_kernel(
     token."""
     program = tl.program_id(0)
     if program < num_experts:
-        count = count_pairs(ids_ptr, num_pairs, CHUNK)
+        count = count_pairs(ids_ptr, 0, num_pairs, CHUNK)
         blocks = tl.cdiv(count, BLOCK_M)
         first_block, is_last = take_blocks(taken_ptr, blocks, num_experts)
-        list_pairs(ids_ptr, pairs_ptr, ids_ptr, num_pairs, count, first_block, BLOCK_M, CHUNK, False)
-        say_expert(block_expert_ptr, program, first_block, first_block + blocks)
+        if count > 0:
+            slot = list_pairs(ids_ptr, pairs_ptr, ids_ptr, 0, num_pairs, first_block * BLOCK_M, CHUNK, False)
+            fill_up(pairs_ptr, slot, BLOCK_M)
+            say_expert(block_expert_ptr, program, first_block, first_block + blocks)
         if is_last:
             say_expert(block_expert_ptr, -1, first_block + blocks, max_blocks)
     else:
@@ -112,7 +116,7 @@ def moe_route_kernel(
         tl.store(scales_ptr + token * groups_per_row + group[:, None], scale, mask=group[:, None] < groups_per_row)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "max_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "part_pairs", "max_blocks"])
 def moe_list_kernel(
     ids_ptr,
     counts_ptr,
@@ -121,24 +125,31 @@ def moe_list_kernel(
     slots_ptr,
     ends_ptr,
     num_pairs,
+    part_pairs,
     num_experts,
     max_blocks,
     PADDED_E: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """For many rows: program e lists the pairs of expert e, whose blocks follow those of expert e - 1, and says where they end: `ends`,
-    the slot behind its last pair, or that of its first block, if it has none."""
-    program = tl.program_id(0)
-    experts = tl.arange(0, PADDED_E)
-    blocks = tl.cdiv(tl.load(counts_ptr + experts, mask=experts < num_experts, other=0), BLOCK_M)
-    first_block = tl.sum(tl.where(experts < program, blocks, 0), 0)
-    count = tl.load(counts_ptr + program)
-    list_pairs(ids_ptr, pairs_ptr, slots_ptr, num_pairs, count, first_block, BLOCK_M, CHUNK, True)
-    say_expert(block_expert_ptr, program, first_block, first_block + tl.cdiv(count, BLOCK_M))
-    tl.store(ends_ptr + program, first_block * BLOCK_M + count)
-    if program == 0:
-        say_expert(block_expert_ptr, -1, tl.sum(blocks, 0), max_blocks)
+    """For many rows: program (e, part) lists the pairs of expert e in that part of all. An expert's blocks follow those of the one before;
+    `ends` is the slot behind its last pair, or that of its first block, if it has none."""
+    program, part = tl.program_id(0), tl.program_id(1)
+    experts, parts = tl.arange(0, PADDED_E)[:, None], tl.arange(0, PARTS)[None, :]
+    counts = tl.load(counts_ptr + experts * PARTS + parts, mask=experts < num_experts, other=0)
+    blocks = tl.cdiv(tl.sum(counts, 1), BLOCK_M)
+    first_block = tl.sum(tl.where(tl.arange(0, PADDED_E) < program, blocks, 0), 0)
+    before = tl.sum(tl.sum(tl.where((experts == program) & (parts < part), counts, 0), 1), 0)
+    start = part * part_pairs
+    end = tl.minimum(start + part_pairs, num_pairs)
+    slot = list_pairs(ids_ptr, pairs_ptr, slots_ptr, start, end, first_block * BLOCK_M + before, CHUNK, True)
+    if part == PARTS - 1:
+        fill_up(pairs_ptr, slot, BLOCK_M)
+        say_expert(block_expert_ptr, program, first_block, tl.cdiv(slot, BLOCK_M))
+        tl.store(ends_ptr + program, slot)
+        if program == 0:
+            say_expert(block_expert_ptr, -1, tl.sum(blocks, 0), max_blocks)
 
 
 @triton.jit
@@ -181,11 +192,16 @@ _SUM = {"rows_ptr": "*bf16", "ids_ptr": "*i64", "slots_ptr": "*i32", "num_expert
 _SUM |= {"row_width": "i32:16"}
 AOT = [
     (moe_route_kernel, _ROUTE, {"BLOCK_M": 16, "CHUNK": 1024, "GROUPS": 8}, {"num_warps": 4}),
-    (moe_count_kernel, {"ids_ptr": "*i64", "counts_ptr": "*i32", "num_pairs": "i32"}, {"CHUNK": 4096}, {"num_warps": 8}),
+    (
+        moe_count_kernel,
+        {"ids_ptr": "*i64", "counts_ptr": "*i32", "num_pairs": "i32", "part_pairs": "i32"},
+        {"CHUNK": 4096},
+        {"num_warps": 8},
+    ),
     (
         moe_list_kernel,
-        {**_LIST, "counts_ptr": "*i32", "slots_ptr": "*i32", "ends_ptr": "*i32"},
-        {"PADDED_E": 512, "BLOCK_M": 128, "CHUNK": 4096},
+        {**_LIST, "counts_ptr": "*i32", "slots_ptr": "*i32", "ends_ptr": "*i32", "part_pairs": "i32"},
+        {"PADDED_E": 512, "PARTS": 8, "BLOCK_M": 128, "CHUNK": 4096},
         {"num_warps": 8},
     ),
     *(
