@@ -21,6 +21,9 @@ PING_INTERVAL_S = 0.5
 MAX_MESSAGE_BYTES = 64 * 2**20
 """A prompt of 1,048,576 token ids takes 4 MB."""
 
+NO_PROXY = ("grpc.enable_http_proxy", 0)
+"""Peers are reached directly, whatever `http_proxy` in the environment says: a proxy knows no rank's address, least of all 127.0.0.1."""
+
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -31,6 +34,7 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 0),
+    NO_PROXY,
 )
 
 

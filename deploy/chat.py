@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from core.errors import Unavailable
+from deploy.client import open_url
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -59,7 +60,7 @@ def _deltas(base_url: str, api_key: str, body: dict[str, Any]) -> Iterator[dict[
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     request = urllib.request.Request(f"{base_url}/v1/chat/completions", json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=600) as response:
+        with open_url(request, 600.0) as response:
             for raw in response:
                 line = raw.decode().strip()
                 if not line.startswith("data: ") or line == "data: [DONE]":

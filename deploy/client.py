@@ -1,7 +1,8 @@
-"""The baton command's side of protos/control.proto."""
+"""The baton command's way to a running cluster: protos/control.proto, and HTTP."""
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import grpc
 
 from core.codec import decode_error
 from core.errors import Unavailable
-from core.rpc import token_metadata
+from core.rpc import NO_PROXY, token_metadata
 from protos import control_pb2, control_pb2_grpc
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ class ControlClient:
     def __init__(self, address: str, token: str) -> None:
         """`token`: the cluster's own (`ClusterFolder.read_control_token`)."""
         self._address, self._metadata = address, token_metadata(token)
-        self._channel = grpc.insecure_channel(address, options=(("grpc.max_reconnect_backoff_ms", 500),))
+        self._channel = grpc.insecure_channel(address, options=(("grpc.max_reconnect_backoff_ms", 500), NO_PROXY))
         self._stub = control_pb2_grpc.ControlStub(self._channel)
 
     def __enter__(self) -> ControlClient:
@@ -59,3 +60,8 @@ class ControlClient:
         if reply.HasField("error"):
             raise decode_error(reply.error)
         return list(reply.changes)
+
+
+def open_url(request: str | urllib.request.Request, timeout_s: float) -> Any:
+    """The response of a cluster's router, past any proxy that the environment names. Raises what urllib raises."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)

@@ -9,13 +9,12 @@ import shutil
 import socket
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 from core.config import differences, parse_config
 from core.errors import ConfigError, DeadlineExceeded, Unavailable
-from deploy.client import ControlClient
+from deploy.client import ControlClient, open_url
 from deploy.folder import ClusterFolder, ClusterState, end_processes, has_keeper, new_secret, processes_of
 from deploy.local import choose_ray_dir, launch
 from deploy.spec import ClusterSpec, check_files
@@ -237,7 +236,7 @@ def wait_for_router(spec: ClusterSpec) -> None:
     problem = ""
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{base_url(spec)}/ready", timeout=5):
+            with open_url(f"{base_url(spec)}/ready", 5.0):
                 return
         except (urllib.error.URLError, OSError) as error:
             problem = str(error)

@@ -11,7 +11,8 @@ import grpc
 import pytest
 
 from core.errors import ConfigError
-from core.rpc import Listener, new_server, token_metadata
+from core.rpc import Listener, new_channel, new_server, token_metadata
+from deploy.client import ControlClient
 from protos import control_pb2, control_pb2_grpc
 
 
@@ -109,3 +110,26 @@ def test_a_server_with_a_token_answers_only_calls_that_carry_it(
         assert status is (grpc.StatusCode.OK if is_let_in else grpc.StatusCode.UNAUTHENTICATED)
 
     asyncio.run(live())
+
+
+def test_a_proxy_named_in_the_environment_stands_between_no_processes_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and never listens
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{unused.getsockname()[1]}")
+
+        async def live() -> None:
+            listener = Listener("127.0.0.1", 0)
+            control_pb2_grpc.add_ControlServicer_to_server(Answers(), listener.server)
+            await listener.start()
+            channel = new_channel(f"127.0.0.1:{listener.port}")
+            try:
+                await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest(), timeout=10)
+                with ControlClient(f"127.0.0.1:{listener.port}", "t") as client:
+                    await asyncio.to_thread(client.status)
+            finally:
+                await channel.close()
+                await listener.stop(0.0)
+
+        asyncio.run(live())
