@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 import socket
+import subprocess
 import time
 import urllib.error
 from collections.abc import Callable
@@ -23,6 +24,11 @@ Say = Callable[[str], None]
 
 KEEPER_TIMEOUT_S = 180.0
 """Ray takes 5 s to start, and over 60 on two cores that are busy with much else. One that fails ends at once."""
+
+RAY_TRIES = 3
+RAY_WAS_LATE = "The current node timed out during startup"
+"""How a keeper ends whose Ray did not start its node in the 30 s that Ray 2.60 gives it, whatever the environment says."""
+
 GRACE_S = 15.0
 
 
@@ -33,7 +39,7 @@ def up(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
     """
     check_files(spec)
     with folder.locked():
-        if is_running(folder):
+        if is_running(folder, say):
             say(f"{spec.name} is running already")
             refuse_other_spec(folder, spec)
             wait_until_settled(folder, spec.placement.start_timeout_s, say)
@@ -62,15 +68,28 @@ def start(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
     say(f"starting Ray in {ray_dir}, on loopback only")
     if not ray_dir.is_relative_to(folder.path):
         say(f"  ({folder.path} is too long for unix sockets; {ray_dir} is removed by `baton down`)")
-    keeper, state = launch(folder, spec, ray_dir)
+    for tries_left in reversed(range(RAY_TRIES)):
+        keeper, state = launch(folder, spec, ray_dir)
+        if has_started(folder, keeper, state):
+            return
+        problem = _last_line(folder.keeper_log)
+        if not tries_left or RAY_WAS_LATE not in problem:
+            raise Unavailable(f"Ray or the controller did not start: {problem} (see {folder.keeper_log})")
+        say("  Ray did not start its node in 30 s, on a machine that is busy; trying again")
+        end_processes(state.marker, state.keeper_pid, GRACE_S)
+        shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+def has_started(folder: ClusterFolder, keeper: subprocess.Popen[bytes], state: ClusterState) -> bool:
+    """Returns when the controller answers; False when the keeper has ended before that, or took too long."""
     deadline = time.monotonic() + KEEPER_TIMEOUT_S
     with ControlClient(state.control_address, folder.read_control_token()) as client:
         while True:
             with contextlib.suppress(Unavailable):
                 client.status()
-                return
+                return True
             if keeper.poll() is not None or time.monotonic() > deadline:
-                raise Unavailable(f"Ray or the controller did not start: {_last_line(folder.keeper_log)} (see {folder.keeper_log})")
+                return False
             time.sleep(0.2)
 
 
@@ -132,17 +151,27 @@ def _shut_down(folder: ClusterFolder, state: ClusterState) -> None:
         client.shut_down()
 
 
-def is_running(folder: ClusterFolder) -> bool:
+def is_running(folder: ClusterFolder, say: Say) -> bool:
+    """Whether the cluster was started and has not ended. A controller that is away for a while, or has yet to start, is waited for:
+    ranks may serve without it. Raises Unavailable if it stays away."""
     state = folder.read()
-    if state is None:
+    if state is None or not has_keeper(state):
         return False
-    if not has_keeper(state):
-        return False
-    try:
-        with ControlClient(state.control_address, folder.read_control_token()) as client:
-            return bool(client.status().name == folder.name)
-    except Unavailable:
-        return False
+    deadline, has_told = time.monotonic() + KEEPER_TIMEOUT_S, False
+    with ControlClient(state.control_address, folder.read_control_token()) as client:
+        while has_keeper(state):
+            try:
+                return bool(client.status().name == folder.name)
+            except Unavailable as error:
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"{folder.name} was started, but {error}; `baton down -n {folder.name}` ends what there is"
+                    ) from error
+            if not has_told:
+                say(f"{folder.name} was started before; waiting for its controller")
+                has_told = True
+            time.sleep(0.3)
+    return False
 
 
 def sweep(folder: ClusterFolder) -> None:

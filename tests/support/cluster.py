@@ -25,9 +25,6 @@ from tests.support.shared_memory import left_over
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy/demo_model/checkpoint"
 
-UP_TRIES = 3
-RAY_WAS_LATE = "The current node timed out during startup"
-
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
@@ -72,13 +69,6 @@ class Cluster:
         return output
 
     def up(self, *overrides: str) -> str:
-        """Ray gives its node 30 s to start, which a busy machine may exceed, and `up` then ends with nothing left: it is tried again."""
-        for _ in range(UP_TRIES - 1):
-            try:
-                return self.baton("up", str(self.file), *overrides)
-            except AssertionError as error:
-                if RAY_WAS_LATE not in str(error):
-                    raise
         return self.baton("up", str(self.file), *overrides)
 
     @property

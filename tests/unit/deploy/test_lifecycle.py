@@ -1,0 +1,98 @@
+"""`baton up` and `down` where things go wrong half-way, without Ray."""
+
+from __future__ import annotations
+
+import pathlib
+import types
+from typing import Any
+
+import pytest
+
+from core.errors import Unavailable
+from deploy import lifecycle
+from deploy.folder import ClusterFolder, ClusterState, new_secret
+from deploy.spec import ClusterSpec, load_spec
+
+LOCAL_CPU = pathlib.Path(__file__).resolve().parents[3] / "deploy/clusters/local_cpu.yaml"
+STATE = ClusterState(marker="m", keeper_pid=1, control_address="127.0.0.1:1", ray_dir="/nowhere")
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> ClusterFolder:
+    found = ClusterFolder(tmp_path, "local_cpu")
+    found.logs.mkdir(parents=True)
+    new_secret(found.control_token_path)
+    return found
+
+
+class Ended:
+    """A keeper that has ended."""
+
+    def poll(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(("last_words", "num_tries"), [(f"Exception: {lifecycle.RAY_WAS_LATE}. This", 3), ("OSError: no space left", 1)])
+def test_a_ray_that_was_late_is_started_again_and_no_other(
+    last_words: str, num_tries: int, folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries, ended = list[pathlib.Path](), list[str]()
+
+    def launch(folder: ClusterFolder, spec: ClusterSpec, ray_dir: pathlib.Path) -> tuple[Ended, ClusterState]:
+        assert not ray_dir.exists(), "what the try before left is gone"
+        ray_dir.mkdir()
+        folder.keeper_log.write_text(f"Traceback\n{last_words}\n")
+        tries.append(ray_dir)
+        return Ended(), STATE
+
+    monkeypatch.setattr(lifecycle, "launch", launch)
+    monkeypatch.setattr(lifecycle, "choose_ray_dir", lambda folder: folder.path / "ray")
+    monkeypatch.setattr(lifecycle, "end_processes", lambda marker, *_: ended.append(marker))
+    with pytest.raises(Unavailable, match=f"did not start: {last_words.partition('.')[0]}"):
+        lifecycle.start(folder, load_spec(LOCAL_CPU), lambda line: None)
+    assert len(tries) == num_tries and len(ended) == num_tries - 1
+
+
+class Controller:
+    """Answers after it was asked so often."""
+
+    def __init__(self, num_silent: int) -> None:
+        self.num_silent = num_silent
+
+    def client(self, address: str, token: str) -> Any:
+        return self
+
+    def __enter__(self) -> Controller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def status(self) -> Any:
+        self.num_silent -= 1
+        if self.num_silent >= 0:
+            raise Unavailable("the controller at 127.0.0.1:1 does not answer (UNAVAILABLE)")
+        return types.SimpleNamespace(name="local_cpu")
+
+
+def test_up_waits_for_a_controller_that_is_being_restarted_and_ends_nothing(folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write(STATE)
+    said = list[str]()
+    monkeypatch.setattr(lifecycle, "has_keeper", lambda state: True)
+    monkeypatch.setattr(lifecycle, "ControlClient", Controller(2).client)
+    monkeypatch.setattr(lifecycle.time, "sleep", lambda seconds: None)
+    assert lifecycle.is_running(folder, said.append)
+    assert said == ["local_cpu was started before; waiting for its controller"]
+    monkeypatch.setattr(lifecycle, "KEEPER_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(lifecycle, "ControlClient", Controller(2).client)
+    with pytest.raises(Unavailable, match="`baton down -n local_cpu` ends what there is"):
+        lifecycle.is_running(folder, said.append)
+
+
+def test_a_cluster_whose_keeper_ends_meanwhile_has_ended(folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write(STATE)
+    answers = iter([True, True, False])
+    monkeypatch.setattr(lifecycle, "has_keeper", lambda state: next(answers))
+    monkeypatch.setattr(lifecycle, "ControlClient", Controller(1_000).client)
+    monkeypatch.setattr(lifecycle.time, "sleep", lambda seconds: None)
+    assert not lifecycle.is_running(folder, lambda line: None)
