@@ -25,10 +25,27 @@ class PackedExperts:
     """FP8 per token and 128 channels before each product (off in float32 mode)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """Rows that lie by expert, each expert's in a room of its own, mostly empty, and where their results go: rows [e, :counts[e]]. What is
+    behind them may be anything, and stays."""
+
+    codes: torch.Tensor
+    """e4m3 [E, room, d], contiguous."""
+    scale: torch.Tensor
+    """fp32 [E, room, d / 128], powers of two; strides of any order."""
+    counts: torch.Tensor
+    """int32 [E]."""
+    most: int
+    """Rows that there can be in all, whatever the counts."""
+    out: torch.Tensor
+    """bf16 [E, room, d]; rows may lie apart, at equal distances over all experts."""
+
+
 def moe_experts(
-    x: torch.Tensor | QuantizedRows,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
+    x: torch.Tensor | QuantizedRows | Rooms,
+    ids: torch.Tensor | None,
+    weights: torch.Tensor | None,
     experts: PackedExperts,
     limit: float,
     sum_dtype: torch.dtype = torch.float32,
@@ -37,7 +54,17 @@ def moe_experts(
     -1 for none; weights: fp32 [T, k]. Returns [T, d], the sum over k, in sum_dtype.
 
     Products are rounded to x's dtype; the weight is applied in fp32, before W2.
+
+    x in rooms: ids and weights are None, since where a row lies says whose it is, and weights stay elsewhere. Writes each row's result to
+    x.out, and returns that.
     """
+    if isinstance(x, Rooms):
+        for expert, count in enumerate(x.counts.tolist()):
+            rows = QuantizedRows(x.codes[expert, :count], x.scale[expert, :count], x.out.dtype)
+            one = torch.full((count, 1), expert, device=x.out.device)
+            x.out[expert, :count] = moe_experts(rows, one, torch.ones(count, 1, device=x.out.device), experts, limit, x.out.dtype)
+        return x.out
+    assert ids is not None and weights is not None, "rows that lie in no rooms, without ids or weights"
     assert experts.quantize_activations or isinstance(x, torch.Tensor), "experts that do not quantise, of quantised rows"
     quantize = act_quant if experts.quantize_activations else torch.Tensor.double
     inputs = quantize(x) if isinstance(x, torch.Tensor) else x.double()

@@ -10,6 +10,7 @@ import torch
 from engine.model.quantized import FP4_GROUP, FP8_BLOCK, QuantizedRows, QuantizedWeight
 from engine.ops.cases import Bench, Case, Draw, Weights, generator, randn
 from engine.ops.fp8_linear import quantize_rows
+from engine.ops.moe_experts import Rooms
 
 LIMIT = 10.0
 REASON = (
@@ -86,6 +87,39 @@ def experts(
     return draw
 
 
+def in_rooms(
+    num_experts: int,
+    room: int,
+    width: int,
+    inner: int,
+    most: int,
+    share: float = 0.5,
+    kind: str = "mxfp4",
+    is_wide: bool = False,
+    gap: int = 32,
+    skew: int = 3,
+) -> Draw:
+    """As DeepEP's low-latency mode leaves rows: `share` of the `most` that there may be have come, at random, unevenly over the experts
+    unless skew is 0; scales lie by columns, NaN is behind the rows and where results go, and `gap` channels between two of these."""
+
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        _, _, _, packed, limit = experts(0, num_experts, width, inner, 1, kind=kind, is_wide=is_wide)(device, seed)
+        random = generator(device, seed + 10_000)
+        ends = (torch.rand(num_experts, generator=random, device=device) ** skew).cumsum(0)
+        chosen = torch.searchsorted(ends, torch.rand(int(share * most), generator=random, device=device) * ends[-1])
+        counts = torch.bincount(chosen.clamp(max=num_experts - 1), minlength=num_experts).clamp(max=room).int()
+        rows = quantize_rows(randn(device, seed + 10_001, num_experts * room, width, dtype=torch.bfloat16))
+        codes = rows.codes.contiguous().view(num_experts, room, width)
+        scale = rows.scale.unflatten(0, (num_experts, room)).transpose(1, 2).contiguous().transpose(1, 2)
+        behind = (torch.arange(room, device=device)[None, :] >= counts[:, None])[..., None]
+        codes.view(torch.uint8).masked_fill_(behind, 0x7F)
+        scale.masked_fill_(behind, torch.nan)
+        out = torch.full((num_experts, room, width + gap), torch.nan, dtype=torch.bfloat16, device=device)[:, :, :width]
+        return Rooms(codes, scale, counts, most, out), None, None, packed, limit
+
+    return draw
+
+
 def _case(name: str, draw: Draw, tolerance: float = TOLERANCE, small: bool = False) -> Case:
     return Case(name, draw, LOOSE if small else tolerance, REASON, small)
 
@@ -104,6 +138,18 @@ CASES = (
     _case("many rows, widened", experts(260, 1, 128, 256, 1, is_wide=True), small=True),
     _case("rows of prompts", experts(3, 4, 256, 128, 2, as_prompts=True), small=True),
     _case("many rows of prompts", experts(260, 1, 256, 128, 1, is_wide=True, as_prompts=True), small=True),
+    _case("rooms, nothing has come", in_rooms(3, 4, 256, 128, 6, share=0.0), small=True),
+    _case("rooms, no rows", in_rooms(2, 4, 128, 128, 0), small=True),
+    _case("rooms", in_rooms(5, 8, 256, 128, 24), small=True),
+    _case("rooms, full", in_rooms(1, 20, 256, 128, 20, share=1.0), small=True),
+    _case("rooms, several blocks", in_rooms(2, 160, 128, 128, 150, share=1.0), small=True),
+    _case("rooms, FP8", in_rooms(3, 8, 256, 128, 12, kind="fp8"), small=True),
+    _case("rooms, widened", in_rooms(3, 8, 256, 128, 12, is_wide=True), small=True),
+    _case("rooms, many rows", in_rooms(1, 300, 128, 128, 260, share=1.0), small=True),
+    _case("Flash shape, rooms of 12 rows", in_rooms(16, 64, 4096, 2048, 12, share=1.0, gap=64)),
+    _case("Flash shape, rooms of 384 rows", in_rooms(16, 512, 4096, 2048, 384, gap=64)),
+    _case("Flash shape, rooms of 6,000 rows", in_rooms(16, 1024, 4096, 2048, 6000, gap=64)),
+    _case("Pro shape, rooms", in_rooms(12, 512, 7168, 3072, 768, share=0.9, gap=112)),
     _case("Flash shape, rows of prompts", experts(700, 16, 4096, 2048, is_wide=True, as_prompts=True)),
     _case("Flash shape, few rows of prompts", experts(40, 16, 4096, 2048, as_prompts=True)),
     _case("none of them here", experts(4, 8, 256, 256, 2, local=(8, 2))),
@@ -199,7 +245,17 @@ def _even_bench(rows: int) -> Bench:
     return Bench(f"64 experts, {rows} rows each", _evenly(rows, *shape), num_bytes, 2 * 64 * rows * 3 * 4096 * 2048, "fp8", baselines)
 
 
+def _rooms_bench(num_experts: int, most: int, rows: int) -> Bench:
+    """`rows` of the `most` that there may be, at random over the experts."""
+    active = num_experts * (1 - (1 - 1 / num_experts) ** rows)
+    num_bytes, flops = active * 3 * 4096 * 2048 * 17 / 32 + rows * 4096 * 3, 2 * rows * 3 * 4096 * 2048
+    draw = in_rooms(num_experts, max(512, most // num_experts), 4096, 2048, most, rows / most, gap=64, skew=0)
+    return Bench(f"Flash {num_experts} experts, rooms, {rows} of {most} rows", draw, int(num_bytes), flops, "fp8")
+
+
 BENCH = (
+    *(_rooms_bench(128, 2 * rows, rows) for rows in (6, 192, 768)),
+    _rooms_bench(16, 12288, 768),
     *(_even_bench(rows) for rows in (4, 16, 32, 128)),
     *(_bench(f"Flash 256 experts T={tokens}", tokens, 256, 4096, 2048) for tokens in (1, 8, 32, 128, 1024, 8192)),
     _bench("Flash 32 of 256 experts T=256", 256, 256, 4096, 2048, local=(64, 32)),

@@ -6,7 +6,7 @@ import deep_gemm
 import torch
 
 from engine.model.quantized import QuantizedRows, Weight
-from engine.ops.moe_experts import triton
+from engine.ops.moe_experts import Rooms, triton
 from engine.ops.moe_experts.tiles import PackedExperts, pack_experts
 
 MANY_ROWS = 144
@@ -14,15 +14,15 @@ MANY_ROWS = 144
 
 
 def run(
-    x: torch.Tensor | QuantizedRows,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
+    x: torch.Tensor | QuantizedRows | Rooms,
+    ids: torch.Tensor | None,
+    weights: torch.Tensor | None,
     experts: PackedExperts,
     limit: float,
     sum_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """As the reference, x in bf16, or quantised from it; sum_dtype float32 or bfloat16."""
-    if not experts.widens or ids.numel() < MANY_ROWS * experts.num_experts:
+    if isinstance(x, Rooms) or ids is None or weights is None or not experts.widens or ids.numel() < MANY_ROWS * experts.num_experts:
         return triton.run(x, ids, weights, experts, limit, sum_dtype)
     config = triton.Many(block_m=deep_gemm.get_mk_alignment_for_contiguous_layout())
     return triton.run_with(x, ids, weights, experts, limit, sum_dtype, config, multiply)

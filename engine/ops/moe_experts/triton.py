@@ -1,10 +1,11 @@
 """Routed experts, whatever the routing: no host synchronisation, a grid that depends on shapes only, no atomics on values.
 
-Few rows an expert (triton_few.py): four launches, experts read at 4 bits.
+Few rows an expert (few.py): four launches, experts read at 4 bits.
 1 route    lists each expert's (token, place) pairs in blocks, and quantises x to FP8
 2 hidden   w1 and w3, clamped SwiGLU, routing weight, FP8 again; one block of pairs and 128 channels a program
 3 out      w2, rounded to bf16, one row a pair
 4 sum      a token's rows in fp32, in order
+In rooms (`Rooms`) `hidden` and `out` work where the rows lie; 1 lists them by their counts, and 4 is not needed.
 
 Many rows (triton_many.py): MXFP4 is widened to FP8 in a workspace of a byte a weight, x is gathered by expert, and a grouped FP8
 product follows: ours, or that of a library with the same tiles.
@@ -20,36 +21,14 @@ import triton
 
 from core.errors import ConfigError
 from engine.model.quantized import FP8_BLOCK, QuantizedRows, Weight
-from engine.ops.moe_experts.tiles import MOST_SPLIT_BLOCKS, PackedExperts, Tiles, pack_experts
-from engine.ops.moe_experts.triton_few import moe_hidden_kernel, moe_out_kernel
+from engine.ops.moe_experts import Rooms
+from engine.ops.moe_experts.few import CHUNK, Few, run_batch, run_rooms
+from engine.ops.moe_experts.tiles import PackedExperts, Tiles, pack_experts
 from engine.ops.moe_experts.triton_many import moe_act_kernel, moe_gather_kernel, moe_many_kernel, moe_widen_kernel
-from engine.ops.moe_experts.triton_route import (
-    MOST_BLOCKS,
-    MOST_EXPERTS,
-    moe_count_kernel,
-    moe_list_kernel,
-    moe_route_kernel,
-    moe_sum_kernel,
-)
+from engine.ops.moe_experts.triton_route import moe_count_kernel, moe_list_kernel, moe_sum_kernel
 
-CHUNK = 4096
-"""Pairs that a listing program looks at in one go."""
 PARTS = 8
 """Of many pairs, which as many programs list side by side for each expert."""
-
-
-@dataclass(frozen=True, slots=True)
-class Few:
-    """Tiles of the kernels for few rows, chosen by rows an expert has on average (tests/benchmarks/results)."""
-
-    block_m: int
-    group_blocks: int
-    stages: int
-    hidden_splits: int = 1
-    out_splits: int = 1
-    warps: int = 4
-    registers: int | None = None
-    """The most a thread takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +48,9 @@ FEW_PAIRS = 4096
 """Rows an expert, or pairs in all, up to which tiles are of 16 rows. In a group of ranks most pairs' experts are elsewhere: 4,096 pairs are
 16 rows of each of 256 experts, wherever these are."""
 
+FEW_OF_MORE = Few(32, 4, 3)
+"""Beyond."""
+
 
 def choose(num_pairs: int, experts: PackedExperts) -> Few | Many:
     rows = num_pairs / experts.num_experts
@@ -79,7 +61,7 @@ def choose(num_pairs: int, experts: PackedExperts) -> Few | Many:
         return Few(16, 1, 3, 4, 2) if blocks <= 16 else Few(16, 1, 3, 2, 2)
     if rows <= FEW_ROWS or num_pairs <= FEW_PAIRS:
         return Few(16, 1, 3, registers=128)
-    return Few(32, 4, 3)
+    return FEW_OF_MORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +85,18 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Slot
 
 
 def run(
-    x: torch.Tensor | QuantizedRows,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
+    x: torch.Tensor | QuantizedRows | Rooms,
+    ids: torch.Tensor | None,
+    weights: torch.Tensor | None,
     experts: PackedExperts,
     limit: float,
     sum_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """As the reference, x in bf16, or quantised from it; sum_dtype float32 or bfloat16."""
+    if isinstance(x, Rooms):
+        config = choose(x.most, experts)
+        return run_rooms(x, experts, limit, config if isinstance(config, Few) else FEW_OF_MORE)
+    assert ids is not None and weights is not None, "rows that lie in no rooms, without ids or weights"
     return run_with(x, ids, weights, experts, limit, sum_dtype, choose(ids.numel(), experts))
 
 
@@ -132,7 +118,7 @@ def run_with(
     x = x.contiguous() if isinstance(x, torch.Tensor) else x
     ids, weights = ids.contiguous(), weights.contiguous()
     if isinstance(config, Few):
-        rows, slots = _few(x, ids, weights, experts, limit, config), ids
+        rows, slots = run_batch(x, ids, weights, experts, limit, config), ids
     else:
         rows, slots = _many(x, ids, weights, experts, limit, config, product or multiply)
     channels = min(1024, triton.next_power_of_2(experts.width))
@@ -150,95 +136,6 @@ def run_with(
         num_warps=4,
     )
     return out
-
-
-def _few(
-    x: torch.Tensor | QuantizedRows, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float, config: Few
-) -> torch.Tensor:
-    """bf16 [pairs, d]; rows of pairs that are not here are undefined."""
-    tokens, pairs, device, w13, w2 = len(ids), ids.numel(), ids.device, experts.w13, experts.w2
-    block_m, groups = config.block_m, min(8, triton.next_power_of_2(w13.k_tiles))
-    max_blocks = min(pairs, experts.num_experts) + pairs // block_m
-    assert max_blocks < MOST_BLOCKS.value and experts.num_experts <= MOST_EXPERTS.value, (
-        f"{max_blocks} blocks of {experts.num_experts} experts"
-    )
-    if isinstance(x, QuantizedRows):
-        assert x.codes.shape == (tokens, w13.k_tiles * FP8_BLOCK), f"{x.codes.shape}"
-        codes, scales, quantizers = x.codes.contiguous(), x.scale.contiguous(), 0
-    else:
-        codes = torch.empty(tokens, w13.k_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
-        scales = torch.empty(tokens, w13.k_tiles, dtype=torch.float32, device=device)
-        quantizers = tokens * triton.cdiv(w13.k_tiles, groups)
-    block_pairs = torch.empty(max_blocks * block_m, dtype=torch.int32, device=device)
-    block_expert = torch.empty(max_blocks, dtype=torch.int32, device=device)
-    moe_route_kernel[(experts.num_experts + quantizers,)](
-        ids,
-        x if isinstance(x, torch.Tensor) else codes,
-        codes,
-        scales,
-        block_pairs,
-        block_expert,
-        experts.taken,
-        pairs,
-        experts.num_experts,
-        max_blocks,
-        experts.width,
-        w13.k_tiles * FP8_BLOCK,
-        BLOCK_M=block_m,
-        CHUNK=min(CHUNK, max(32, triton.next_power_of_2(pairs))),
-        GROUPS=groups,
-        num_warps=4,
-    )
-    hidden = torch.empty(pairs, w13.num_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
-    hidden_scales = torch.empty(pairs, w13.num_tiles, dtype=torch.float32, device=device)
-    rows = torch.empty(pairs, experts.width, dtype=torch.bfloat16, device=device)
-    splits = config.hidden_splits, config.out_splits
-    assert max(splits) == 1 or max_blocks <= MOST_SPLIT_BLOCKS, f"{max_blocks} blocks cannot share K"
-    parts = [count * part for count, part in zip(splits, (2 * w13.num_tiles, w2.num_tiles), strict=True) if count > 1]
-    scratch = torch.empty(max(parts, default=0) * max_blocks * FP8_BLOCK * block_m, dtype=torch.float32, device=device)
-    tiles = {"BLOCK_M": block_m, "GROUP_BLOCKS": config.group_blocks, "NUM_STAGES": config.stages, "FP4": experts.fp4}
-    moe_hidden_kernel[(max_blocks * w13.num_tiles, splits[0])](
-        codes,
-        scales,
-        w13.codes,
-        w13.scale,
-        block_pairs,
-        block_expert,
-        weights,
-        hidden,
-        hidden_scales,
-        scratch,
-        experts.arrived,
-        max_blocks,
-        w13.num_tiles,
-        w13.k_tiles,
-        ids.shape[1],
-        limit,
-        **tiles,
-        SPLITS=splits[0],
-        num_warps=config.warps,
-        maxnreg=config.registers,
-    )
-    moe_out_kernel[(max_blocks * w2.num_tiles, splits[1])](
-        hidden,
-        hidden_scales,
-        w2.codes,
-        w2.scale,
-        block_pairs,
-        block_expert,
-        rows,
-        scratch,
-        experts.arrived,
-        max_blocks,
-        w2.num_tiles,
-        w2.k_tiles,
-        experts.width,
-        **tiles,
-        SPLITS=splits[1],
-        num_warps=config.warps,
-        maxnreg=config.registers,
-    )
-    return rows
 
 
 def _many(

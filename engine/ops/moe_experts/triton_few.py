@@ -128,14 +128,19 @@ def moe_hidden_kernel(
     num_tiles,
     k_tiles,
     top_k,
+    scale_row_stride,
+    scale_group_stride,
+    scale_expert_gap,
     limit,
     BLOCK_M: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     FP4: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
-    """hidden[pair] = quantised clamped SwiGLU(w1 x, w3 x) * weight, for one block of pairs and 128 channels.
+    """hidden[slot] = quantised clamped SwiGLU(w1 x, w3 x), times the weight of the slot's pair where they have weights, for one block of
+    slots and 128 channels. Scales of x lie `scale_expert_gap` further for each expert than their rows' number says.
 
     With SPLITS > 1 that many programs share K: few experts alone would leave multiprocessors idle."""
     block, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
@@ -149,10 +154,11 @@ def moe_hidden_kernel(
     gate = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     split = tl.program_id(1)
-    scale = tl.load(scales_ptr + tokens * k_tiles + k_tiles * split // SPLITS)
+    scale_at = scales_ptr + tokens * scale_row_stride + expert * scale_expert_gap
+    scale = tl.load(scale_at + k_tiles * split // SPLITS * scale_group_stride)
     for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
         x = load_x(codes_ptr + k * BLOCK, x_rows, FP4)
-        next_scale = tl.load(scales_ptr + tokens * k_tiles + tl.minimum(k + 1, k_tiles - 1))
+        next_scale = tl.load(scale_at + tl.minimum(k + 1, k_tiles - 1) * scale_group_stride)
         gate += partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
         up += partial(tiles_ptr, words_ptr, expert, 1, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
         scale = next_scale
@@ -172,10 +178,11 @@ def moe_hidden_kernel(
             up += tl.load(own + other * size + size // 2, mask=real, other=0.0, cache_modifier=".cg")
     gate = tl.minimum(round_bf16(gate), limit)
     up = tl.minimum(tl.maximum(round_bf16(up), -limit), limit)
-    weight = tl.load(weights_ptr + tl.maximum(pairs, 0))
-    hidden = gate / (1.0 + tl.exp(-gate)) * up * weight[None, :]
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    if WEIGHTED:
+        hidden = hidden * tl.load(weights_ptr + tl.maximum(pairs, 0))[None, :]
     out, out_scale = quantize(round_bf16(hidden), 0)
-    row = tl.maximum(pairs, 0).to(tl.int64)[None, :] * num_tiles + tile
+    row = (block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :] * num_tiles + tile
     tl.store(hidden_ptr + row * BLOCK + tl.arange(0, BLOCK)[:, None], out, mask=real)
     tl.store(hidden_scales_ptr + row, out_scale, mask=real)
 
@@ -195,19 +202,20 @@ def moe_out_kernel(
     num_tiles,
     k_tiles,
     width,
+    out_stride,
     BLOCK_M: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     FP4: tl.constexpr,
 ):
-    """out[pair] = w2 hidden[pair], bf16, for one block of pairs and 128 channels."""
+    """out[pair] = w2 hidden[slot], bf16, for one block of slots and 128 channels. Slots without a pair read the first of their block."""
     block, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:
         return
     pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    row = tl.maximum(pairs, 0).to(tl.int64)
+    row = block.to(tl.int64) * BLOCK_M + tl.where(pairs >= 0, tl.arange(0, BLOCK_M), 0)
     expert = expert.to(tl.int64)
     total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
     split = tl.program_id(1)
@@ -231,21 +239,29 @@ def moe_out_kernel(
             total += tl.load(own + other * size, mask=real, other=0.0, cache_modifier=".cg")
     channel = tile * BLOCK + tl.arange(0, BLOCK)
     out = tl.trans(to_bf16(total))
-    tl.store(out_ptr + row[:, None] * width + channel[None, :], out, mask=(pairs[:, None] >= 0) & (channel[None, :] < width))
+    out_row = out_ptr + tl.maximum(pairs, 0).to(tl.int64)[:, None] * out_stride
+    tl.store(out_row + channel[None, :], out, mask=(pairs[:, None] >= 0) & (channel[None, :] < width))
 
 
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
 _PRODUCT = {"pairs_ptr": _I32, "block_expert_ptr": _I32, "num_blocks": "i32", "num_tiles": _WIDE, "k_tiles": _WIDE}
 _PRODUCT |= {"hidden_ptr": _FP8, "hidden_scales_ptr": "*fp32", "scratch_ptr": "*fp32", "arrived_ptr": _I32}
 _HIDDEN = {**_PRODUCT, "codes_ptr": _FP8, "scales_ptr": "*fp32", "weights_ptr": "*fp32", "top_k": "i32", "limit": "fp32"}
-_OUT = {**_PRODUCT, "out_ptr": "*bf16", "width": _WIDE}
+_HIDDEN |= dict.fromkeys(("scale_row_stride", "scale_group_stride", "scale_expert_gap"), "i32")
+_OUT = {**_PRODUCT, "out_ptr": "*bf16", "width": _WIDE, "out_stride": _WIDE}
 
 
-def _variants(kernel, signature):
+def _variants(kernel, signature, **form):
     for fp4, block_m, splits in ((True, 16, 1), (True, 16, 4), (True, 32, 1), (False, 16, 1)):
-        constexprs = {"BLOCK_M": block_m, "GROUP_BLOCKS": 1, "NUM_STAGES": 3, "SPLITS": splits, "FP4": fp4}
+        constexprs = {"BLOCK_M": block_m, "GROUP_BLOCKS": 1, "NUM_STAGES": 3, "SPLITS": splits, "FP4": fp4, **form}
         weight = {"tiles_ptr": "*u8", "words_ptr": _I32} if fp4 else {"tiles_ptr": _FP8, "words_ptr": "*fp32"}
-        yield kernel, {**signature, **weight}, constexprs, {"num_warps": 4}
+        types = {name: kind for name, kind in {**signature, **weight}.items() if name not in form}
+        yield kernel, types, constexprs, {"num_warps": 4}
 
 
-AOT = [*_variants(moe_hidden_kernel, _HIDDEN), *_variants(moe_out_kernel, _OUT)]
+_ROOMS = {"WEIGHTED": False, "scale_row_stride": 1, "top_k": 1}
+AOT = [
+    *_variants(moe_hidden_kernel, _HIDDEN, WEIGHTED=True, scale_group_stride=1),
+    next(_variants(moe_hidden_kernel, _HIDDEN, **_ROOMS)),
+    *_variants(moe_out_kernel, _OUT),
+]

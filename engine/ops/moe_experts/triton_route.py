@@ -116,6 +116,23 @@ def moe_route_kernel(
         tl.store(scales_ptr + token * groups_per_row + group[:, None], scale, mask=group[:, None] < groups_per_row)
 
 
+@triton.jit(do_not_specialize=["max_blocks"])
+def moe_rooms_kernel(
+    counts_ptr, pairs_ptr, block_expert_ptr, taken_ptr, room, num_experts, max_blocks, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Program e lists the rows that have come for expert e: e * room + row, in blocks, with -1 behind the last of a block."""
+    expert = tl.program_id(0)
+    count = tl.load(counts_ptr + expert)
+    blocks = tl.cdiv(count, BLOCK_M)
+    first_block, is_last = take_blocks(taken_ptr, blocks, num_experts)
+    for start in range(0, blocks * BLOCK_M, CHUNK):
+        row = start + tl.arange(0, CHUNK)
+        tl.store(pairs_ptr + first_block * BLOCK_M + row, tl.where(row < count, expert * room + row, -1), mask=row < blocks * BLOCK_M)
+    say_expert(block_expert_ptr, expert, first_block, first_block + blocks)
+    if is_last:
+        say_expert(block_expert_ptr, -1, first_block + blocks, max_blocks)
+
+
 @triton.jit(do_not_specialize=["num_pairs", "part_pairs", "max_blocks"])
 def moe_list_kernel(
     ids_ptr,
@@ -188,10 +205,13 @@ _LIST = {"ids_ptr": "*i64", "pairs_ptr": "*i32", "block_expert_ptr": "*i32", "nu
 _LIST |= {"max_blocks": "i32"}
 _ROUTE = {**_LIST, "x_ptr": "*bf16", "codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "width": "i32:16", "padded_width": "i32:16"}
 _ROUTE |= {"taken_ptr": "*i32"}
+_ROOMS = dict.fromkeys(("counts_ptr", "pairs_ptr", "block_expert_ptr", "taken_ptr"), "*i32")
+_ROOMS |= dict.fromkeys(("room", "num_experts", "max_blocks"), "i32")
 _SUM = {"rows_ptr": "*bf16", "ids_ptr": "*i64", "slots_ptr": "*i32", "num_experts": "i32:16", "width": "i32:16"}
 _SUM |= {"row_width": "i32:16"}
 AOT = [
     (moe_route_kernel, _ROUTE, {"BLOCK_M": 16, "CHUNK": 1024, "GROUPS": 8}, {"num_warps": 4}),
+    *((moe_rooms_kernel, _ROOMS, {"BLOCK_M": block_m, "CHUNK": 128}, {"num_warps": 4}) for block_m in (16, 32)),
     (
         moe_count_kernel,
         {"ids_ptr": "*i64", "counts_ptr": "*i32", "num_pairs": "i32", "part_pairs": "i32"},
