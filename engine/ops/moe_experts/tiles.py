@@ -47,12 +47,21 @@ class PackedExperts:
     fp4: bool
     width: int
     """d."""
-    arrived: torch.Tensor
-    """int32 [MOST_SPLIT_TILES], zeros between calls: programs that have finished their part of a split tile."""
-    taken: torch.Tensor
-    """int32 [1], zero between calls: blocks that experts have taken for their pairs."""
+    counters: torch.Tensor
+    """int32 [MOST_SPLIT_TILES + 1], zeros between calls: `arrived`, then `taken`. In one piece, since a tensor with one entry would be one
+    expert's for who puts an expert in the place of another (parallel/packed.py)."""
     widens: bool
     """Whether MXFP4 tiles are exact in FP8 with one scale each; else the kernels for few rows serve any number."""
+
+    @property
+    def arrived(self) -> torch.Tensor:
+        """int32 [MOST_SPLIT_TILES]: programs that have finished their part of a split tile."""
+        return self.counters[:MOST_SPLIT_TILES]
+
+    @property
+    def taken(self) -> torch.Tensor:
+        """int32 [1]: blocks that experts have taken for their pairs."""
+        return self.counters[MOST_SPLIT_TILES:]
 
     @property
     def num_experts(self) -> int:
@@ -84,9 +93,8 @@ def pack_experts(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_
     gates, downs, ups = quantized
     w13, first_widens = _pack_tiles([(gate, up) for gate, up in zip(gates, ups, strict=True)], fp4)
     w2_tiles, second_widens = _pack_tiles([(down,) for down in downs], fp4)
-    arrived = torch.zeros(MOST_SPLIT_TILES, dtype=torch.int32, device=w13.codes.device)
-    taken = torch.zeros(1, dtype=torch.int32, device=w13.codes.device)
-    return PackedExperts(w13, w2_tiles, fp4, downs[0].shape[0], arrived, taken, first_widens and second_widens)
+    counters = torch.zeros(MOST_SPLIT_TILES + 1, dtype=torch.int32, device=w13.codes.device)
+    return PackedExperts(w13, w2_tiles, fp4, downs[0].shape[0], counters, first_widens and second_widens)
 
 
 def _pack_tiles(experts: Sequence[tuple[QuantizedWeight, ...]], fp4: bool) -> tuple[Tiles, bool]:

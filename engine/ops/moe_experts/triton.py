@@ -275,4 +275,4 @@ def widen(experts: PackedExperts) -> PackedExperts:
     def wide(tiles: Tiles) -> Tiles:
         return Tiles(*_widened(tiles, fp4=True), tiles.num_tiles, tiles.k_tiles, tiles.places)
 
-    return PackedExperts(wide(experts.w13), wide(experts.w2), False, experts.width, experts.arrived, experts.taken, True)
+    return PackedExperts(wide(experts.w13), wide(experts.w2), False, experts.width, experts.counters, True)
