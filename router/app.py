@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from core.errors import BatonError, Cancelled, InternalError, InvalidRequest, ModelNotFound, TooLarge, Unauthorized
 from core.log import get_logger
 from router import completions
-from router.chat import CHAT, MESSAGES, RESPONSES, Chat, ChatFormat, Dialect, sse
+from router.chat import Chat, ChatFormat, sse
+from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect
 from router.errors import body_of, response_of
 from router.members import Members
 from router.service import Service
@@ -74,8 +75,13 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         """404 and 405 of the routing itself."""
-        shown = NoRoute(f"no route {request.method} {request.url.path[:200]}", error.status_code)
-        return response_of(shown, anthropic=_is_anthropic(request.url.path))
+        words, path = f"no route {request.method} {request.url.path[:200]}", request.url.path
+        allowed = (error.headers or {}).get("Allow")
+        response = response_of(
+            NoRoute(f"{words}; allowed: {allowed}" if allowed else words, error.status_code), anthropic=_is_anthropic(path)
+        )
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:

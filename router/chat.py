@@ -21,25 +21,11 @@ import orjson
 
 from core.errors import InvalidRequest, ModelNotFound
 from core.request import FinishReason, SamplingParams
+from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect
 from router.interleave import interleaved
+from router.refusals import REFUSED, refusal, refuse_unenforceable, refuse_unservable
 from router.sampling import boolean, number, sampling_params
 from router.service import Service
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    request: Any
-    response: Any
-    id_prefix: str
-    prompt_key: str
-    max_tokens_keys: tuple[str, ...]
-
-
-CHAT = Dialect(
-    recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-", "messages", ("max_completion_tokens", "max_tokens")
-)
-RESPONSES = Dialect(recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", "input", ("max_output_tokens",))
-MESSAGES = Dialect(recipe.MessagesRequest, recipe.MessagesResponse, "msg_", "messages", ("max_tokens",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +50,22 @@ class ChatFormat:
         self._encoding = recipe.DeepseekV4Encoding().with_tokenizer(self.tokenizer)
 
     def parse(self, body: Mapping[str, Any], dialect: Dialect) -> ChatRequest:
-        """Raises InvalidRequest (or a kin) with the library's own words where it refuses."""
+        """Raises InvalidRequest (or a kin) naming field and what is allowed."""
         service = self._service
         if not isinstance(body.get("model"), str):
-            raise InvalidRequest("model must be a string", param="model")
+            raise InvalidRequest(f"model must be a string; this server has {service.model!r}", param="model")
         if body["model"] != service.model:
             raise ModelNotFound(f"the model {body['model'][:100]!r} does not exist; this server has {service.model!r}", param="model")
-        given = [body[key] for key in dialect.max_tokens_keys if body.get(key) is not None]
-        checked = {"max_tokens": given[0] if given else None}
-        max_tokens = number(checked, "max_tokens", 1, 2**31, None, integer=True)
+        max_tokens_key = next((key for key in dialect.max_tokens_keys if body.get(key) is not None), dialect.max_tokens_keys[0])
+        max_tokens = number(body, max_tokens_key, 1, 2**31, None, integer=True)
         n = number(body, "n", 1, service.config.max_n if dialect is CHAT else 1, 1, integer=True)
+        sampling = sampling_params(
+            body, max_tokens=max_tokens or 1, num_logprobs=None, num_prompt_logprobs=None, vocab_size=service.codec.vocab_size
+        )
         refuse_unservable(body, dialect)
-        rest = {key: value for key, value in body.items() if key not in ("n", *dialect.max_tokens_keys)}
+        rest = {key: value for key, value in body.items() if key not in ("n", "seed", *dialect.max_tokens_keys)}
+        if dialect is CHAT:  # OpenAI's newer word for the same
+            rest["messages"] = [{**one, "role": "system"} if one.get("role") == "developer" else one for one in body["messages"]]
         if dialect is MESSAGES:
             rest["max_tokens"] = max_tokens or 1
         if dialect is RESPONSES and max_tokens is not None:
@@ -91,18 +81,13 @@ class ChatFormat:
             rendered = self._encoding.render_conversation(converted.conversation).prompt
             service.codec.refuse_overlong(rendered, service.longest(), dialect.prompt_key)
             prompt = tuple(self._encoding.encode(converted.conversation))
-        except recipe.ConversionError as error:
-            raise InvalidRequest(_message_of(error.body)) from error
-        except (ValueError, TypeError, RuntimeError, orjson.JSONEncodeError) as error:
-            raise InvalidRequest(str(error)) from error
-        allowed = service.check_length(len(prompt), max_tokens, dialect.prompt_key)
+        except REFUSED as error:
+            raise refusal(error, rest, dialect, options) from error
         inference = converted.inference_options
-        sampling = sampling_params(
-            body,
-            max_tokens=allowed,
+        sampling = dataclasses.replace(
+            sampling,
+            max_tokens=service.check_length(len(prompt), max_tokens, dialect.prompt_key, max_tokens_key),
             num_logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
-            num_prompt_logprobs=None,
-            vocab_size=service.codec.vocab_size,
         )
         stream_options = body.get("stream_options") or {}
         if not isinstance(stream_options, dict):
@@ -117,41 +102,6 @@ class ChatFormat:
         if not isinstance(extra, dict):
             raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
         return boolean(extra, "thinking", boolean(extra, "enable_thinking", self._default_thinking))
-
-
-def refuse_unservable(body: Mapping[str, Any], dialect: Dialect) -> None:
-    """Raises InvalidRequest for what the library would pass over or paint over (a picture becomes the words "[Unsupported Image]")."""
-    key = "input" if dialect is RESPONSES else "messages"
-    if isinstance(body.get(key), list) and _holds_image(body[key]):
-        raise InvalidRequest("images are not supported by this model", param=key)
-    if dialect is RESPONSES:
-        for key in ("previous_response_id", "conversation", "background"):
-            if body.get(key):
-                raise InvalidRequest(f"{key} is not supported: this server keeps no responses; send the whole conversation", param=key)
-
-
-def _holds_image(messages: list[Any]) -> bool:
-    """Whether a content part of any message, also inside a tool's result, is a picture."""
-    left = list(messages)
-    while left:
-        part = left.pop()
-        if not isinstance(part, dict):
-            continue
-        if part.get("type") in ("image_url", "input_image", "image"):
-            return True
-        for key in ("content", "output"):
-            if isinstance(inside := part.get(key), list):
-                left += inside
-    return False
-
-
-def refuse_unenforceable(converted: recipe.ConversationRequest) -> None:
-    """Raises InvalidRequest for an output format that nothing here holds the model to."""
-    wanted = converted.conversation.response_format
-    if wanted in ("json_schema", "regex"):
-        raise InvalidRequest(
-            f"response_format {wanted} cannot be enforced by this server; allowed: text, json_object", param="response_format"
-        )
 
 
 class Chat:
@@ -276,12 +226,3 @@ class Chat:
 def sse(data: bytes, event: str | None = None) -> bytes:
     """One server-sent event."""
     return (b"event: " + event.encode() + b"\n" if event else b"") + b"data: " + data + b"\n\n"
-
-
-def _message_of(body: str) -> str:
-    """The sentence inside an error body of any dialect."""
-    try:
-        error = orjson.loads(body)["error"]
-        return str(error["message"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return body

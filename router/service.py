@@ -53,9 +53,10 @@ class Service:
             raise NoMembers("not every rank has answered since this router started: how long a sequence may be is not known yet")
         return self.max_model_len
 
-    def check_length(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> int:
-        """Tokens that may be generated: max_tokens, or what is left of the longest sequence. `param`: the field of the prompt. Raises
-        InvalidRequest or PromptTooLong, and NoMembers while the longest sequence is not known."""
+    def check_length(self, num_prompt_tokens: int, max_tokens: int | None, param: str, max_tokens_key: str = "max_tokens") -> int:
+        """Tokens that may be generated: max_tokens, or what is left of the longest sequence. `param` and `max_tokens_key`: the fields of
+        prompt and max_tokens in the client's dialect. Raises InvalidRequest or PromptTooLong, and NoMembers while the longest sequence
+        is not known."""
         room = self.longest() - num_prompt_tokens
         if room < 1:
             raise PromptTooLong(
@@ -64,9 +65,9 @@ class Service:
             )
         if max_tokens is not None and max_tokens > room:
             raise InvalidRequest(
-                f"max_tokens is {max_tokens}, the prompt has {num_prompt_tokens} tokens: together more than the {self.max_model_len} that "
-                "a sequence may have",
-                param="max_tokens",
+                f"{max_tokens_key} is {max_tokens}, the prompt has {num_prompt_tokens} tokens: together more than the "
+                f"{self.max_model_len} that a sequence may have",
+                param=max_tokens_key,
             )
         return max_tokens or room
 

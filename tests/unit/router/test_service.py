@@ -17,8 +17,9 @@ from core.clock import SystemClock
 from core.errors import MemberLost
 from core.request import FinishReason, Request
 from router import completions
-from router.chat import CHAT, Chat, ChatFormat
+from router.chat import Chat, ChatFormat
 from router.config import RouterConfig
+from router.dialects import CHAT
 from router.metrics import RouterMetrics
 from router.relay import Journey, Output, Relay
 from router.service import Service
