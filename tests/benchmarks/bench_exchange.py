@@ -11,6 +11,11 @@ formats that were made before: two collectives, or DeepEP's dispatch and combine
 collectives. For prompts these send FP8 values, their scales and labels, and bf16 sums back; "wide" are those that send bf16 values and,
 of collectives, fp32 sums. What the results are is for tests/parity/test_exchange_gpus.py to say. On CPUs (`--device cpu`) the collectives
 are gloo's.
+
+DeepEP in decode, on either side: tokens end in rooms by expert, and results are sent from where experts leave them, DeepEP's own buffer.
+`deepep` is that and the choice of copies, with the count of load, before; what lists the rows of rooms for the experts' products is part
+of `moe_experts`, as the listing of other rows is, and in no column. "DeepEP, copied" is the bare calls with a combine that fetches
+results from a tensor. Up to 20c26b5 `deepep` stood beside that one, and held two launches more, which took rows out of rooms and back.
 """
 
 from __future__ import annotations
@@ -28,9 +33,10 @@ import torch
 
 from engine.config import EngineConfig
 from engine.ops.exchange_pack_fp8 import row_words
-from engine.ops.expert_exchange import ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.expert_exchange.gather import GatherExchange
 from engine.ops.fp8_linear import quantize_rows
+from engine.ops.moe_experts import Rooms
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, even_placement
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
@@ -73,9 +79,17 @@ def ours(exchange: ExpertExchange, load: Load, group: Group, device: torch.devic
     choice = SlotChoice(even_placement(load.experts, group.size), group.rank, device)
     exchange.rows = load.tokens
     first = exchange.dispatch(x, ids, weights, positions, choice)
-    rows = torch.ones(len(first.ids), load.hidden, dtype=first.sum_dtype, device=device)
+    rows = results_for(first, load.hidden)
     exchange.combine(rows, first)
     return lambda: exchange.combine(rows, exchange.dispatch(x, ids, weights, positions, choice))
+
+
+def results_for(arrived: Arrived, hidden: int) -> torch.Tensor:
+    """In place of what experts make of `arrived`; of rows in rooms where their results would lie, which is the same place each time."""
+    if isinstance(arrived.x, Rooms):
+        return arrived.x.out
+    assert arrived.ids is not None
+    return torch.ones(len(arrived.ids), hidden, dtype=arrived.sum_dtype, device=arrived.ids.device)
 
 
 def bare_collectives(load: Load, group: Group, device: torch.device, is_wide: bool) -> Callable[[], object]:
@@ -98,32 +112,37 @@ def bare_collectives(load: Load, group: Group, device: torch.device, is_wide: bo
     return call
 
 
-def bare_deepep(exchange: Any, load: Load, group: Group, device: torch.device, is_wide: bool) -> Callable[[], object]:
-    """With the buffer of `exchange`: a process has one NVSHMEM. Wide: prompts in bf16."""
+def bare_normal(exchange: Any, load: Load, group: Group, device: torch.device, is_wide: bool) -> Callable[[], object]:
+    """DeepEP for prompts, with the buffer of `exchange`: a process has one NVSHMEM. Wide: in bf16."""
     buffer = exchange._buffer
     x, ids, weights = load.draw(group.rank, device)
-    if not load.is_decode:
-        per_rank, _, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(ids, exchange._num_slots)
-        layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": is_in_rank, "num_tokens_per_expert": per_expert}
-        quantized = quantize_rows(x)
-        sent = x if is_wide else (quantized.codes, quantized.scale.contiguous())
-        _, places, _, _, handle, _ = buffer.dispatch(sent, **layout, topk_idx=ids, topk_weights=weights)
-        rows = torch.ones(len(places), load.hidden, dtype=torch.bfloat16, device=device)
-        buffer.combine(rows, handle)
+    per_rank, _, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(ids, exchange._num_slots)
+    layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": is_in_rank, "num_tokens_per_expert": per_expert}
+    quantized = quantize_rows(x)
+    sent = x if is_wide else (quantized.codes, quantized.scale.contiguous())
+    _, places, _, _, handle, _ = buffer.dispatch(sent, **layout, topk_idx=ids, topk_weights=weights)
+    rows = torch.ones(len(places), load.hidden, dtype=torch.bfloat16, device=device)
+    buffer.combine(rows, handle)
 
-        def normal() -> None:
-            buffer.get_dispatch_layout(ids, exchange._num_slots)
-            buffer.combine(rows, buffer.dispatch(sent, **layout, topk_idx=ids, topk_weights=weights)[4])
+    def call() -> None:
+        buffer.get_dispatch_layout(ids, exchange._num_slots)
+        buffer.combine(rows, buffer.dispatch(sent, **layout, topk_idx=ids, topk_weights=weights)[4])
 
-        return normal
-    shape = (exchange._experts, exchange._max_tokens * group.size, load.hidden)
-    rows = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    return call
 
-    def low_latency() -> None:
+
+def bare_low_latency(exchange: Any, load: Load, group: Group, device: torch.device, is_copied: bool) -> Callable[[], object]:
+    """DeepEP in decode, with the buffer of `exchange`. `is_copied`: the combine fetches results from a tensor; else they lie where it sends
+    from, as the adapter has them."""
+    buffer = exchange._buffer
+    x, ids, weights = load.draw(group.rank, device)
+    rows = torch.zeros(exchange._experts, exchange._max_tokens * group.size, load.hidden, dtype=torch.bfloat16, device=device)
+
+    def call() -> None:
         handle = buffer.low_latency_dispatch(x, ids, exchange._max_tokens, exchange._num_slots, use_fp8=True, round_scale=True)[2]
-        buffer.low_latency_combine(rows, ids, weights, handle)
+        buffer.low_latency_combine(rows, ids, weights, handle, zero_copy=not is_copied)
 
-    return low_latency
+    return call
 
 
 class Exchanges:
@@ -163,9 +182,9 @@ def bodies(
     if device.type == "cpu" or not load.is_decode:  # the reference asks the host for sizes, which a graph cannot
         yield "reference", "collectives", lambda: ours(exchanges.of("reference", load), load, group, device)
     if exchanges.no_deepep is None:
-        yield "DeepEP", "", lambda: bare_deepep(exchanges.of("deepep", load), load, group, device, False)
-        if not load.is_decode:
-            yield "DeepEP, wide", "", lambda: bare_deepep(exchanges.of("deepep", load), load, group, device, True)
+        bare, other = (bare_low_latency, "DeepEP, copied") if load.is_decode else (bare_normal, "DeepEP, wide")
+        yield "DeepEP", "", lambda: bare(exchanges.of("deepep", load), load, group, device, False)
+        yield other, "", lambda: bare(exchanges.of("deepep", load), load, group, device, True)
         yield "deepep", "DeepEP", lambda: ours(exchanges.of("deepep", load), load, group, device)
 
 

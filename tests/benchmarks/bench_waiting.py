@@ -35,7 +35,7 @@ from engine.ops.expert_exchange import Arrived, ExpertExchange
 from engine.parallel.experts import ExpertShare, LayerShare, Sharing
 from engine.parallel.group import Group, Limits, Seat
 from tests.benchmarks.bench_engine import FILLED_TOKENS, cut_shape, fill, new_sequence
-from tests.benchmarks.bench_exchange import captured, publish, run_ranks, slowest_of
+from tests.benchmarks.bench_exchange import captured, publish, results_for, run_ranks, slowest_of
 from tests.benchmarks.step_profile import kernel_spans
 
 EXCHANGE_KERNELS = ("ncclDevKernel", "deep_ep::", "direct_dispatch", "direct_combine")
@@ -108,7 +108,7 @@ class Bench:
         x = torch.randn(self.batch, model.hidden_size, generator=generator).to(self.loaded.device, torch.bfloat16)
         positions = torch.arange(self.batch, device=x.device)
         rows = layers[0].dispatch(x, ids, weights, positions)
-        sums = torch.ones(len(rows.ids), model.hidden_size, dtype=rows.sum_dtype, device=x.device)
+        sums = results_for(rows, model.hidden_size)
         layers[0].exchange.combine(sums, rows)
 
         def run() -> None:

@@ -228,7 +228,7 @@ WITH_DEEPEP = dataclasses.replace(
     prefill_bytes=4.0,
     sources=AS_MEASURED.sources
     | {
-        "small_launches": "as measured, and exchange_slots, exchange_take, exchange_put",
+        "small_launches": "as measured, and the adapter's three at 27ebf0b; since 20c26b5 it has one, and no sum of experts' rows follows",
         "exchange": "DeepEP 1.2.1: low latency for decode, normal mode for prompts",
         "most_ranks": "DeepEP's kernels",
         "dispatch_s": "measured alone, two H200s: 35 us for 32 to 128 tokens",

@@ -149,8 +149,9 @@ class _Buffer:
                 scales[expert, counts[expert]] = row_scales[token]
                 sources.append((rank, token, place, expert, int(counts[expert])))
                 counts[expert] += 1
-        rows = torch.full((local, room, _row_bytes(x.shape[1]) // 2), torch.nan, dtype=torch.bfloat16)
-        self._next = rows[:, :, : x.shape[1]]  # rows of the send buffer end with room for other formats
+        if self._next is None:  # one place for all layers; rows of the send buffer end with room for other formats
+            self._next = torch.empty(local, room, _row_bytes(x.shape[1]) // 2, dtype=torch.bfloat16)[:, :, : x.shape[1]]
+        self._next.fill_(torch.nan)
         return (codes, scales), counts, (sources, len(x)), None, None
 
     def get_next_low_latency_combine_buffer(self, handle: Any) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 
 from engine.model.quantized import QuantizedRows
 from engine.ops import requires
+from engine.ops.moe_experts import Rooms
 from engine.ops.registry import BoundOps, Impl, Op
 from engine.parallel.expert_placement import SlotChoice
 from engine.parallel.group import Group
@@ -40,14 +41,14 @@ class ExchangeShape:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """Rows for the experts of this rank."""
+    """Rows for the experts of this rank, as `moe_experts` takes them."""
 
-    x: torch.Tensor | QuantizedRows
-    """[R, d], in the sender's dtype, or quantised from it."""
-    ids: torch.Tensor
-    """int64 [R, j]: places of experts on this rank, from 0; -1 is none."""
-    weights: torch.Tensor
-    """fp32 [R, j]."""
+    x: torch.Tensor | QuantizedRows | Rooms
+    """[R, d], in the sender's dtype, or quantised from it; or in rooms, which say whose each row is."""
+    ids: torch.Tensor | None
+    """int64 [R, j]: places of experts on this rank, from 0; -1 is none. None of rows in rooms."""
+    weights: torch.Tensor | None
+    """fp32 [R, j]. None of rows in rooms."""
     way_back: Any
     """The backend's own."""
     sum_dtype: torch.dtype = torch.float32
@@ -64,8 +65,8 @@ class ExpertExchange(Protocol):
         ...
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        """rows: [R, d] in arrived.sum_dtype, what `moe_experts` made of `arrived`. Returns [T, d]: for each token the sum over its experts,
-        fp32, or bf16 from a backend that rounds it to that."""
+        """rows: what `moe_experts` made of `arrived`: [R, d] in arrived.sum_dtype, or the rooms' `out`. Returns [T, d]: for each token the
+        sum over its experts, fp32, or bf16 from a backend that rounds it to that."""
         ...
 
     def check(self) -> None:

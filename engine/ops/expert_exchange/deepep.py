@@ -1,8 +1,8 @@
 """DeepEP 1.2.1: normal mode for prefill, low-latency mode for decode (inside CUDA graphs: no size depends on the routing).
 
 normal        a token goes once to each rank that has experts of it, in FP8, as experts take it; that rank's sum for it comes back in bf16
-low latency   a token goes once for each expert, in FP8 with scales that are powers of two, as experts take it; results come back in
-              bf16, in which they are, and are weighted and added up at home
+low latency   a token goes once for each expert, in FP8 with scales that are powers of two, as experts take it; these read it where it
+              arrives and leave their results, bf16, where DeepEP sends them from; weighted and added up at home
 
 Both round a token's sum to bf16. Low latency applies the weight after w2 in place of before, so the FP8 rounding of the hidden values
 differs: about 4 % of a row's norm, as with any other order of weight and rounding.
@@ -20,6 +20,7 @@ from core.errors import ConfigError, GroupLost
 from core.log import get_logger
 from engine.model.quantized import FP8_BLOCK, QuantizedRows
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.moe_experts import Rooms
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import SlotChoice
 from engine.parallel.group import Group
@@ -118,8 +119,7 @@ class NormalExchange(_Buffer):
 
 
 class LowLatencyExchange(_Buffer):
-    """What arrives lies in a buffer [experts, room, d], mostly empty; `dispatch` takes the rows together, into as many as there can be
-    at most, and `combine` puts the results back to where theirs came from. Other ranks bring as many rows, or at most `rows`."""
+    """What arrives lies in rooms, one for each expert. Other ranks bring as many rows, or at most `rows`."""
 
     def __init__(self, group: Group, shape: ExchangeShape, ops: BoundOps) -> None:
         if shape.hidden_size not in HIDDEN_SIZES:
@@ -136,24 +136,24 @@ class LowLatencyExchange(_Buffer):
         super().__init__(group, 0, hint, low_latency_mode=True, num_qps_per_rank=self._experts, allow_mnnvl=True)
 
     def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
-        """weights stay at home: `Arrived.weights` are ones, and `combine` applies them. Rows that only fill up go nowhere."""
+        """weights stay at home: `combine` applies them. Rows that only fill up go nowhere."""
         assert len(x) <= self._max_tokens, f"{len(x)} tokens; the buffers are for {self._max_tokens}"
         slots = self._ops.exchange_slots(ids, positions, choice.table, choice.turns, choice.load)
         (codes, scales), counts, handle, _, _ = self._buffer.low_latency_dispatch(
             x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )
         most = max(len(x), self.rows) * self._size * min(slots.shape[1], self._experts)
-        rows, row_scales, experts, ones, places = self._ops.exchange_take(codes, scales, counts, most)
-        return Arrived(QuantizedRows(rows, row_scales, x.dtype), experts, ones, (handle, slots, weights, places), torch.bfloat16)
+        rooms = Rooms(codes, scales, counts, most, self._buffer.get_next_low_latency_combine_buffer(handle))
+        return Arrived(rooms, None, None, (handle, slots, weights), torch.bfloat16)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        handle, slots, weights, places = arrived.way_back
-        buffer: Any = self._buffer.get_next_low_latency_combine_buffer(handle)
-        self._ops.exchange_put(rows, places, buffer)
-        # With zero_copy the rows are read from that buffer. Its rows lie apart, and the first argument must be contiguous all the same: it
-        # says shape and dtype, and nothing is read from it.
-        experts, room, width = buffer.shape
-        shape = buffer.as_strided((experts, room, width), (room * width, width, 1))
+        """rows: the `out` of the rooms."""
+        assert isinstance(arrived.x, Rooms) and rows.data_ptr() == arrived.x.out.data_ptr(), "results lie elsewhere"
+        handle, slots, weights = arrived.way_back
+        # With zero_copy results are read from DeepEP's buffer. Its rows lie apart, and the first argument must be contiguous all the same:
+        # it says shape and dtype, and nothing is read from it.
+        experts, room, width = rows.shape
+        shape = rows.as_strided((experts, room, width), (room * width, width, 1))
         total: torch.Tensor = self._buffer.low_latency_combine(shape, slots, weights, handle, zero_copy=True)[0]
         return total
 

@@ -43,6 +43,6 @@ def test_deepep_stands_beside_its_own_calls(monkeypatch: pytest.MonkeyPatch) -> 
     first, second = run_group(2, rank)
     assert first == second
     found = [(row["mode"], row["what"], row["beside"]) for row in first if "eep" in str(row["what"]).lower()]
-    rows = [("decode", "DeepEP", "-"), ("decode", "deepep", "DeepEP")]
+    rows = [("decode", "DeepEP", "-"), ("decode", "DeepEP, copied", "-"), ("decode", "deepep", "DeepEP")]
     assert found == [*rows, ("prefill", "DeepEP", "-"), ("prefill", "DeepEP, wide", "-"), ("prefill", "deepep", "DeepEP")]
     sys.modules.pop("engine.ops.expert_exchange.deepep", None)

@@ -12,10 +12,10 @@ import torch
 
 from core.errors import ConfigError
 from engine.ops.expert_exchange import ExchangeShape
-from engine.ops.moe_experts import moe_experts
+from engine.ops.moe_experts import Rooms, moe_experts
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
 from engine.parallel.group import Group, Limits
-from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, packed, positions_of, reference_ops, tokens_of
+from tests.support.experts import EXPERTS, HIDDEN, LIMIT, SKEWED, TOP_K, packed, positions_of, reference_ops, tokens_of
 from tests.support.fake_deep_ep import FakeDeepEP
 from tests.support.ranks import run_group
 
@@ -43,7 +43,9 @@ def test_a_group_gives_the_sums_of_one_rank(
         for turn in range(2):  # buffers are used again
             x, ids, weights = tokens_of(group.rank + 10 * turn, counts[group.rank], torch.bfloat16)
             arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
-            assert not is_latency_bound or len(arrived.ids) <= max(counts) * group.size * ids.shape[1], "more rows than there can be"
+            assert isinstance(arrived.x, Rooms) == is_latency_bound
+            if isinstance(arrived.x, Rooms):
+                assert arrived.x.counts.sum() <= arrived.x.most <= max(counts) * group.size * ids.shape[1], "more rows than there can be"
             rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT, arrived.sum_dtype)
             sums.append(exchange.combine(rows, arrived))
         exchange.close()
@@ -59,6 +61,25 @@ def test_a_group_gives_the_sums_of_one_rank(
             limit = 0.05 if is_latency_bound else 0.005
             assert (routed - alone).norm() <= limit * alone.norm(), f"rank {number}, turn {turn}"
     sys.modules.pop("engine.ops.expert_exchange.deepep", None)
+
+
+def test_in_decode_rows_that_only_fill_up_go_nowhere(deepep: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepep, "HIDDEN_SIZES", (HIDDEN,))
+    placement, filling = even_placement(EXPERTS, 2), torch.tensor([False, True, False, True, True])
+    shape = ExchangeShape(hidden_size=HIDDEN, num_slots=EXPERTS, max_tokens=8, is_latency_bound=True)
+
+    def rank(group: Group) -> tuple[int, torch.Tensor]:
+        exchange = deepep.run(group, shape, reference_ops())
+        x, ids, weights = tokens_of(group.rank, len(filling), torch.bfloat16)
+        positions = torch.where(filling, -1, positions_of(x))
+        arrived = exchange.dispatch(x, ids, weights, positions, SlotChoice(placement, group.rank))
+        rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT, arrived.sum_dtype)
+        return int(arrived.x.counts.sum()), exchange.combine(rows, arrived)
+
+    found = run_group(2, rank)
+    assert sum(count for count, _ in found) == 2 * int((~filling).sum()) * TOP_K
+    for _, routed in found:
+        assert routed[~filling].any(1).all() and not routed[filling].any()
 
 
 @pytest.fixture
