@@ -68,7 +68,7 @@ class Rebalancer:
         self._group, self._share, self._steps, self._weights, self._pack = group, share, steps, weights, pack
         self._interval_s, self._died = interval_s, died
         self._keys: dict[int, set[str]] = {}
-        """Of rounds whose entries in the store may still be needed."""
+        """On rank 0: of rounds whose entries in the store may still be needed."""
         self._store = group.store.clone()  # type: ignore[attr-defined]  # a connection of its own, so that waiting holds up nobody
         self._seen = share.load()
         self._counted = torch.zeros_like(self._seen)
@@ -194,7 +194,8 @@ class Rebalancer:
     def _ask(self, number: int, name: str) -> bytes:
         """Waits; empty when closed in between."""
         key = f"experts/{number}/{name}"
-        self._keys.setdefault(number, set()).add(key)
+        if self._group.rank == 0:
+            self._keys.setdefault(number, set()).add(key)
         with self._group.working("the moving of experts"):
             while not self._store.check([key]):
                 if self._is_closed.wait(POLL_S):

@@ -157,6 +157,7 @@ def test_experts_stay_where_few_tokens_were_counted_and_where_a_rank_has_no_room
         for layer in range(4):
             share.layers[f"layers.{layer}.ffn"].choice.load += torch.tensor([tokens, tokens // 2, 1, 1])
         is_going_on = rebalancer._round(0)
+        assert bool(rebalancer._keys) == (group.rank == 0), "who forgets no round must not remember it"
         group.barrier()
         steps.close()
         return is_going_on, num_moved(share), share.num_awaited, {layer.placement.experts for layer in share.layers.values()}
