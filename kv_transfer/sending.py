@@ -74,7 +74,7 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         self._sessions: dict[str, PeerSession] = {}
         """By link; owned by the thread."""
         self._links: dict[tuple[str, int], str] = {}
-        """Member.key -> its latest link."""
+        """Member.key -> its latest link, while that is not dropped."""
         self._num_links = 0
         self._writes: dict[int, str] = {}
         """Write id -> request."""
@@ -226,6 +226,7 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         self._own.transport.disconnect(drop.peer)
         self._report.gone(drop.peer)
         session = self._sessions.pop(drop.peer)
+        self._links = {member: link for member, link in self._links.items() if link != drop.peer}
         self._loop.call_soon_threadsafe(session.stop)
 
     def _as_write(self, post: Post) -> Write:

@@ -188,6 +188,7 @@ def test_another_life_at_the_same_address_is_not_taken_for_the_one_that_granted(
         ends.receiver.expect(1, "r1", (5, 2), 3, 300)
         ends.sender.open("r1", ends.grant())
         assert isinstance(await ends.next(ends.received), Renewed), "the right one can be reached"
+        assert set(ends.sender._links) == {ends.decode.key}, "lives that are over are not remembered"
 
     run(test)
 
