@@ -26,6 +26,7 @@ from decode_worker.job import Flight, Job
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.reservations import Reservations
 from engine.batch import Chunk
+from engine.failed_steps import FailedSteps
 from engine.limits import check_fits
 from engine.parallel.lockstep import Steps
 from engine.runner import ChunkResult, Runner
@@ -36,9 +37,6 @@ from kv_transfer.receiving import Event, KVReceiver
 from protos import decode_pb2
 
 log = get_logger("decode")
-
-MAX_FAILED_STEPS = 3
-"""Steps in a row that may raise before the rank gives itself up, to be restarted."""
 
 IDLE_S = 0.25
 
@@ -74,7 +72,7 @@ class DecodeLoop:
         self._flight: Flight | None = None
         """The newest."""
         self._last_collected = 0.0
-        self._failed_steps, self._steps, self._tokens = 0, 0, 0
+        self._failed_steps, self._steps, self._tokens = FailedSteps(), 0, 0
         self._next_check = 0.0
         self.is_draining = False
         self.load = Load()
@@ -224,7 +222,6 @@ class DecodeLoop:
         results: list[ChunkResult] | None = None
         try:
             results = self._runner.collect(flight.launched)
-            self._failed_steps = 0
         except Exception as error:
             self._step_failed(flight.launched.chunks, error)
         now = self._clock.now()
@@ -238,14 +235,19 @@ class DecodeLoop:
             self._metrics.joined_steps.inc()
             return
         alive = [(found, result) for result in results if (found := self._job_of(result.sequence)) is not None]
+        num_tokens = sum(result.error is None for _, result in alive)
         self._steps += 1
-        self._tokens += len(alive)
-        self._metrics.stepped(len(alive), seconds)
+        self._tokens += num_tokens
+        self._metrics.stepped(num_tokens, seconds)
         updates: dict[Outbox, decode_pb2.DecodeUpdate] = {}
         for job, result in alive:
-            self._advance(job, result, flight.began, updates)
+            if result.error is None:
+                self._advance(job, result, flight.began, updates)
+            else:
+                self._fail(result.sequence.request_id, result.error)
         for outbox, update in updates.items():
             outbox.post(update)
+        self._failed_steps.ended([result for _, result in alive])
 
     def _job_of(self, sequence: Sequence) -> Job | None:
         """None if it has ended, and perhaps begun anew as another sequence."""
@@ -259,13 +261,11 @@ class DecodeLoop:
         if self._group_steps.is_shared:
             raise error  # the peers are in the midst of a step that this rank cannot finish
         log.exception("decode.step_failed", num_requests=len(chunks))
-        self._failed_steps += 1
         self._metrics.failed_steps.inc()
         for chunk in chunks:
             if self._job_of(chunk.sequence) is not None:
                 self._fail(chunk.sequence.request_id, InternalError(f"the decode step failed: {error!r}"))
-        if self._failed_steps >= MAX_FAILED_STEPS:
-            raise error
+        self._failed_steps.failed(error)
 
     def _advance(self, job: Job, result: ChunkResult, began: float, updates: dict[Outbox, decode_pb2.DecodeUpdate]) -> None:
         sequence = result.sequence

@@ -94,7 +94,7 @@ class Feedback:
     """Where a step finds the tokens that the host does not know yet."""
 
     tokens: torch.Tensor
-    """int64, one a chunk of the step before."""
+    """int64, one a chunk of the step before; -1 for one that has failed: what follows it is for nothing."""
     rows: list[int]
     """For each chunk of this step, the chunk before whose token is its last one; -1: the host knows all its tokens."""
 
@@ -145,7 +145,7 @@ def build_batch(chunks: list[Chunk], device: torch.device | str = "cpu", feedbac
     token_ids_T = ints(token_ids)
     if feedback is not None and fed:
         into, source = zip(*fed, strict=True)
-        token_ids_T[list(into)] = feedback.tokens[list(source)]
+        token_ids_T[list(into)] = feedback.tokens[list(source)].clamp(min=0)
     return Batch(
         token_ids_T=token_ids_T,
         places=places,

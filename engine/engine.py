@@ -136,7 +136,7 @@ class Engine:
 
     def generate(self, requests: Iterable[Request], on_token: Callable[[str, int], None] | None = None) -> list[Generation]:
         """Run all requests to their ends, in continuous batches; results in the order given. A request that can never fit raises
-        InvalidRequest before anything runs. `on_token(request_id, token)` sees each token as it is made."""
+        InvalidRequest before anything runs, one that fails InternalError. `on_token(request_id, token)` sees each token as it is made."""
         sequences = [Sequence.from_request(request) for request in requests]
         results: dict[str, Generation] = {}
         for sequence in sequences:
@@ -200,6 +200,8 @@ class Engine:
         return True
 
     def _record(self, result: ChunkResult, into: Generation, on_token: Callable[[str, int], None] | None) -> None:
+        if result.error is not None:
+            raise result.error
         into.prompt_logprobs += result.prompt_logprobs
         if result.token is None:
             return

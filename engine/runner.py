@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from core.errors import InternalError
+from core.errors import BatonError, InternalError
 from core.kv_layout import KVLayout
 from core.request import FinishReason, TokenLogprobs
 from engine.batch import Chunk, Feedback, build_batch
@@ -41,6 +41,8 @@ class ChunkResult:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of prompt tokens [prompt_logprobs_start, ...), if the request wants them."""
     prompt_logprobs_start: int = 0
+    error: BatonError | None = None
+    """Why there is no token where one was due: nothing more can come of the sequence. The others of the step are well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Launched:
 
     chunks: list[Chunk]
     tokens: torch.Tensor | None = None
-    """int64, one a chunk, on the device; -1 where the chunk does not reach the end of its sequence."""
+    """int64, one a chunk, on the device; -1 where the chunk does not reach the end of its sequence, or its logits are not finite."""
     drawn: Drawn | None = None
     """In place of `tokens` and `logprobs`: they are drawn by the device, and on their way."""
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
@@ -80,8 +82,9 @@ class Runner(Protocol):
 
     def collect(self, launched: Launched) -> list[ChunkResult]:
         """Wait for the step, append the tokens, set finish_reason where one is the last. Results in the order of the chunks; those of
-        sequences that had ended before are left out: that they would was not known when the step was launched. When it returns or raises
-        the step has ended: all that it writes to pages and slots is there, for whoever reads them next."""
+        sequences that had ended before are left out: that they would was not known when the step was launched. A sequence that fails
+        alone says so in its result. When this returns or raises the step has ended: all that it writes to pages and slots is there, for
+        whoever reads them next."""
         ...
 
     def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
@@ -179,10 +182,6 @@ class ModelRunner:
         if launched.drawn is not None:
             tokens, logprobs = launched.drawn.read()
             self._check_group()
-            sequences = [chunk.sequence for chunk, token in zip(launched.chunks, tokens, strict=True) if token < 0]
-            lost = [sequence.request_id for sequence in sequences if sequence.finish_reason is None]
-            if lost:
-                raise InternalError(f"the logits of {', '.join(lost)} are not finite")
         else:
             tokens = [] if launched.tokens is None else launched.tokens.tolist()
             if self._loaded.device.type == "cuda":
@@ -195,7 +194,9 @@ class ModelRunner:
                 continue
             prompt = launched.prompt_logprobs.get(place, ())
             if token < 0:
-                results.append(ChunkResult(sequence, None, None, prompt, chunk.start + 1))
+                is_due = chunk.end >= len(sequence.token_ids)
+                error = InternalError(f"the logits of {sequence.request_id} are not finite") if is_due else None
+                results.append(ChunkResult(sequence, None, None, prompt, chunk.start + 1, error))
                 continue
             sequence.token_ids.append(token)
             sequence.finish_reason = finish_reason_of(sequence, self._loaded.model.eos_token_id)
@@ -229,7 +230,7 @@ class ModelRunner:
         logprobs, prompt_logprobs = {}, {}
         for place, chunk in enumerate(chunks):
             sampling = chunk.sequence.request.sampling
-            if place in sampled and sampling.num_logprobs is not None:
+            if sampled.get(place, -1) >= 0 and sampling.num_logprobs is not None:
                 row_of = logits[ends[place] - 1 : ends[place]]
                 logprobs[place] = logprobs_of(row_of, [sampled[place]], sampling.num_logprobs)[0]
             if chunk.logits == "all" and sampling.num_prompt_logprobs is not None:

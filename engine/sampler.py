@@ -16,7 +16,6 @@ import math
 
 import torch
 
-from core.errors import InternalError
 from core.request import SamplingParams
 from engine.ops.sample import as_logits, masses
 from engine.philox import uniforms
@@ -39,15 +38,13 @@ def signed(seed: int) -> int:
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], fed: list[int] | None = None) -> list[int]:
     """logits: fp32 [S, V], for the tokens that follow; not changed. `fed`: of each sequence a token that it takes in and does not have
-    yet, -1: none. Returns one token id a sequence. Raises InternalError naming the requests whose largest logit is not a finite number."""
+    yet, -1: none. Returns one token id a sequence; -1 where the largest logit is not a finite number."""
     if not sequences:
         return []
     tokens: list[int] = logits.argmax(dim=1).tolist()  # the first maximum, or the first NaN
     tops = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-    if not bool(tops.isfinite().all()):
-        names = [s.request_id for s, top in zip(sequences, tops.tolist(), strict=True) if not math.isfinite(top)]
-        raise InternalError(f"the logits of {', '.join(names)} are not finite")
-    rest = [row for row, sequence in enumerate(sequences) if not _is_plain_greedy(sequence.request.sampling)]
+    tokens = [token if math.isfinite(top) else -1 for token, top in zip(tokens, tops.tolist(), strict=True)]
+    rest = [row for row, s in enumerate(sequences) if tokens[row] >= 0 and not _is_plain_greedy(s.request.sampling)]
     if rest:
         newest = [-1 if fed is None else fed[row] for row in rest]
         chosen = _choose(logits[rest].double(), [sequences[row] for row in rest], newest)

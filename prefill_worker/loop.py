@@ -17,6 +17,7 @@ from core.log import get_logger
 from core.request import Load, Request, Reservation, Tokens
 from core.session import Outbox
 from engine.batch import Chunk
+from engine.failed_steps import FailedSteps
 from engine.limits import check_fits
 from engine.parallel.lockstep import Steps
 from engine.runner import ChunkResult, Runner
@@ -32,9 +33,6 @@ from prefill_worker.metrics import PrefillMetrics
 from protos import prefill_pb2
 
 log = get_logger("prefill")
-
-MAX_FAILED_STEPS = 3
-"""Steps in a row that may raise before the rank gives itself up, to be restarted."""
 
 IDLE_S = 0.5
 
@@ -60,7 +58,7 @@ class PrefillLoop:
         self._jobs: dict[str, Job] = {}
         self._hand_offs = HandOffs(metrics, self._forget)
         self._thread = InboxThread("prefill-loop", self._turn, self._died)
-        self._failed_steps = 0
+        self._failed_steps = FailedSteps()
         self._steps, self._tokens = 0, 0
         self._token_s = 0.0
         """Seconds a token, of the latest steps."""
@@ -136,7 +134,6 @@ class PrefillLoop:
         began = self._clock.now()
         try:
             results = self._runner.step(chunks, budget if self._group_steps.is_shared else 0)
-            self._failed_steps = 0
         except Exception as error:  # a bug or a broken device: confined to the requests of this step
             if self._group_steps.is_ending:
                 return
@@ -157,6 +154,7 @@ class PrefillLoop:
         log.debug("prefill.step", request_ids=ids, num_tokens=num_tokens, seconds=seconds)
         for result in results:
             self._advance(self._jobs[result.sequence.request_id], result)
+        self._failed_steps.ended(results)
 
     def _accept(self, request: Request, reservation: Reservation, outbox: Outbox) -> None:
         try:
@@ -203,6 +201,9 @@ class PrefillLoop:
 
     def _advance(self, job: Job, result: ChunkResult) -> None:
         sequence = job.sequence
+        if result.error is not None:
+            self._drop(job, result.error)
+            return
         if result.prompt_logprobs:
             found = prefill_pb2.PromptLogprobs(
                 request_id=job.request_id, start=result.prompt_logprobs_start, logprobs=encode_logprobs(result.prompt_logprobs)
@@ -276,12 +277,10 @@ class PrefillLoop:
 
     def _step_failed(self, request_ids: list[str], error: Exception) -> None:
         log.exception("prefill.step_failed", request_ids=",".join(request_ids))
-        self._failed_steps += 1
         self._metrics.failed_steps.inc()
         for request_id in request_ids:
             self._drop(self._jobs[request_id], InternalError(f"the prefill step failed: {error!r}"))
-        if self._failed_steps >= MAX_FAILED_STEPS:
-            raise InternalError(f"{self._failed_steps} steps in a row failed, the last with {error!r}")
+        self._failed_steps.failed(error)
 
     def _refresh_load(self) -> None:
         self.load = Load(

@@ -182,15 +182,39 @@ def test_garbage_left_in_memory_does_not_matter(loaded: LoadedModel, requests: l
     assert outputs(engine.generate(requests)) == alone
 
 
-def test_logits_that_are_not_finite_fail_the_step_naming_the_request(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = ModelRunner(loaded, 2, 1)
-    sequence = Sequence.from_request(new_request("poisoned", 3))
-    sequence.page_ids, sequence.slot_id = [0], 0
-    runner.clear_slot(0)
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_logits_that_are_not_finite_fail_the_request_and_not_its_neighbours(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, overlap: str
+) -> None:
+    runner = ModelRunner(dataclasses.replace(loaded, engine=dataclasses.replace(loaded.engine, overlap=overlap)), 3, 3)
+    sequences = []
+    for number, name in enumerate(("sound", "poisoned", "long")):
+        request = new_request(name, 3)
+        sampling = dataclasses.replace(request.sampling, num_logprobs=1, repetition_penalty=1.5, seed=number, ignore_eos=True)
+        sequence = Sequence.from_request(dataclasses.replace(request, sampling=sampling))
+        sequence.page_ids, sequence.slot_id = [number], number
+        runner.clear_slot(number)
+        sequences.append(sequence)
+    logits = torch.zeros(3, VOCAB)
+    logits[1, 7] = torch.nan
+    monkeypatch.setattr(type(loaded.network), "forward", lambda *_: logits)
+    launched = runner.launch([Chunk(sequences[0], 3), Chunk(sequences[1], 3), Chunk(sequences[2], 2, "none")])
+    assert runner.may_lead(launched) is (overlap == "on")
+    led = runner.launch([Chunk(sequence, 1) for sequence in sequences]) if overlap == "on" else None
+    sound, poisoned, long = runner.collect(launched)
+    assert sound.token == sequences[0].token_ids[-1] and sound.logprobs is not None and sound.error is None
+    assert long.token is None and long.error is None, "it was not to have a token yet"
+    assert poisoned.token is None and isinstance(poisoned.error, InternalError) and "of poisoned are" in str(poisoned.error)
+    assert len(sequences[1].token_ids) == 3
+    if led is not None:
+        assert [result.error is None for result in runner.collect(led)] == [True, False, True]
+
+
+def test_a_request_that_fails_alone_is_an_error_of_generate(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(loaded)
     monkeypatch.setattr(type(loaded.network), "forward", lambda *_: torch.full((1, VOCAB), torch.nan))
     with pytest.raises(InternalError, match="poisoned"):
-        runner.step([Chunk(sequence, 3)])
-    assert sequence.num_computed == 0 and len(sequence.token_ids) == 3
+        engine.generate([new_request("poisoned", 3)])
 
 
 class TestMemory:

@@ -152,7 +152,7 @@ def test_tokens_that_the_device_draws_and_feeds_on_are_those_of_the_host(
     assert sum(drawn) > 3 and watch.num_led > 2, f"{drawn=} {watch.num_led=}"
 
 
-def test_a_drawn_token_of_logits_that_are_not_finite_fails_the_step_naming_the_request(loaded: LoadedModel) -> None:
+def test_a_drawn_token_of_logits_that_are_not_finite_fails_its_request_and_no_other(loaded: LoadedModel) -> None:
     engine = with_graphs(Engine(overlapped(loaded), num_pages=2, num_slots=2))
     sequences = []
     for number, name in enumerate(("sound", "poisoned")):
@@ -166,10 +166,12 @@ def test_a_drawn_token_of_logits_that_are_not_finite_fails_the_step_naming_the_r
         graphs._graphs[size, width] = EagerGraph(lambda: (graphs._logits.fill_(0.0), graphs._logits[1].fill_(torch.nan)))  # type: ignore
     launched = engine._runner.launch([Chunk(sequence, 1) for sequence in sequences])
     led = engine._runner.launch([Chunk(sequence, 1) for sequence in sequences])
-    with pytest.raises(InternalError, match="of poisoned are"):
-        engine._runner.collect(launched)
     assert led.drawn is not None and graphs._inputs[:1, :2].min() >= 0
-    assert all(len(sequence.token_ids) == 1 for sequence in sequences)
+    for number, step in enumerate((launched, led)):
+        sound, poisoned = engine._runner.collect(step)
+        assert sound.token is not None and sound.error is None and len(sequences[0].token_ids) == number + 2
+        assert poisoned.token is None and isinstance(poisoned.error, InternalError) and "of poisoned are" in str(poisoned.error)
+    assert len(sequences[1].token_ids) == 1
 
 
 def test_a_step_launched_for_an_ended_sequence_gives_it_nothing() -> None:

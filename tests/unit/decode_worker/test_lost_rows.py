@@ -1,0 +1,155 @@
+"""A request whose logits are not finite fails alone, on either kind of rank; a rank that gives nothing else gives itself up. No threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from core.errors import InternalError
+from core.metrics import new_registry
+from core.request import Member, Request, Reservation, SamplingParams
+from core.session import Outbox
+from decode_worker.config import DecodeConfig
+from decode_worker.loop import DecodeLoop
+from decode_worker.metrics import DecodeMetrics
+from engine.batch import Chunk
+from engine.failed_steps import MAX_FAILED_STEPS
+from engine.null import NullRunner, prefix_hashes
+from engine.parallel.lockstep import SoloSteps
+from engine.runner import ChunkResult
+from kv_transfer.receiver import Committed
+from prefill_worker.config import PrefillConfig
+from prefill_worker.loop import PrefillLoop
+from prefill_worker.metrics import PrefillMetrics
+from protos import decode_pb2, prefill_pb2
+from tests.support.manual_clock import ManualClock
+
+DECODE = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)
+PROMPT = (5, 6, 7)
+
+
+class LosingRunner(NullRunner):
+    """Requests whose name begins with "bad" get no token."""
+
+    def _run(self, chunk: Chunk) -> ChunkResult | None:
+        name = chunk.sequence.request_id
+        return ChunkResult(chunk.sequence, error=InternalError(f"{name} is lost")) if name.startswith("bad") else super()._run(chunk)
+
+
+class Ignore:
+    """A sender or receiver that nobody hears."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def new_runner(overlap: bool = False) -> LosingRunner:
+    return LosingRunner(num_pages=16, num_slots=8, vocab_size=100, max_model_len=1024, overlap=overlap)
+
+
+def request_of(name: str) -> Request:
+    return Request(request_id=name, token_ids=PROMPT, prompt_len=3, sampling=SamplingParams(max_tokens=9, ignore_eos=True))
+
+
+@pytest.fixture
+def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+class DecodeRank:
+    def __init__(self, event_loop: asyncio.AbstractEventLoop, overlap: bool) -> None:
+        self.runner = new_runner(overlap)
+        config, metrics = DecodeConfig(num_pages=16, num_slots=8), DecodeMetrics(new_registry())
+        self.loop = DecodeLoop(self.runner, config, 15.0, metrics, DECODE, SoloSteps(8), ManualClock(), pytest.fail)
+        self.loop._receiver = Ignore()  # type: ignore[assignment]
+        self.outbox = Outbox(decode_pb2.DecodeUpdate, event_loop)
+
+    def begin(self, *names: str) -> None:
+        """They have arrived from a prefill rank."""
+        for name in names:
+            self.loop._reserve(request_of(name), self.outbox)
+            held = self.loop._reservations.get(name)
+            assert held is not None
+            first = self.runner.next_token(list(PROMPT), request_of(name).sampling)
+            hashes = prefix_hashes(0, list(PROMPT))
+            self.runner._pages[held.page_ids[0], :3] = self.runner._rows(hashes[1:])
+            self.runner._write_slot(held.slot_id, 3, hashes[3])
+            self.loop._transfer_event(Committed(held.epoch, first))
+
+    def turns(self, count: int) -> None:
+        for _ in range(count):
+            self.loop._turn()
+
+    def told(self) -> tuple[set[str], dict[str, int]]:
+        """Requests that failed, and how many tokens each has got."""
+        tokens: dict[str, int] = {}
+        for one in self.outbox._pending.tokens:
+            tokens[one.request_id] = tokens.get(one.request_id, 0) + len(one.token_ids)
+        return {failure.request_id for failure in self.outbox._pending.failures}, tokens
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_decode_fails_the_one_and_the_others_run_to_their_ends(event_loop: asyncio.AbstractEventLoop, overlap: bool) -> None:
+    rank = DecodeRank(event_loop, overlap)
+    rank.begin("good.1", "bad.1", "good.2")
+    rank.turns(12)
+    assert rank.told() == ({"bad.1"}, {"good.1": 8, "good.2": 8})
+    assert rank.loop._flight is None and not rank.loop._jobs and rank.loop.load.tokens_total == 16
+    for epoch in list(rank.loop._reservations._quarantined):
+        rank.loop._reservations.quiesced(epoch)
+    rank.loop._reservations.check_integrity()
+    assert rank.loop._reservations.pages.num_free == 16
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_decode_that_gives_no_token_at_all_gives_itself_up(event_loop: asyncio.AbstractEventLoop, overlap: bool) -> None:
+    rank = DecodeRank(event_loop, overlap)
+    for number in range(MAX_FAILED_STEPS - 1):
+        rank.begin(f"bad.{number}")
+        rank.turns(2)
+    assert len(rank.told()[0]) == MAX_FAILED_STEPS - 1
+    rank.begin("bad.last")
+    with pytest.raises(InternalError, match=r"3 steps in a row failed.*bad\.last is lost"):
+        rank.turns(2)
+
+
+class PrefillRank:
+    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        config, metrics = PrefillConfig(num_pages=16, num_slots=8, chunk_tokens=256), PrefillMetrics(new_registry())
+        self.loop = PrefillLoop(new_runner(), config, metrics, SoloSteps(256), ManualClock(), pytest.fail)
+        self.loop._hand_offs.use(Ignore())  # type: ignore[arg-type]
+        self.outbox = Outbox(prefill_pb2.PrefillUpdate, event_loop)
+
+    def begin(self, *names: str) -> None:
+        for name in names:
+            reservation = Reservation(request_id=name, decode=DECODE, epoch=1, page_ids=(0,), slot_id=0, lease_s=5.0)
+            self.loop._accept(request_of(name), reservation, self.outbox)
+
+
+def test_prefill_fails_the_one_and_the_others_have_their_first_token(event_loop: asyncio.AbstractEventLoop) -> None:
+    rank = PrefillRank(event_loop)
+    rank.begin("good.1", "bad.1", "good.2")
+    rank.loop._turn()
+    update = rank.outbox._pending
+    assert [failure.request_id for failure in update.failures] == ["bad.1"] and update.failures[0].error.code == "InternalError"
+    assert [first.tokens.request_id for first in update.first_tokens] == ["good.1", "good.2"]
+
+
+def test_prefill_that_gives_no_token_at_all_gives_itself_up(event_loop: asyncio.AbstractEventLoop) -> None:
+    rank = PrefillRank(event_loop)
+    for number in range(MAX_FAILED_STEPS - 1):
+        rank.begin(f"bad.{number}")
+        rank.loop._turn()
+    rank.begin("good")
+    rank.loop._turn()
+    for number in range(MAX_FAILED_STEPS - 1):
+        rank.begin(f"bad.more.{number}")
+        rank.loop._turn()
+    rank.begin("bad.last")
+    with pytest.raises(InternalError, match="3 steps in a row failed"):
+        rank.loop._turn()
