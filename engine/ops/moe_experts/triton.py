@@ -29,6 +29,8 @@ from engine.ops.moe_experts.triton_route import moe_count_kernel, moe_list_kerne
 
 PARTS = 8
 """Of many pairs, which as many programs list side by side for each expert."""
+ROWS = 4
+"""Slots of a program that moves rows: in a group half of them or more belong to nobody, and a program each to find that out takes time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +159,13 @@ def _many(
         return codes, torch.empty(k_tiles, num_slots, dtype=torch.float32, device=device).T
 
     codes, scales = rows(w13.k_tiles)
-    grid = (num_slots, triton.cdiv(w13.k_tiles, min(32, triton.next_power_of_2(w13.k_tiles))))
+    groups = min(32, triton.next_power_of_2(w13.k_tiles))
     if isinstance(x, QuantizedRows):
         assert x.codes.shape[1] == w13.k_tiles * FP8_BLOCK and x.codes.stride(1) == x.scale.stride(1) == 1, f"{x.codes.shape}"
         rows_in: tuple[object, ...] = x.codes, x.scale, x.codes.stride(0), x.scale.stride(0)
     else:
         rows_in = x, x, experts.width, 0
-    moe_gather_kernel[grid](
+    moe_gather_kernel[num_slots // ROWS, triton.cdiv(w13.k_tiles, groups)](
         *rows_in,
         slots.pairs,
         slots.block_expert,
@@ -175,13 +177,14 @@ def _many(
         w13.k_tiles,
         QUANTIZED=isinstance(x, QuantizedRows),
         BLOCK_M=block_m,
-        GROUPS=min(32, triton.next_power_of_2(w13.k_tiles)),
-        num_warps=4,
+        ROWS=ROWS,
+        GROUPS=groups,
+        num_warps=8,
     )
     gate_up = product(codes, scales, *_widened(w13, experts.fp4), slots, config)
     codes, scales = rows(w13.num_tiles)
     groups = min(16, triton.next_power_of_2(w13.num_tiles))
-    moe_act_kernel[(num_slots, triton.cdiv(w13.num_tiles, groups))](
+    moe_act_kernel[num_slots // ROWS, triton.cdiv(w13.num_tiles, groups)](
         gate_up,
         slots.pairs,
         slots.block_expert,
@@ -192,8 +195,9 @@ def _many(
         w13.num_tiles,
         limit,
         BLOCK_M=block_m,
+        ROWS=ROWS,
         GROUPS=groups,
-        num_warps=4,
+        num_warps=8,
     )
     return product(codes, scales, *_widened(experts.w2, experts.fp4), slots, config), slots.slots
 

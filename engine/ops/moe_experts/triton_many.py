@@ -58,27 +58,33 @@ def moe_gather_kernel(
     k_tiles,
     QUANTIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Slot s gets the token of its pair, quantised, here unless it came so: codes [num_slots, k_tiles * 128], scales [k_tiles, num_slots].
     Slots of a block behind its last pair keep what is there: nobody reads what comes of them."""
-    slot = tl.program_id(0).to(tl.int64)
-    if tl.load(block_expert_ptr + slot // BLOCK_M) < 0:
+    if tl.load(block_expert_ptr + tl.program_id(0) * ROWS // BLOCK_M) < 0:
         return
-    pair = tl.load(pairs_ptr + slot)
-    if pair < 0:
-        return
-    token = (pair // top_k).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    channel = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = group[:, None] < k_tiles
+    slot, group, pair = places(pairs_ptr, ROWS, GROUPS)
+    token = (tl.maximum(pair, 0) // top_k).to(tl.int64)
+    channel = group * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (group < k_tiles) & (pair >= 0)
     if QUANTIZED:
         codes = tl.load(x_ptr + token * x_stride + channel, mask=inside)
-        scale = tl.load(x_scale_ptr + token * x_scale_stride + group[:, None], mask=inside)
+        scale = tl.load(x_scale_ptr + token * x_scale_stride + group, mask=inside)
     else:
-        codes, scale = quantize(tl.load(x_ptr + token * x_stride + channel, mask=channel < width, other=0.0).to(tl.float32), 1)
+        x = tl.load(x_ptr + token * x_stride + channel, mask=(pair >= 0) & (channel < width), other=0.0)
+        codes, scale = quantize(x.to(tl.float32), 1)
     tl.store(codes_ptr + slot * (k_tiles * BLOCK) + channel, codes, mask=inside)
-    tl.store(scales_ptr + group[:, None].to(tl.int64) * num_slots + slot, scale, mask=inside)
+    tl.store(scales_ptr + group.to(tl.int64) * num_slots + slot, scale, mask=inside)
+
+
+@triton.jit
+def places(pairs_ptr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """[ROWS * GROUPS, 1] each, for program (some slots, some groups of 128 channels): slot (int64), group, and the slot's pair."""
+    place = tl.arange(0, ROWS * GROUPS)[:, None]
+    slot = tl.program_id(0).to(tl.int64) * ROWS + place // GROUPS
+    return slot, tl.program_id(1) * GROUPS + place % GROUPS, tl.load(pairs_ptr + slot)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -131,26 +137,24 @@ def moe_act_kernel(
     num_tiles,
     limit,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Slot s gets the quantised clamped SwiGLU of bf16 [gate | up] times its pair's weight: codes [num_slots, num_tiles * 128], scales
     [num_tiles, num_slots]."""
-    slot = tl.program_id(0).to(tl.int64)
-    if tl.load(block_expert_ptr + slot // BLOCK_M) < 0:
+    if tl.load(block_expert_ptr + tl.program_id(0) * ROWS // BLOCK_M) < 0:
         return
-    pair = tl.load(pairs_ptr + slot)
-    if pair < 0:
-        return
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    channel = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    slot, group, pair = places(pairs_ptr, ROWS, GROUPS)
+    channel = group * BLOCK + tl.arange(0, BLOCK)[None, :]
     width = num_tiles * BLOCK
-    inside = channel < width
+    inside = (group < num_tiles) & (pair >= 0)
     gate = tl.minimum(tl.load(gate_up_ptr + slot * 2 * width + channel, mask=inside, other=0.0).to(tl.float32), limit)
     up = tl.load(gate_up_ptr + (slot * 2 + 1) * width + channel, mask=inside, other=0.0).to(tl.float32)
-    hidden = gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit) * tl.load(weights_ptr + pair)
+    weight = tl.load(weights_ptr + tl.maximum(pair, 0))
+    hidden = gate / (1.0 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit) * weight
     codes, scale = quantize(round_bf16(hidden), 1)
     tl.store(codes_ptr + slot * width + channel, codes, mask=inside)
-    tl.store(scales_ptr + group[:, None].to(tl.int64) * num_slots + slot, scale, mask=group[:, None] < num_tiles)
+    tl.store(scales_ptr + group.to(tl.int64) * num_slots + slot, scale, mask=inside)
 
 
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
@@ -165,8 +169,8 @@ AOT = [
         (
             moe_gather_kernel,
             _GATHER | {"x_ptr": dtype, "x_scale_ptr": scale_dtype},
-            {"QUANTIZED": quantized, "BLOCK_M": 128, "GROUPS": 32},
-            {"num_warps": 4},
+            {"QUANTIZED": quantized, "BLOCK_M": 128, "ROWS": 4, "GROUPS": 32},
+            {"num_warps": 8},
         )
         for dtype, scale_dtype, quantized in (("*bf16", "*bf16", False), (_FP8, "*fp32", True))
     ),
@@ -174,5 +178,5 @@ AOT = [
         (moe_many_kernel, _MANY, {"BLOCK_M": block_m, "GROUP_BLOCKS": 8, "NUM_STAGES": stages}, {"num_warps": warps})
         for block_m, stages, warps in ((64, 4, 4), (128, 3, 8))
     ),
-    (moe_act_kernel, _ACT, {"BLOCK_M": 128, "GROUPS": 16}, {"num_warps": 4}),
+    (moe_act_kernel, _ACT, {"BLOCK_M": 128, "ROWS": 4, "GROUPS": 16}, {"num_warps": 8}),
 ]
