@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # argparse takes overrides before an option only: `apply FILE --dry-run KEY=VALUE`
         if not hasattr(options, "overrides") or any(text.startswith("-") for text in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
@@ -59,7 +59,7 @@ def new_parser() -> argparse.ArgumentParser:
     def add_with_file(name: str, command: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
         sub = add(name, command, help)
         sub.add_argument("file", type=pathlib.Path, help="cluster file (YAML)")
-        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change keys of the file, e.g. prefill.replicas=2")
+        sub.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change keys of the file, e.g. prefill.replicas=2")
         return sub
 
     def add_with_name(name: str, command: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:

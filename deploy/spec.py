@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.config import load_config, to_yaml
-from core.errors import ConfigError
+from core.errors import CheckpointError, ConfigError
 from core.kv_layout import PAGE_TOKENS
 from core.model_section import ModelSection
 from decode_worker.config import DecodeConfig
 from deploy.config import PlacementConfig
 from engine.config import EngineConfig, ModelConfig
+from engine.model.shards import find_tensors
 from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
@@ -116,7 +118,9 @@ def load_spec(path: pathlib.Path, overrides: Sequence[str] = ()) -> ClusterSpec:
 
 
 def check_files(spec: ClusterSpec) -> ModelConfig:
-    """What the file names must be there and fit. Raises ConfigError or CheckpointError naming the file."""
+    """What the file names must be there, whole and fitting, as far as headers tell. Raises ConfigError or CheckpointError naming the file.
+
+    Whether tensors have the shapes of the model is found by the ranks, before they read any."""
     model = ModelConfig.from_folder(spec.model_path)
     if spec.engine.max_model_len > model.max_position_embeddings:
         raise ConfigError(
@@ -127,10 +131,23 @@ def check_files(spec: ClusterSpec) -> ModelConfig:
         key = "model.tokenizer" if spec.model.tokenizer else "model.path"
         remedy = "put the published one there, or name a folder that has one with model.tokenizer"
         raise ConfigError(f"{key}: {spec.model.tokenizer_folder} holds no tokenizer.json; {remedy}")
-    if spec.engine.load == "checkpoint" and not any(spec.model_path.glob("*.safetensors")):
-        raise ConfigError(f"model.path: {spec.model_path} holds no *.safetensors; engine.load: dummy does without")
+    refuse_broken_tokenizer(spec.model.tokenizer_folder / "tokenizer.json")
+    if spec.engine.load == "checkpoint":
+        if not any(spec.model_path.glob("*.safetensors")):
+            raise ConfigError(f"model.path: {spec.model_path} holds no *.safetensors; engine.load: dummy does without")
+        find_tensors(spec.model_path)
     spec.router.read_api_keys()
     return model
+
+
+def refuse_broken_tokenizer(path: pathlib.Path) -> None:
+    """Raises CheckpointError for a file that is no tokenizer at all, such as a download's error page."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict) or "model" not in raw:
+        raise CheckpointError(f"{path}: not a tokenizer: it lacks the key 'model'")
 
 
 def restart_only(old: ClusterSpec, new: ClusterSpec) -> list[str]:

@@ -2,7 +2,8 @@
 everything in them is checked, so that a tensor that is asked for later is there in full.
 
 A safetensors file: u64 length of the header, JSON header {name: {dtype, shape, data_offsets}}, data. It is read here rather than
-through the safetensors package because torch has no dtype for packed FP4 and that package refuses what torch cannot hold.
+through the safetensors package because torch has no dtype for packed FP4 and that package refuses what torch cannot hold. torch itself is
+loaded with the first tensor: `baton check` reads headers only.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ import pathlib
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from core.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.uint8,
-    "U8": torch.uint8,
-    "F4": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.uint8,
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I8": ("uint8", 1),
+    "U8": ("uint8", 1),
+    "F4": ("uint8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E8M0": ("uint8", 1),
 }
-"""safetensors dtype -> how its bytes are viewed. Packed FP4 and ue8m0 scales are kept as bytes."""
+"""safetensors dtype -> torch dtype as which its bytes are viewed, bytes an item. Packed FP4 and ue8m0 scales are kept as bytes."""
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
@@ -56,10 +58,12 @@ class Entry:
     def expected_bytes(self) -> int:
         """What dtype and shape ask for. The dtype must be a known one."""
         count = math.prod(self.shape)
-        return -(-count // 2) if self.dtype == "F4" else count * DTYPES[self.dtype].itemsize
+        return -(-count // 2) if self.dtype == "F4" else count * DTYPES[self.dtype][1]
 
     def read(self) -> torch.Tensor:
         """F4 comes as bytes, [..., K / 2]. Raises CheckpointError if the file has changed since its header was read."""
+        import torch
+
         buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
         try:
             with self.path.open("rb") as file:
@@ -70,7 +74,7 @@ class Entry:
         if got != self.num_bytes:
             raise CheckpointError(f"{self.path}: shrank while it was read")
         shape = (*self.shape[:-1], self.shape[-1] // 2) if self.dtype == "F4" else self.shape
-        return buffer.view(DTYPES[self.dtype]).view(shape)
+        return buffer.view(getattr(torch, DTYPES[self.dtype][0])).view(shape)
 
 
 def find_tensors(folder: pathlib.Path) -> dict[str, Entry]:

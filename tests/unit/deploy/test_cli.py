@@ -54,6 +54,14 @@ def test_a_refusal_goes_to_standard_error_with_status_1(tmp_path: pathlib.Path, 
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize(("arguments", "missing"), [(["up"], "file"), (["scale"], "ROLE=N"), (["drain"], "member")])
+def test_usage_names_only_what_is_missing(arguments: list[str], missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"the following arguments are required: {missing}\n")
+
+
 def test_a_good_file_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(LOCAL_CPU), "prefill.replicas=2"]) == 0
     assert "is good: local_cpu serves baton-demo" in capsys.readouterr().out

@@ -6,6 +6,8 @@ import json
 import pathlib
 import pickle
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -94,10 +96,21 @@ def test_what_is_named_must_be_there(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"holds no tokenizer.json"):
         check_files(spec)
-    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: not a tokenizer"):
+        check_files(spec)
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(ConfigError, match=r"holds no \*.safetensors"):
         check_files(spec)
     check_files(read(f"name: demo\nmodel: {{path: {tmp_path}}}\nengine: {{max_model_len: 512, load: dummy}}\n"))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")  # what a clone without LFS leaves
+    with pytest.raises(CheckpointError, match=r"model.safetensors: not a safetensors file, or cut off"):
+        check_files(spec)
+
+
+def test_a_file_is_checked_without_loading_torch() -> None:
+    code = "import sys, deploy.cli; deploy.cli.main(['check', 'deploy/clusters/local_cpu.yaml']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
 
 
 def test_a_spec_survives_its_text_and_a_pickle() -> None:
