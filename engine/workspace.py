@@ -12,6 +12,8 @@ from core.request import Request, SamplingParams
 from engine.batch import Chunk, build_batch
 from engine.cache.arena import Arena, ModelCaches
 from engine.graphs import DecodeGraphs, batch_buckets, width_buckets
+from engine.logprobs import logprobs_of
+from engine.scheduler.prefill import SCORED_TOKENS
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -29,9 +31,10 @@ def warm_lengths(most: int) -> list[int]:
 
 
 def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -> int:
-    """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence (of as many as make up so many tokens), and for all
-    decode graphs up to `max_decode` sequences (0: none): beside what they use in turn the driver keeps tens of MiB for each. Compiles what
-    these and shorter chunks need, so that no request waits for it. Raises torch.OutOfMemoryError if not even one page fits beside it."""
+    """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence (of as many as make up so many tokens), for one of as
+    many tokens as may be scored, and for all decode graphs up to `max_decode` sequences (0: none): beside what they use in turn the
+    driver keeps tens of MiB for each. Compiles what these and shorter chunks need, so that no request waits for it. Raises
+    torch.OutOfMemoryError if not even one page fits beside it."""
     device, longest = loaded.device, loaded.engine.max_model_len
     gc.collect()
     torch.cuda.empty_cache()
@@ -50,6 +53,11 @@ def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -
                 sequence.num_computed = longest - part
                 chunks.append(Chunk(sequence, part))
             loaded.network.forward(build_batch(chunks, device), caches)
+        num_scored = min(chunk_tokens, longest, SCORED_TOKENS)
+        sequences[0].num_computed = longest - num_scored
+        logits = loaded.network.forward(build_batch([Chunk(sequences[0], num_scored, "all")], device), caches)
+        logprobs_of(logits, [0] * num_scored, 1)
+        del logits
     graphs = None
     if max_decode:
         graphs = DecodeGraphs(loaded.network, caches, batch_buckets(max_decode), width_buckets(longest), loaded.device_sample)

@@ -6,6 +6,9 @@ from core.kv_layout import PAGE_TOKENS
 from engine.batch import Chunk
 from engine.sequence import Sequence
 
+SCORED_TOKENS = 1024
+"""In a step, of prompts whose log-probabilities are wanted: the logits of each take 0.5 MB with a vocabulary of 129,280."""
+
 
 class PrefillPlanner:
     """Packs chunks of several prompts into a step of at most `chunk_tokens` tokens.
@@ -13,7 +16,8 @@ class PrefillPlanner:
         step of 256    [ oldest: at least 128 | least left to compute | second least | ... | what is left: oldest again ]
 
     Half of a step belongs to the oldest prompt, so each one's turn comes; the other half to those that it finishes soonest, so a
-    short prompt waits for no long one. Among equals this is first come, first served.
+    short prompt waits for no long one. Among equals this is first come, first served. Of prompts whose log-probabilities are wanted no more
+    than SCORED_TOKENS are in a step, shared out in the same way.
     """
 
     def __init__(self, *, chunk_tokens: int, max_sequences: int) -> None:
@@ -31,14 +35,25 @@ class PrefillPlanner:
             return []
         oldest = chosen[0]
         others = sorted(chosen[1:], key=lambda s: s.num_remaining)[: self._max_sequences - 1]
-        half = -(-tokens // 2) if others else tokens
-        lengths = {id(oldest): min(oldest.num_remaining, half)}
-        left = tokens - lengths[id(oldest)]
+        left, scored_left = tokens, min(tokens, SCORED_TOKENS)
+        lengths = {id(sequence): 0 for sequence in chosen}
+
+        def give(sequence: Sequence, share: int = 1) -> None:
+            """Up to one part in `share` of what is left."""
+            nonlocal left, scored_left
+            most = -(-left // share)
+            if _is_scored(sequence):
+                most = min(most, -(-scored_left // share))
+            length = min(sequence.num_remaining - lengths[id(sequence)], most)
+            lengths[id(sequence)] += length
+            left -= length
+            scored_left -= length if _is_scored(sequence) else 0
+
+        give(oldest, 2 if others else 1)
         for sequence in others:
-            lengths[id(sequence)] = min(sequence.num_remaining, left)
-            left -= lengths[id(sequence)]
-        lengths[id(oldest)] += min(left, oldest.num_remaining - lengths[id(oldest)])
-        return [self._chunk(s, lengths[id(s)]) for s in chosen if lengths.get(id(s))]
+            give(sequence)
+        give(oldest)
+        return [self._chunk(s, lengths[id(s)]) for s in chosen if lengths[id(s)]]
 
     def _chunk(self, sequence: Sequence, length: int) -> Chunk:
         """Cut at the page border before its end if that gives up little: the page can then leave a step earlier."""
@@ -46,6 +61,10 @@ class PrefillPlanner:
         past_border = (sequence.num_computed + length) % PAGE_TOKENS
         if not is_last and past_border < length and past_border <= self._chunk_tokens // 8:
             length -= past_border
-        if sequence.request.sampling.num_prompt_logprobs is not None:
+        if _is_scored(sequence):
             return Chunk(sequence, length, "all")
         return Chunk(sequence, length, "last" if is_last else "none")
+
+
+def _is_scored(sequence: Sequence) -> bool:
+    return sequence.request.sampling.num_prompt_logprobs is not None

@@ -8,7 +8,7 @@ import pytest
 from core.request import Request, SamplingParams
 from engine.scheduler.decode import DecodePlanner
 from engine.scheduler.pages import PageAllocator
-from engine.scheduler.prefill import PrefillPlanner
+from engine.scheduler.prefill import SCORED_TOKENS, PrefillPlanner
 from engine.sequence import Sequence
 
 
@@ -86,6 +86,24 @@ class TestPrefill:
                 ends = chunk.length == chunk.sequence.num_remaining
                 assert chunk.logits == ("all" if chunk.sequence.request_id == "b" else "last" if ends else "none")
                 chunk.sequence.num_computed += chunk.length
+
+    def test_no_step_wants_more_logits_than_there_is_memory_for(self, rng: random.Random) -> None:
+        """Neither does it leave a prompt that wants none waiting, nor a short one of those that do."""
+        planner = PrefillPlanner(chunk_tokens=8192, max_sequences=8)
+        waiting = [new_sequence(f"scored{i}", 5000, num_prompt_logprobs=1) for i in range(3)]
+        waiting += [new_sequence("plain", 6000), new_sequence("short", 300, num_prompt_logprobs=1)]
+        for step in itertools.count(1):
+            chunks = planner.plan(waiting)
+            scored = {chunk.sequence.request_id: chunk.length for chunk in chunks if chunk.logits == "all"}
+            assert chunks and sum(scored.values()) <= SCORED_TOKENS
+            assert step > 1 or (scored["scored0"] >= SCORED_TOKENS // 2 - 256 and scored["short"] == 300)
+            for chunk in chunks:
+                chunk.sequence.num_computed += chunk.length
+            waiting = [s for s in waiting if s.num_remaining > 0]
+            assert "plain" not in names(waiting)
+            if not waiting:
+                break
+        assert step <= -(-15_300 // SCORED_TOKENS) + 6
 
     def test_random_arrivals_within_budget_and_all_finish(self, rng: random.Random) -> None:
         for _ in range(200):

@@ -44,10 +44,12 @@ def test_the_largest_prefill_step_is_measured_even_if_no_prompt_fills_it(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr("engine.workspace.warm_lengths", lambda most: [1, most])
+    monkeypatch.setattr("engine.workspace.SCORED_TOKENS", 100)
     loaded = LoadedModel.load(small_checkpoint, EngineConfig(device="cpu", max_model_len=256))
     measure_workspace(loaded, chunk_tokens, 0)
-    assert [[chunk.length for chunk in step] for step in steps] == [[1], longest_step]
-    assert all(chunk.sequence.num_computed + chunk.length == 256 for chunk in steps[-1]), "at the end of the longest sequences"
+    assert [[chunk.length for chunk in step] for step in steps] == [[1], longest_step, [100]]
+    assert all(chunk.end == 256 for step in steps for chunk in step), "at the end of the longest sequences"
+    assert [chunk.logits for chunk in steps[-1]] == ["all"], "of prompts whose log-probabilities are wanted"
 
 
 def test_decode_graphs_of_all_sizes_and_widths_are_measured(small_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
