@@ -29,6 +29,9 @@ PLACEMENT_POLL_S = 0.1
 PLACEMENT_PATIENCE_S = 3.0
 """Ray grants what is free in milliseconds; when it takes longer people are told."""
 
+LOOK_PARTS = 10
+"""Of the time that a rank has for its answer. However long the controller itself does not run, only one of them passes."""
+
 GRACE_S = 5.0
 """How long a worker may take to close its connections when it is stopped on purpose."""
 END_TIMEOUT_S = 30.0
@@ -183,12 +186,20 @@ class ReplicaLife:
             await asyncio.sleep(self._spec.placement.health_interval_s)
 
     async def _look(self) -> None:
+        """Hear how all ranks are. Raises TimeoutError if one does not say so in time; time in which this process stood still, or waited for
+        Ray, is no rank's fault."""
         timeout_s = self._spec.placement.health_timeout_s
         answers = asyncio.gather(*(actor.report.remote() for actor in self._actors))
         try:
-            self.reports = list(await asyncio.wait_for(answers, timeout_s))
-        except TimeoutError:
-            raise TimeoutError(f"no answer for {timeout_s:g} s") from None
+            for _ in range(LOOK_PARTS):
+                done, _ = await asyncio.wait({answers}, timeout=timeout_s / LOOK_PARTS)
+                if done:
+                    self.reports = list(answers.result())
+                    return
+        finally:
+            answers.cancel()
+            await asyncio.gather(answers, return_exceptions=True)
+        raise TimeoutError(f"no answer for {timeout_s:g} s")
 
     async def _wait_until_gone(self) -> None:
         end = self._clock.now() + END_TIMEOUT_S

@@ -1,10 +1,23 @@
-"""What people are told of a process that died."""
+"""When a rank counts as one that does not answer, and what people are told of a process that died."""
 
 from __future__ import annotations
 
+import asyncio
+import pathlib
+import time
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from deploy.replica_life import died_of
+from core.clock import SystemClock
+from deploy.reconcile import Fleet
+from deploy.replica_life import ReplicaLife, died_of
+from deploy.spec import load_spec
+
+FILE = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "clusters" / "local_cpu.yaml"
+HEALTH_TIMEOUT_S = 0.03
 
 CRASH = """The actor died unexpectedly before finishing this task.
 \tclass_name: RankActor
@@ -25,3 +38,32 @@ usage, (2) ray stop --force is called."""
 )
 def test_a_death_is_reported_without_guesses(report: str, sentence: str) -> None:
     assert died_of(report) == sentence
+
+
+def look(report: Callable[[], Coroutine[Any, Any, str]]) -> list[Any]:
+    """What the controller knows of a rank that answers as said, after one look."""
+    spec = load_spec(FILE, [f"placement.health_timeout_s={HEALTH_TIMEOUT_S}"])
+    life = ReplicaLife(spec, "decode", 0, pathlib.Path("none"), "", Fleet(spec.placement), SystemClock())
+    life._actors = [SimpleNamespace(report=SimpleNamespace(remote=report))]
+    asyncio.run(life._look())
+    return life.reports
+
+
+def test_a_rank_is_not_blamed_for_the_time_that_the_controller_stood_still() -> None:
+    async def report() -> str:
+        time.sleep(1.5 * HEALTH_TIMEOUT_S)  # of the whole process, the loop that waits for it among it
+        await asyncio.sleep(HEALTH_TIMEOUT_S / 3)
+        return "well"
+
+    assert look(report) == ["well"]
+
+
+def test_a_rank_that_does_not_answer_in_time_is_said_so_and_one_that_died_in_its_own_words() -> None:
+    with pytest.raises(TimeoutError, match=r"no answer for 0\.03 s"):
+        look(lambda: asyncio.sleep(60, ""))
+
+    async def died() -> str:
+        raise ConnectionError("End of file")
+
+    with pytest.raises(ConnectionError, match="End of file"):
+        look(died)
