@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +19,7 @@ from core.errors import Unavailable
 from deploy.client import ControlClient
 from deploy.folder import processes_of
 from tests.support.cluster import ROOT, Cluster, kill, rank_processes_of
+from tests.support.patience import overload
 
 pytestmark = pytest.mark.e2e
 
@@ -60,21 +60,36 @@ def is_free(cluster: Cluster) -> bool:
     return all(load.pages_free == pages[role] and load.slots_free == load.slots_total for role, load in loads.items())
 
 
-def stream_in_background(cluster: Cluster, prompts: list[str], max_tokens: int) -> tuple[list[threading.Thread], dict[str, list[str]]]:
-    """Streams started at once; texts by prompt. A stream that fails leaves its error as the last text."""
-    texts: dict[str, list[str]] = {prompt: [] for prompt in prompts}
+def end_of(thread: threading.Thread) -> None:
+    thread.join(120 * overload())
+    assert not thread.is_alive(), "its stream does not end"
 
-    def run(prompt: str) -> None:
+
+class Stream:
+    """A stream in a thread of its own. If it fails, its error is the last text."""
+
+    def __init__(self, cluster: Cluster, prompt: str, max_tokens: int) -> None:
+        self._cluster, self._prompt, self._max_tokens = cluster, prompt, max_tokens
+        self._texts: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
         try:
-            for text in cluster.complete(prompt, max_tokens):
-                texts[prompt].append(text)
+            for text in self._cluster.complete(self._prompt, self._max_tokens):
+                self._texts.append(text)
         except (AssertionError, OSError, ValueError) as error:
-            texts[prompt].append(f"FAILED {error!r}")
+            self._texts.append(f"FAILED {error!r}")
 
-    threads = [threading.Thread(target=run, args=(prompt,)) for prompt in prompts]
-    for thread in threads:
-        thread.start()
-    return threads, texts
+    def wait_for(self, num_texts: int) -> None:
+        """Returns when so many have come."""
+        self._cluster.wait(lambda: len(self._texts) >= num_texts or not self._thread.is_alive(), f"{num_texts} texts of a stream", 60)
+        assert len(self._texts) >= num_texts, self._texts
+
+    def text(self) -> str:
+        """The whole."""
+        end_of(self._thread)
+        return "".join(self._texts)
 
 
 def test_the_printed_curl_line_works(settled: Cluster) -> None:
@@ -92,7 +107,7 @@ def test_nothing_listens_beyond_loopback(settled: Cluster) -> None:
     found = {f"socket:[{inode}]" for inode in _listening_beyond_loopback()}
     for pid in processes_of(settled.state.marker):
         held = set()
-        with contextlib.suppress(FileNotFoundError):  # the process has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process has just ended
             for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(FileNotFoundError):  # or has just closed one
                     held.add(os.readlink(link))
@@ -147,15 +162,17 @@ def test_status_shows_every_member_and_what_pages_travel_over(settled: Cluster) 
     ranks = settled.only("prefill")[0], settled.only("decode")[0]
     for word in ("1 over shared_memory", "router/0.0", *ranks, "64/64", "128/128", "settled"):
         assert word in output, f"{word!r} is missing:\n{output}"
-    assert "rank.ready member=prefill/" in settled.baton("logs", "prefill")
-    assert "controller: " in settled.baton("logs")
+    for words, member in (("rank.ready member=prefill/", ["prefill"]), ("controller: ", [])):
+        output = settled.baton("logs", *member)
+        assert words in output, f"{words!r} is missing:\n{output}"
 
 
 def test_apply_restarts_what_the_change_concerns(settled: Cluster) -> None:
     before = {name: row.pid for name, row in settled.rows().items()}
     settled.baton("apply", str(settled.file), "prefill.chunk_tokens=64")
     after = {name: row.pid for name, row in settled.rows().items()}
-    assert [name.partition("/")[0] for name in before if before[name] != after[name]] == ["prefill"]
+    changed = [name.partition("/")[0] for name in before if before[name] != after[name]]
+    assert changed == ["prefill"], f"{before} -> {after}\n{settled.logs()}"
     settled.baton("apply", str(settled.file))
 
 
@@ -165,11 +182,9 @@ SCALED_TOKENS = 24
 
 def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing(settled: Cluster) -> None:
     prompts = [f"Request {i}: once upon a time" for i in range(NUM_CLIENTS)]
-    threads, texts = stream_in_background(settled, prompts, SCALED_TOKENS)
-    for thread in threads:
-        thread.join(120)
-    expected = {prompt: "".join(parts) for prompt, parts in texts.items()}
-    assert "FAILED" not in "".join(expected.values()) and all(expected.values())
+    streams = {prompt: Stream(settled, prompt, SCALED_TOKENS) for prompt in prompts}
+    expected = {prompt: stream.text() for prompt, stream in streams.items()}
+    assert "FAILED" not in "".join(expected.values()) and all(expected.values()), expected
 
     is_over = threading.Event()
     wrong: list[str] = []
@@ -193,28 +208,27 @@ def test_scaling_under_load_fails_no_request_changes_no_token_and_leaves_nothing
     finally:
         is_over.set()
         for thread in clients:
-            thread.join(120)
+            end_of(thread)
     print(f"{sum(num_done)} requests while scaling")
-    assert wrong == [] and min(num_done) >= 1
+    assert wrong == [] and min(num_done) >= 1, f"{wrong} {num_done}"
 
     rows = settled.rows()
-    assert len(rows) == 3
+    assert len(rows) == 3, rows
     settled.wait(lambda: is_free(settled), "all pages and slots are free")
-    assert sorted(rank_processes_of(settled.state.marker)) == sorted(row.pid for row in rows.values())
+    pids = sorted(row.pid for row in rows.values())
+    settled.wait(lambda: sorted(rank_processes_of(settled.state.marker)) == pids, f"no rank or router has a process but {pids}")
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_killed_rank_comes_back_and_streams_go_on(settled: Cluster, role: str) -> None:
     prompt = "The story of a river and"
     expected = "".join(settled.complete(prompt, 120))
-    threads, texts = stream_in_background(settled, [prompt], 120)
-    while len(texts[prompt]) < 5:
-        time.sleep(0.01)
+    stream = Stream(settled, prompt, 120)
+    stream.wait_for(5)
     name, pid = settled.only(role)
     kill(pid)
     print(f"{name} back after {settled.wait_until_settled(BACK_WITHIN_S, frozenset({pid})):.1f} s")
-    threads[0].join(120)
-    assert "".join(texts[prompt]) == expected
+    assert stream.text() == expected
     assert settled.rows()[f"{name}.0"].restarts >= 1
 
 
@@ -230,13 +244,13 @@ def test_a_killed_controller_comes_back_and_adopts_what_runs(settled: Cluster) -
     before = {name: row.pid for name, row in settled.rows().items()}
     prompt = "A long way from home"
     expected = "".join(settled.complete(prompt, 120))
-    threads, texts = stream_in_background(settled, [prompt], 120)
+    stream = Stream(settled, prompt, 120)
     controller = settled.controller_pid()
     kill(controller)
     print(f"controller back after {settled.wait_until_settled(BACK_WITHIN_S, frozenset({controller})):.1f} s")
-    threads[0].join(120)
-    assert "".join(texts[prompt]) == expected
-    assert {name: row.pid for name, row in settled.rows().items()} == before  # nothing was restarted, the scaling is remembered
+    assert stream.text() == expected
+    after = {name: row.pid for name, row in settled.rows().items()}
+    assert after == before, f"nothing is restarted, and the scaling is remembered\n{settled.logs()}"
     settled.baton("scale", "decode=1")
 
 
@@ -245,28 +259,31 @@ def test_controller_and_rank_killed_together_come_back(settled: Cluster) -> None
     for pid in victims:
         kill(pid)
     print(f"both back after {settled.wait_until_settled(BACK_WITHIN_S, frozenset(victims)):.1f} s")
-    assert len(settled.rows()) == 3 and "".join(settled.complete("Hello", 5))
+    rows = settled.rows()
+    assert len(rows) == 3, rows
+    assert "".join(settled.complete("Hello", 5))
 
 
 def test_a_frozen_rank_is_replaced(settled: Cluster) -> None:
     _, pid = settled.only("prefill")
     os.kill(pid, signal.SIGSTOP)
     print(f"prefill back after {settled.wait_until_settled(BACK_WITHIN_S, frozenset({pid})):.1f} s")
-    assert not pathlib.Path(f"/proc/{pid}").exists()
+    settled.wait(lambda: not pathlib.Path(f"/proc/{pid}").exists(), f"process {pid} has ended")
 
 
 def test_what_cannot_be_placed_is_reported_and_blocks_nobody(settled: Cluster) -> None:
     room = int((os.cpu_count() or 1) / 0.2)
     output = settled.baton("scale", f"decode={room + 2}", "--no-wait")
-    assert f"decode.replicas: 1 -> {room + 2}" in output
+    assert f"decode.replicas: 1 -> {room + 2}" in output, output
     output = settled.baton("scale", "decode=1")
-    assert "done" in output
+    assert "done" in output, output
     there, _ = settled.only("prefill")
     try:
-        output = settled.baton("apply", str(settled.file), "prefill.replicas=2", "placement.node_labels={rack: r9}", expect=1)
-        assert "none of 1 nodes has the labels rack=r9" in output
+        changes = ["prefill.replicas=2", "placement.node_labels={rack: r9}", "placement.placement_timeout_s=5"]
+        output = settled.baton("apply", str(settled.file), *changes, expect=1)
+        assert "none of 1 nodes has the labels rack=r9" in output, output
         states = {name: row.member.state for name, row in settled.rows().items() if row.member.role == "prefill"}
-        assert states.pop(f"{there}.0") == "ready" and list(states.values()) == ["given up"]
+        assert states.pop(f"{there}.0") == "ready" and list(states.values()) == ["given up"], settled.logs()
         assert "".join(settled.complete("Hello", 5))
     finally:
         settled.baton("apply", str(settled.file))
@@ -275,18 +292,19 @@ def test_what_cannot_be_placed_is_reported_and_blocks_nobody(settled: Cluster) -
 def test_drain_restarts_a_replica_after_its_requests(settled: Cluster) -> None:
     name, pid = settled.only("decode")
     prompt = "Where the road ends"
-    threads, texts = stream_in_background(settled, [prompt], 80)
-    while not texts[prompt]:
-        time.sleep(0.01)
+    stream = Stream(settled, prompt, 80)
+    stream.wait_for(1)
     settled.baton("drain", name)
-    threads[0].join(60)
-    assert "FAILED" not in "".join(texts[prompt]) and settled.only("decode")[1] != pid
-    assert f"'decode/7' is no ready replica; those are {name}, " in settled.baton("drain", "decode/7", expect=1)
+    text = stream.text()
+    assert "FAILED" not in text and settled.only("decode")[1] != pid, text
+    output = settled.baton("drain", "decode/7", expect=1)
+    assert f"'decode/7' is no ready replica; those are {name}, " in output, output
 
 
 def test_scaling_to_zero_leaves_a_router_that_answers(settled: Cluster) -> None:
     settled.baton("scale", "prefill=0", "decode=0")
-    assert settled.get("/health")["status"] == 200 and settled.get("/ready")["status"] == 503
+    settled.wait(lambda: settled.get("/ready")["status"] == 503, "the router has heard that no rank is there")
+    assert settled.get("/health")["status"] == 200
     settled.baton("scale", "prefill=1", "decode=1")
     assert "".join(settled.complete("Hello", 5))
 

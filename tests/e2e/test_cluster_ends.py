@@ -37,12 +37,12 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: pathlib.Path) 
     broken = Cluster(tmp_path, "broken", model)
     try:
         output = broken.baton("up", str(broken.file), expect=1)
-        assert shard.name in output and "taking down what was started" in output
+        assert shard.name in output and "taking down what was started" in output, output
         assert broken.folder.read() is None
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             output = broken.baton("up", str(broken.file), f"router.port={taken.getsockname()[1]}", expect=1)
-            assert "router.port: 127.0.0.1:" in output and "cannot be had" in output
+            assert "router.port: 127.0.0.1:" in output and "cannot be had" in output, output
     finally:
         broken.down()

@@ -14,8 +14,8 @@ import grpc
 import httpx
 import pytest
 
-from tests.support.cluster import free_ports
 from tests.support.patience import overload
+from tests.support.ports import free_ports
 from tests.support.stand_alone import FILE, ROOT, Parts, complete
 
 

@@ -10,8 +10,8 @@ import time
 
 import httpx
 
-from tests.support.cluster import free_ports
 from tests.support.patience import overload
+from tests.support.ports import free_ports
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILE = "deploy/clusters/local_cpu.yaml"

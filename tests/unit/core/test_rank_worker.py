@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import pathlib
-import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -25,18 +25,12 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.own_transport import OwnTransport
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
+from tests.support.ports import free_ports, freed
 
 ROLES: dict[str, Callable[..., PrefillWorker | DecodeWorker]] = {
     "prefill": lambda **options: PrefillWorker(config=PrefillConfig(num_pages=8, num_slots=2), **options),
     "decode": lambda **options: DecodeWorker(config=DecodeConfig(num_pages=8, num_slots=2), **options),
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def new_worker(role: str, port: int, new_runner: Callable[[], Runner] = lambda: NullRunner(num_pages=8, num_slots=2)) -> Any:
@@ -58,14 +52,19 @@ def fetch(url: str) -> bytes:
 
 def threads_since(before: set[threading.Thread]) -> list[str]:
     """Names of threads that were not there before. Those that were may be gone: other tests' may end, and a foreign thread of a library,
-    once seen by `threading`, counts until a new thread happens to get its number."""
-    gc.collect()  # gRPC ends its own thread with the last of its objects
-    return [thread.name for thread in threading.enumerate() if thread not in before]
+    once seen by `threading`, counts until a new thread happens to get its number. Those that are about to end have some seconds for it."""
+    end = time.monotonic() + 10
+    while True:
+        gc.collect()  # gRPC ends its own thread with the last of its objects
+        names = [thread.name for thread in threading.enumerate() if thread not in before]
+        if not names or time.monotonic() > end:
+            return names
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_stopped_rank_leaves_no_thread_and_its_port_can_be_taken_again(role: str) -> None:
-    before, port = set(threading.enumerate()), free_port()
+    before, port = set(threading.enumerate()), free_ports(1)[0]
 
     async def live() -> None:
         for _ in range(2):
@@ -76,6 +75,7 @@ def test_a_stopped_rank_leaves_no_thread_and_its_port_can_be_taken_again(role: s
             assert f"baton_{role}_".encode() in page
             await worker.stop()
             await worker.stop()
+            await freed(port)
 
     asyncio.run(live())
     assert threads_since(before) == []
@@ -83,7 +83,7 @@ def test_a_stopped_rank_leaves_no_thread_and_its_port_can_be_taken_again(role: s
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_rank_that_cannot_start_says_why_and_leaves_nothing_behind(role: str) -> None:
-    before, port = set(threading.enumerate()), free_port()
+    before, port = set(threading.enumerate()), free_ports(1)[0]
 
     def broken() -> Runner:
         raise CheckpointError("model-1.safetensors: truncated")
@@ -93,6 +93,7 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_nothing_behind(role: str) 
         with pytest.raises(CheckpointError, match="truncated"):
             await worker.start()
         await worker.stop()
+        await freed(port)
         again = new_worker(role, port)
         await again.start()
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
@@ -120,7 +121,7 @@ def test_a_prefill_rank_writes_no_more_when_its_port_is_free(monkeypatch: pytest
     record(Listener, "stop")
 
     async def run() -> None:
-        worker = new_worker("prefill", free_port())
+        worker = new_worker("prefill", free_ports(1)[0])
         await worker.start()
         assert not ended
         await worker.stop()

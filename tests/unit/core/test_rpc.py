@@ -14,17 +14,7 @@ from core.errors import ConfigError
 from core.rpc import Listener, new_channel, new_server, token_metadata
 from deploy.client import ControlClient
 from protos import control_pb2, control_pb2_grpc
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-            probe.listen()
-        except OSError:
-            return False
-    return True
+from tests.support.ports import freed, is_free
 
 
 @pytest.mark.parametrize("is_started", [False, True])
@@ -35,11 +25,7 @@ def test_a_port_is_held_from_the_beginning_and_freed_by_stop(is_started: bool) -
         if is_started:
             await listener.start()
         await listener.stop(0.0)
-        for _ in range(100):
-            if is_free(listener.port):
-                return
-            await asyncio.sleep(0.02)
-        raise AssertionError(f"port {listener.port} is still taken")
+        await freed(listener.port)
 
     asyncio.run(live())
 

@@ -11,7 +11,7 @@ import pytest
 
 from deploy.router_worker import RouterWorker
 from deploy.spec import load_spec
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 
 FILE = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "clusters" / "local_cpu.yaml"
 
