@@ -22,6 +22,7 @@ from deploy.logs import choose
 from deploy.spec import load_spec
 from deploy.status import duration, render, table
 from protos import common_pb2, control_pb2
+from tests.support.patience import overload
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 LOCAL_CPU = ROOT / "deploy/clusters/local_cpu.yaml"
@@ -128,20 +129,21 @@ def test_two_commands_cannot_start_one_cluster(tmp_path: pathlib.Path) -> None:
 
 
 def test_only_marked_processes_are_ended() -> None:
+    our_marker, other_marker = (f"{name} of process {os.getpid()}" for name in ("ours", "other"))  # this test may run more than once
     sleeper = [
         sys.executable,
         "-c",
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)",
     ]
-    ours = subprocess.Popen(sleeper, env=os.environ | {MARKER: "ours"}, stdout=subprocess.PIPE)
-    other = subprocess.Popen(sleeper, env=os.environ | {MARKER: "other"}, stdout=subprocess.PIPE)
+    ours = subprocess.Popen(sleeper, env=os.environ | {MARKER: our_marker}, stdout=subprocess.PIPE)
+    other = subprocess.Popen(sleeper, env=os.environ | {MARKER: other_marker}, stdout=subprocess.PIPE)
     try:
         for process in (ours, other):
             assert process.stdout is not None and process.stdout.read(1) == b"1"
-        assert processes_of("ours") == [ours.pid]
-        assert end_processes("ours", ours.pid, grace_s=0.2) == 1  # it ignores the request
-        assert ours.wait(5) == -9 and processes_of("ours") == []
-        assert other.poll() is None and processes_of("other") == [other.pid]
+        assert processes_of(our_marker) == [ours.pid]
+        assert end_processes(our_marker, ours.pid, grace_s=0.2) == 1  # it ignores the request
+        assert ours.wait(5) == -9 and processes_of(our_marker) == []
+        assert other.poll() is None and processes_of(other_marker) == [other.pid]
     finally:
         for process in (ours, other):
             process.kill()
@@ -258,7 +260,8 @@ def test_the_command_starts_quickly_and_without_torch_or_ray() -> None:
     code = "import sys, time; t = time.perf_counter(); import deploy.cli; print(sorted({'torch', 'ray'} & set(sys.modules)))"
     began = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]" and time.monotonic() - began < 10
+    took = time.monotonic() - began
+    assert result.stdout.strip() == "[]" and took < 10 * overload(), f"{result.stdout} after {took:.1f} s"
 
 
 def test_the_control_token_is_new_for_each_start_and_the_owners_alone(tmp_path: pathlib.Path) -> None:
