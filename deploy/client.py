@@ -17,8 +17,13 @@ from protos import control_pb2, control_pb2_grpc
 T = TypeVar("T")
 
 
+class NotOurs(Unavailable):
+    """The controller that answers is another cluster's."""
+
+
 class ControlClient:
-    """Every call raises Unavailable when the controller cannot be reached, and what the controller refused with."""
+    """Every call raises Unavailable when the controller cannot be reached (NotOurs when it does not take the token), and what the
+    controller refused with."""
 
     def __init__(self, address: str, token: str) -> None:
         """`token`: the cluster's own (`ClusterFolder.read_control_token`)."""
@@ -53,7 +58,7 @@ class ControlClient:
             return call()
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                raise Unavailable(f"the controller at {self._address} is not this cluster's: it does not take its token") from error
+                raise NotOurs(f"the controller at {self._address} is not this cluster's: it does not take its token") from error
             raise Unavailable(f"the controller at {self._address} does not answer ({error.code().name})") from error
 
     def _changes(self, reply: Any) -> list[str]:

@@ -28,6 +28,8 @@ BIND_ATTEMPTS = 20
 WATCH_INTERVAL_S = 2.0
 """A watcher hears the list at least so often."""
 
+_REFUSED = control_pb2.ApplyReply(error=encode_error(ConfigError("the cluster is being taken down: no orders are taken any more")))
+
 
 class ControlService(control_pb2_grpc.ControlServicer):
     def __init__(self, controller: Controller, token: str) -> None:
@@ -91,6 +93,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     async def Apply(self, request: Any, context: Any) -> Any:
         controller = self._controller
+        if controller.is_ending:
+            return _REFUSED
         try:
             spec = parse_config(request.spec_yaml, "the file", ClusterSpec) if request.spec_yaml else controller.spec
             spec = spec.scaled(dict(request.replicas))
@@ -107,6 +111,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
         return control_pb2.ApplyReply(changes=changes)
 
     async def Drain(self, request: Any, context: Any) -> Any:
+        if self._controller.is_ending:
+            return _REFUSED
         role, _, index = request.member.partition("/")
         index = index.partition(".")[0]
         fleet = self._controller.fleet

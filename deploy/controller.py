@@ -28,7 +28,7 @@ from deploy.actor import send_output_to
 from deploy.control import ControlService
 from deploy.placement import Node, Plan, plan_replica
 from deploy.reconcile import Desired, Drain, Fleet, Phase, Start
-from deploy.replica_life import ReplicaLife, living_actors
+from deploy.replica_life import ReplicaLife, living_actors, reason_of
 from deploy.spec import ROLES, ClusterSpec
 
 log = get_logger("controller")
@@ -54,12 +54,14 @@ class Controller:
         self.members_version = 0
         self.changed = asyncio.Condition()
         self.lives: dict[tuple[str, int], ReplicaLife] = {}
-        self._key = f"baton/{ray.get_runtime_context().namespace}/spec".encode()
+        self._key = spec_key(ray.get_runtime_context().namespace)
         self._kept = _internal_kv_get(self._key)
         self.spec = parse_config(self._kept.decode() if self._kept else spec_yaml, "the cluster's file", ClusterSpec)
         self.fleet = Fleet(self.spec.placement)
         self._nodes: list[Node] = []
         self._jobs: set[asyncio.Task[None]] = set()
+        self.is_ending = False
+        """Told to end: no order is taken any more."""
         self._service = ControlService(self, token)
         self._loop = asyncio.create_task(self._run())
 
@@ -70,13 +72,12 @@ class Controller:
     def set_spec(self, spec: ClusterSpec) -> None:
         """Make this the desired state, and remember it beyond this process."""
         _internal_kv_put(self._key, spec.to_yaml().encode(), overwrite=True)
-        self.spec = spec
-        self.fleet.config = spec.placement
-        self.fleet.set_desired({role: Desired(spec.replicas(role), spec.revision(role)) for role in ROLES}, self.clock.now())
+        self._want(spec)
         self._act()
 
     async def shut_down(self) -> None:
         """Stop every replica, forget the desired state, then end this actor for good."""
+        self.is_ending = True
         self._loop.cancel()
         await asyncio.gather(*(life.stop() for life in self.lives.values()), return_exceptions=True)
         _internal_kv_del(self._key)
@@ -91,9 +92,10 @@ class Controller:
             await self._look_at_nodes()
             if self._kept:
                 await self._adopt()
-            self.set_spec(self.spec)
+            self._want(self.spec)
             await self._publish()  # before a router can ask: an empty list would end its sessions with the adopted ranks
             await self._service.start(self.spec.router.control_address)
+            self.set_spec(self.spec)  # not before: what a controller that nobody can reach has started is hard to end
             while True:
                 now = self.clock.now()
                 if now >= next_look:
@@ -107,6 +109,11 @@ class Controller:
             log.exception("controller.failed")
             await asyncio.sleep(0.5)  # whoever waits in `begin` hears why
             _end_process()
+
+    def _want(self, spec: ClusterSpec) -> None:
+        self.spec = spec
+        self.fleet.config = spec.placement
+        self.fleet.set_desired({role: Desired(spec.replicas(role), spec.revision(role)) for role in ROLES}, self.clock.now())
 
     def _act(self) -> None:
         for action in self.fleet.decide(self.clock.now()):
@@ -189,8 +196,11 @@ class Controller:
         """For Prometheus (file_sd_configs): the members' endpoints change with every restart."""
         targets = [{"targets": [m.metrics_address], "labels": {"member": m.name}} for m in self.members if m.metrics_address]
         path = self.logs.parent / "metrics_targets.json"
-        path.with_suffix(".new").write_text(json.dumps(targets, indent=1))
-        path.with_suffix(".new").replace(path)
+        try:
+            path.with_suffix(".new").write_text(json.dumps(targets, indent=1))
+            path.with_suffix(".new").replace(path)
+        except OSError as error:  # a full disk is no reason to let ranks be without a controller
+            log.warning("metrics_targets.failed", path=path, reason=error.strerror)
 
     def _spawn(self, job: Any) -> None:
         task = asyncio.create_task(self._guard(job))
@@ -202,7 +212,13 @@ class Controller:
             await job
         except Exception:  # outermost
             log.exception("controller.failed")
-            _end_process()
+            if not self.is_ending:
+                _end_process()
+
+
+def spec_key(namespace: str) -> bytes:
+    """Under which the desired state is in Ray's key-value store."""
+    return f"baton/{namespace}/spec".encode()
 
 
 def start_controller(spec: ClusterSpec, logs: pathlib.Path, token: str) -> None:
@@ -221,7 +237,7 @@ def start_controller(spec: ClusterSpec, logs: pathlib.Path, token: str) -> None:
         ray.get(handle.begin.remote(), timeout=60)
     except (RayError, BatonError) as error:
         ray.kill(handle, no_restart=True)
-        raise ConfigError(f"the controller did not start: {error}") from error
+        raise ConfigError(f"the controller did not start: {reason_of(error)}") from error
 
 
 def _node_of(control_address: str) -> str:

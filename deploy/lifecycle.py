@@ -15,8 +15,8 @@ from typing import Any
 
 from core.config import differences, parse_config
 from core.errors import ConfigError, DeadlineExceeded, Unavailable
-from deploy.client import ControlClient, open_url
-from deploy.folder import ClusterFolder, ClusterState, end_processes, has_keeper, new_secret, processes_of
+from deploy.client import ControlClient, NotOurs, open_url
+from deploy.folder import ClusterFolder, ClusterState, end_processes, has_keeper, processes_of
 from deploy.local import choose_ray_dir, launch
 from deploy.spec import ClusterSpec, check_files
 
@@ -24,6 +24,9 @@ Say = Callable[[str], None]
 
 KEEPER_TIMEOUT_S = 180.0
 """Ray takes 5 s to start, and over 60 on two cores that are busy with much else. One that fails ends at once."""
+
+CONTROLLER_TIMEOUT_S = 30.0
+"""On a Ray that is there already: it starts a controller that died within seconds."""
 
 RAY_TRIES = 3
 RAY_WAS_LATE = "The current node timed out during startup"
@@ -62,7 +65,9 @@ def start(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
     """Ray (if embedded) and the controller. Returns when the controller answers."""
     if spec.placement.ray != "embedded":
         say(f"creating the controller on the Ray cluster at {spec.placement.ray}")
-        start_on_existing(folder, spec)
+        from deploy import existing  # which imports Ray
+
+        existing.start(folder, spec)
         return
     ray_dir = choose_ray_dir(folder)
     say(f"starting Ray in {ray_dir}, on loopback only")
@@ -93,35 +98,6 @@ def has_started(folder: ClusterFolder, keeper: subprocess.Popen[bytes], state: C
             time.sleep(0.2)
 
 
-def start_on_existing(folder: ClusterFolder, spec: ClusterSpec) -> None:
-    """Connect to the Ray cluster that the file names, create the controller there, and leave."""
-    import ray
-
-    from deploy.controller import start_controller
-
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    folder.spec_path.write_text(spec.to_yaml())
-    state = ClusterState(
-        marker="",
-        keeper_pid=0,
-        control_address=spec.router.control_address,
-        ray_dir="",
-    )
-    folder.write(state)
-    try:
-        ray.init(address=spec.placement.ray, namespace=spec.namespace, log_to_driver=False)
-    except ConnectionError as error:
-        folder.forget()
-        raise Unavailable(f"placement.ray: no Ray cluster answers at {spec.placement.ray}: {error}") from error
-    try:
-        start_controller(spec, folder.logs, new_secret(folder.control_token_path))
-    except BaseException:
-        folder.forget()
-        raise
-    finally:
-        ray.shutdown()
-
-
 def stop(folder: ClusterFolder) -> list[str]:
     """Take everything down, orderly where the controller answers, by force where not. Returns remarks for the user."""
     state, remarks = folder.read(), list[str]()
@@ -133,8 +109,10 @@ def stop(folder: ClusterFolder) -> list[str]:
             _shut_down(folder, state)
     except (Unavailable, ConfigError) as error:
         remarks.append(f"the controller could not be asked to stop: {error}")
-        if not state.marker:
-            raise Unavailable(f"{error}; the ranks on the Ray cluster go on running: try again, or kill them through Ray") from error
+        if not state.marker and not isinstance(error, NotOurs):
+            from deploy import existing  # which imports Ray
+
+            remarks.append(f"{existing.end(folder)} actors were ended through Ray")
     if state.marker:
         if killed := end_processes(state.marker, state.keeper_pid, GRACE_S):
             remarks.append(f"{killed} processes had to be killed")
@@ -147,7 +125,7 @@ def stop(folder: ClusterFolder) -> list[str]:
 def _shut_down(folder: ClusterFolder, state: ClusterState) -> None:
     with ControlClient(state.control_address, folder.read_control_token()) as client:
         if (name := client.status().name) != folder.name:
-            raise Unavailable(f"the controller at {state.control_address} is that of {name!r}")
+            raise NotOurs(f"the controller at {state.control_address} is that of {name!r}")
         client.shut_down()
 
 
@@ -157,11 +135,13 @@ def is_running(folder: ClusterFolder, say: Say) -> bool:
     state = folder.read()
     if state is None or not has_keeper(state):
         return False
-    deadline, has_told = time.monotonic() + KEEPER_TIMEOUT_S, False
+    deadline, has_told = time.monotonic() + (KEEPER_TIMEOUT_S if state.marker else CONTROLLER_TIMEOUT_S), False
     with ControlClient(state.control_address, folder.read_control_token()) as client:
         while has_keeper(state):
             try:
                 return bool(client.status().name == folder.name)
+            except NotOurs:
+                return False
             except Unavailable as error:
                 if time.monotonic() > deadline:
                     raise Unavailable(

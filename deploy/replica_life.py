@@ -88,7 +88,7 @@ class ReplicaLife:
         try:
             await asyncio.gather(*(actor.drain.remote(self._spec.placement.drain_timeout_s) for actor in self._actors))
         except RayError as error:
-            log.warning("drain.failed", replica=self.name, error=_reason(error))
+            log.warning("drain.failed", replica=self.name, error=reason_of(error))
 
     async def stop(self) -> None:
         """End all processes and give the resources back; returns when the names are free again."""
@@ -110,7 +110,7 @@ class ReplicaLife:
             if not isinstance(error, (RayError, BatonError, TimeoutError)):
                 log.exception("replica.failed", replica=self.name)
             self._failed = True
-            self._fleet.failed(self.role, self.index, _reason(error), self._clock.now())
+            self._fleet.failed(self.role, self.index, reason_of(error), self._clock.now())
 
     async def _start(self, make_plan: Callable[[int], Plan]) -> None:
         self.plan = await self._place(make_plan)
@@ -235,10 +235,10 @@ async def _swallow(reference: Any) -> None:
     try:
         await reference
     except RayError as error:
-        log.debug("stop.failed", error=_reason(error))
+        log.debug("stop.failed", error=reason_of(error))
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """One line for people."""
     if isinstance(error, RayTaskError):
         return f"{error.cause}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pathlib
+import socket
 import types
 from typing import Any
 
 import pytest
 
 from core.errors import Unavailable
-from deploy import lifecycle
+from deploy import existing, lifecycle
+from deploy.client import NotOurs
 from deploy.folder import ClusterFolder, ClusterState, new_secret
 from deploy.spec import ClusterSpec, load_spec
 
@@ -96,3 +98,40 @@ def test_a_cluster_whose_keeper_ends_meanwhile_has_ended(folder: ClusterFolder, 
     monkeypatch.setattr(lifecycle, "ControlClient", Controller(1_000).client)
     monkeypatch.setattr(lifecycle.time, "sleep", lambda seconds: None)
     assert not lifecycle.is_running(folder, lambda line: None)
+
+
+def on_no_ray(folder: ClusterFolder) -> ClusterSpec:
+    """Of a cluster on a Ray that does not answer."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return load_spec(LOCAL_CPU, [f"placement.ray=127.0.0.1:{unused.getsockname()[1]}"])
+
+
+def test_a_start_on_a_ray_that_is_not_there_says_so_at_once_and_leaves_nothing(folder: ClusterFolder) -> None:
+    spec = on_no_ray(folder)
+    with pytest.raises(Unavailable, match=f"placement.ray: no Ray cluster answers at {spec.placement.ray}"):
+        existing.start(folder, spec)
+    assert folder.read() is None and not folder.spec_path.exists()
+
+
+def test_down_says_what_to_do_where_controller_and_ray_are_gone(folder: ClusterFolder) -> None:
+    spec = on_no_ray(folder)
+    folder.spec_path.write_text(spec.to_yaml())
+    folder.write(ClusterState(marker="", keeper_pid=0, control_address="127.0.0.1:1", ray_dir=""))
+    with pytest.raises(Unavailable, match=f"no Ray cluster answers.*has ended for good, remove {folder.path}/cluster.json"):
+        lifecycle.stop(folder)
+    assert folder.read() is not None
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_only_ones_own_cluster_is_ended_through_ray(is_ours: bool, folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write(ClusterState(marker="", keeper_pid=0, control_address="127.0.0.1:1", ray_dir=""))
+
+    def shut_down(*_: Any) -> None:
+        raise Unavailable("does not answer") if is_ours else NotOurs("is another's")
+
+    monkeypatch.setattr(lifecycle, "_shut_down", shut_down)
+    monkeypatch.setattr(existing, "end", lambda folder: 3)
+    remarks = lifecycle.stop(folder)
+    assert (remarks[1:] == ["3 actors were ended through Ray"]) == is_ours and len(remarks) == 1 + is_ours
+    assert folder.read() is None

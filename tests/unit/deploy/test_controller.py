@@ -1,0 +1,98 @@
+"""The controller's order of doing things, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import pathlib
+from typing import Any
+
+import pytest
+
+from core.clock import SystemClock
+from core.errors import ConfigError
+from core.request import Member
+from deploy import controller as module
+from deploy.control import ControlService
+from deploy.controller import Controller
+from deploy.reconcile import Fleet
+from deploy.spec import load_spec
+from protos import control_pb2
+
+LOCAL_CPU = pathlib.Path(__file__).resolve().parents[3] / "deploy/clusters/local_cpu.yaml"
+
+
+class Service:
+    """Does not get its port, or notes what was started when it did."""
+
+    def __init__(self, started: list[str], error: ConfigError | None) -> None:
+        self._started, self._error = started, error
+
+    async def start(self, address: str) -> None:
+        if self._error is not None:
+            raise self._error
+        self._started.append(address)
+
+
+class Lifeless(Controller):  # type: ignore[misc]  # its __init__ is a coroutine
+    """Starts nothing but notes what it would."""
+
+    def __init__(self, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: ConfigError | None = None) -> None:
+        self.started: list[str] = []
+        self.clock, self.spec, self.logs = SystemClock(), load_spec(LOCAL_CPU), folder / "logs"
+        self.fleet, self.lives, self.members, self.members_version = Fleet(self.spec.placement), {}, [], 0
+        self.events, self.changed, self.is_ending = collections.deque(), asyncio.Condition(), False
+        self._key, self._kept, self._nodes, self._jobs = b"key", None, [], set()
+        self._service: Any = Service(self.started, error)
+        monkeypatch.setattr(module, "_internal_kv_put", lambda *_, **__: self.started.append("kept"))
+        monkeypatch.setattr(module, "_internal_kv_del", lambda *_: self.started.append("forgotten"))
+        monkeypatch.setattr(module, "_end_process", lambda: self.started.append("ended"))
+        monkeypatch.setattr(module, "_end_myself", lambda: None)
+
+    async def _look_at_nodes(self) -> None:
+        pass
+
+    def _start(self, role: str, index: int) -> None:
+        self.started.append(f"{role}/{index}")
+
+
+def test_nothing_is_kept_or_started_before_the_controller_can_be_reached(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        deaf = Lifeless(tmp_path, monkeypatch, ConfigError("router.control_address: taken"))
+        await deaf._run()
+        assert deaf.started == ["ended"]
+        heard = Lifeless(tmp_path, monkeypatch)
+        heard._loop = asyncio.create_task(heard._run())
+        await asyncio.sleep(0.01)
+        assert heard.started == ["127.0.0.1:8010", "kept", "router/0", "prefill/0", "decode/0"]
+        await heard.shut_down()
+
+    asyncio.run(run())
+
+
+def test_a_cluster_that_is_being_taken_down_takes_no_orders(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        controller = Lifeless(tmp_path, monkeypatch)
+        controller._loop = asyncio.create_task(asyncio.sleep(10))
+        service = ControlService(controller, "token")
+        await controller.shut_down()
+        for reply in (
+            await service.Apply(control_pb2.ApplyRequest(replicas={"decode": 2}), None),
+            await service.Drain(control_pb2.DrainRequest(member="decode/0"), None),
+        ):
+            assert "is being taken down" in reply.error.message
+        assert controller.started == ["forgotten"]
+
+    asyncio.run(run())
+
+
+def test_a_full_disk_does_not_end_the_controller(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        controller = Lifeless(tmp_path / "not there", monkeypatch)
+        controller.members = [Member(role="decode", replica=0, rank=0, address="a:1", incarnation=1, metrics_address="a:2")]
+        controller._write_metrics_targets()
+        controller.logs = tmp_path / "logs"
+        controller._write_metrics_targets()
+        assert "a:2" in (tmp_path / "metrics_targets.json").read_text()
+
+    asyncio.run(run())
