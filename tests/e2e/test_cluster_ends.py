@@ -37,7 +37,10 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: pathlib.Path) 
     broken = Cluster(tmp_path, "broken", model)
     try:
         output = broken.baton("up", str(broken.file), expect=1)
-        assert shard.name in output and "taking down what was started" in output, output
+        assert shard.name in output and "starting" not in output, output
+        shutil.copy(MODEL / shard.name, shard)
+        output = broken.baton("up", str(broken.file), "engine.ops={sample: triton}", expect=1)  # which no check before a start knows
+        assert "engine.ops" in output and "triton" in output and "taking down what was started" in output, output
         assert broken.folder.read() is None
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
