@@ -17,7 +17,7 @@ from deploy.client import ControlClient
 from deploy.folder import ClusterFolder, find_cluster, has_keeper
 from deploy.local import ROOT
 from deploy.logs import print_logs
-from deploy.spec import ROLES, check_files, load_spec
+from deploy.spec import ROLES, ClusterSpec, check_files, load_spec
 from deploy.status import render
 
 
@@ -102,6 +102,13 @@ def run_up(options: argparse.Namespace) -> None:
     lifecycle.up(ClusterFolder(options.home, spec.name), spec, say)
     say(f"ready in {time.monotonic() - began:.1f} s; try:")
     print(f"\n  {lifecycle.curl_line(spec)}\n", flush=True)
+    say_idle(spec)
+
+
+def say_idle(spec: ClusterSpec) -> None:
+    for role in ROLES:
+        if not spec.replicas(role):
+            say(f"no {role} replica is wanted: requests get 503 until `baton scale {role}=1`")
 
 
 def run_check(options: argparse.Namespace) -> None:
@@ -109,6 +116,7 @@ def run_check(options: argparse.Namespace) -> None:
     model = check_files(spec)
     counts = ", ".join(f"{spec.replicas(role)} {role}" for role in ROLES)
     say(f"{options.file} is good: {spec.name} serves {spec.served_name} ({model.num_hidden_layers} layers) with {counts}")
+    say_idle(spec)
 
 
 def run_apply(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from core.errors import BatonError, ConfigError
 from core.log import get_logger
 from core.request import Member
 from core.rpc import new_server
+from deploy.ports import refuse_taken
 from deploy.reconcile import Phase, Replica
 from deploy.spec import ROLES, ClusterSpec, check_files, restart_only
 from protos import control_pb2, control_pb2_grpc
@@ -102,6 +103,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
                 check_files(spec)
             if reasons := restart_only(controller.spec, spec):
                 raise ConfigError("; ".join(reasons) + ": run `baton down` and `baton up`")
+            if spec.router.processes and (spec.router.host, spec.router.port) != (controller.spec.router.host, controller.spec.router.port):
+                refuse_taken("router.port", spec.router.host, spec.router.port)
         except BatonError as error:
             return control_pb2.ApplyReply(error=encode_error(error))
         changes = differences(controller.spec, spec)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import pathlib
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,6 +17,7 @@ from core.errors import ConfigError, DeadlineExceeded, Unavailable
 from deploy.client import ControlClient, NotOurs, open_url
 from deploy.folder import ClusterFolder, ClusterState, end_processes, has_keeper, processes_of
 from deploy.local import choose_ray_dir, launch
+from deploy.ports import refuse_taken
 from deploy.spec import ClusterSpec, check_files
 
 Say = Callable[[str], None]
@@ -49,7 +49,9 @@ def up(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
             return
         sweep(folder)
         if spec.placement.ray == "embedded":
-            check_ports(spec)
+            refuse_taken("router.port", spec.router.host, spec.router.port)
+            control_host, _, control_port = spec.router.control_address.rpartition(":")
+            refuse_taken("router.control_address", control_host.strip("[]"), int(control_port))
         try:
             start(folder, spec, say)
             wait_until_settled(folder, spec.placement.start_timeout_s, say)
@@ -174,20 +176,6 @@ def refuse_other_spec(folder: ClusterFolder, spec: ClusterSpec) -> None:
 def running_spec(client: ControlClient) -> ClusterSpec:
     """The specification in force."""
     return parse_config(client.status().spec_yaml, "the running cluster", ClusterSpec)
-
-
-def check_ports(spec: ClusterSpec) -> None:
-    """Raises ConfigError naming the key whose port is taken."""
-    control_host, _, control_port = spec.router.control_address.rpartition(":")
-    addresses = {"router.port": (spec.router.host, spec.router.port), "router.control_address": (control_host, int(control_port))}
-    for key, (host, port) in addresses.items():
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host.strip("[]"), port))
-            except OSError as error:
-                raise ConfigError(f"{key}: {host}:{port} cannot be had ({error.strerror}); choose another in the file") from error
 
 
 def wait_until_settled(folder: ClusterFolder, timeout_s: float, say: Say) -> None:

@@ -33,8 +33,8 @@ class LinkReport:
         self._crawling: dict[str, float] = {}
         """Link -> bytes/s, of those that are slower than their path can be."""
         self.summary = ""
-        """"decode/1.0 over tcp (cuda_ipc expected), decode/2.0 over cuda_ipc at 0.3 GB/s, 2 over cuda_ipc"; "" without a link whose path is
-        known."""
+        """"decode/1.0 over tcp (cuda_ipc expected), decode/2.0 over cuda_ipc at 0.3 GB/s, 2 links over cuda_ipc"; "" without a link
+        whose path is known."""
 
     def made(self, link: str, peer: str, lanes: tuple[str, ...], machine: str, memory: str) -> None:
         """A link to a decode rank. `machine` and `memory` are the peer's; machine "": it did not say."""
@@ -77,4 +77,4 @@ class LinkReport:
             else:
                 good[made.path] += 1
         self._metrics.slow_links.set(len(slow))
-        self.summary = ", ".join([*sorted(slow), *(f"{count} over {path}" for path, count in sorted(good.items()))])
+        self.summary = ", ".join([*sorted(slow), *(f"{count} link{'s' * (count > 1)} over {path}" for path, count in sorted(good.items()))])

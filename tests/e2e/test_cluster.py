@@ -160,7 +160,7 @@ def test_status_shows_every_member_and_what_pages_travel_over(settled: Cluster) 
     settled.wait(lambda: is_free(settled), "ranks have told that all pages and slots are free")
     output = settled.baton("status")
     ranks = settled.only("prefill")[0], settled.only("decode")[0]
-    for word in ("1 over shared_memory", "router/0.0", *ranks, "64/64", "128/128", "settled"):
+    for word in ("1 link over shared_memory", "router/0.0", *ranks, "64/64", "128/128", "settled"):
         assert word in output, f"{word!r} is missing:\n{output}"
     for words, member in (("rank.ready member=prefill/", ["prefill"]), ("controller: ", [])):
         output = settled.baton("logs", *member)

@@ -19,6 +19,7 @@ from deploy.control import misfits
 from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, new_secret, processes_of
 from deploy.local import SOCKET_PATH_BYTES, SOCKET_TAIL, choose_ray_dir
 from deploy.logs import choose
+from deploy.ports import refuse_taken
 from deploy.spec import load_spec
 from deploy.status import duration, render, table
 from protos import common_pb2, control_pb2
@@ -169,7 +170,27 @@ def test_a_taken_port_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"router.port: 127.0.0.1:{port} cannot be had"):
-            lifecycle.check_ports(load_spec(LOCAL_CPU, [f"router.port={port}"]))
+            refuse_taken("router.port", "127.0.0.1", port)
+
+
+def test_a_port_that_others_would_share_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="cannot be had"):
+            refuse_taken("router.port", "127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_host_that_is_not_this_machine_is_not_blamed_on_the_port() -> None:
+    with pytest.raises(ConfigError, match=r"router.host: 192.0.2.1:0 cannot be had"):  # an address for documents, nobody's
+        refuse_taken("router.port", "192.0.2.1", 0)
+
+
+def test_a_role_without_replicas_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(LOCAL_CPU), "prefill.replicas=0"]) == 0
+    said = capsys.readouterr().out
+    assert "no prefill replica is wanted" in said and "no decode" not in said
 
 
 def test_the_curl_line_asks_for_a_key_only_if_there_are_keys() -> None:

@@ -78,14 +78,14 @@ def test_each_pair_is_reported_and_the_slow_one_by_name(caplog: pytest.LogCaptur
     found = Reported(HERE, "VRAM")
     found.report.made("a#1/1", "decode/0.0", ("tcp/lo", "cuda_ipc/cuda"), "boot-1", "VRAM")
     found.report.made("b#1/2", "decode/1.0", ("tcp/lo", "cuda_ipc/cuda"), "boot-1", "VRAM")
-    assert found.report.summary == "2 over cuda_ipc" and not warnings_in(caplog.text)
+    assert found.report.summary == "2 links over cuda_ipc" and not warnings_in(caplog.text)
     found.report.made("c#1/3", "decode/2.0", ("tcp/lo",), "boot-1", "VRAM")
-    assert found.report.summary == "decode/2.0 over tcp (cuda_ipc expected), 2 over cuda_ipc"
+    assert found.report.summary == "decode/2.0 over tcp (cuda_ipc expected), 2 links over cuda_ipc"
     assert len(warnings_in(caplog.text)) == 1 and "decode/2.0" in warnings_in(caplog.text)[0]
     assert found.links() == {("decode/0.0", "cuda_ipc"), ("decode/1.0", "cuda_ipc"), ("decode/2.0", "tcp")} and found.num_slow() == 1
     for link in ("a#1/1", "c#1/3", "never"):
         found.report.gone(link)
-    assert found.report.summary == "1 over cuda_ipc" and found.links() == {("decode/1.0", "cuda_ipc")} and found.num_slow() == 0
+    assert found.report.summary == "1 link over cuda_ipc" and found.links() == {("decode/1.0", "cuda_ipc")} and found.num_slow() == 0
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_a_fast_path_whose_writes_crawl_is_reported_once(caplog: pytest.LogCaptu
         ("never", 10**8, 1.0),
     ):
         found.report.wrote(link, num_bytes, seconds)
-    assert found.report.summary == "1 over cuda_ipc, 1 over tcp" and "transfer.slow_rate" not in caplog.text
+    assert found.report.summary == "1 link over cuda_ipc, 1 link over tcp" and "transfer.slow_rate" not in caplog.text
     for _ in range(3):
         found.report.wrote("a#1/1", 10**8, 0.25)
-    assert found.report.summary == "decode/0.0 over cuda_ipc at 0.4 GB/s, 1 over tcp"
+    assert found.report.summary == "decode/0.0 over cuda_ipc at 0.4 GB/s, 1 link over tcp"
     assert caplog.text.count("transfer.slow_rate") == 1
     found.report.gone("a#1/1")
-    assert found.report.summary == "1 over tcp"
+    assert found.report.summary == "1 link over tcp"

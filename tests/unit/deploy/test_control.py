@@ -1,0 +1,51 @@
+"""What `baton apply` asks of the controller, without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import socket
+from types import SimpleNamespace
+from typing import Any, cast
+
+from core.codec import decode_error
+from deploy.control import ControlService
+from deploy.controller import Controller
+from deploy.spec import ClusterSpec, load_spec
+from protos import control_pb2
+
+LOCAL_CPU = pathlib.Path(__file__).resolve().parents[3] / "deploy/clusters/local_cpu.yaml"
+
+
+def applied(running: ClusterSpec, wanted: ClusterSpec) -> tuple[Any, list[ClusterSpec]]:
+    """The reply, and what was set."""
+    wishes: list[ClusterSpec] = []
+
+    async def ask() -> Any:
+        service = ControlService(cast(Controller, SimpleNamespace(spec=running, set_spec=wishes.append, is_ending=False)), "token")
+        return await service.Apply(control_pb2.ApplyRequest(spec_yaml=wanted.to_yaml()), None)
+
+    return asyncio.run(ask()), wishes
+
+
+def test_a_router_port_of_another_cluster_is_not_moved_to() -> None:
+    """Routers share their port with whoever asks to share it: the kernel would give each half of the connections."""
+    running = load_spec(LOCAL_CPU)
+    with socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        theirs.bind(("127.0.0.1", 0))
+        theirs.listen()
+        port = theirs.getsockname()[1]
+        reply, wishes = applied(running, load_spec(LOCAL_CPU, [f"router.port={port}"]))
+    assert not wishes and f"router.port: 127.0.0.1:{port} cannot be had" in str(decode_error(reply.error))
+    reply, wishes = applied(running, load_spec(LOCAL_CPU, [f"router.port={port}"]))
+    assert [spec.router.port for spec in wishes] == [port]
+
+
+def test_the_port_that_a_cluster_has_is_no_obstacle_to_other_changes() -> None:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        own.listen()
+        running = load_spec(LOCAL_CPU, [f"router.port={own.getsockname()[1]}"])
+        _, wishes = applied(running, running.scaled({"prefill": 2}))
+    assert [spec.prefill.replicas for spec in wishes] == [2]
