@@ -31,7 +31,7 @@ class RouterConfig:
     max_n: int = 16
     """Largest `n` of a request."""
     request_timeout_s: float = 600.0
-    """A request that takes longer ends with an error."""
+    """A request that takes longer ends with an error; a client that reads nothing of its answer for so long is cut off."""
     reserve_timeout_s: float = 10.0
     """A decode rank must answer a reservation within this time."""
     wait_for_members_s: float = 30.0

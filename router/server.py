@@ -60,7 +60,7 @@ class Router:
         relay = Relay(self.members, config, clock)
         service = self._service = Service(config, self._served_name, self._max_model_len, self._codec, relay, metrics, clock)
         app = create_app(service, ChatFormat(service, config.default_thinking), self.members, registry, self._api_keys)
-        self._socket = _listen(config.host, config.port, self._is_port_shared)
+        self._socket = _listen(config.host, config.port, self._is_port_shared, config.request_timeout_s)
         self.port = self._socket.getsockname()[1]
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -111,14 +111,17 @@ def _end_with(watch: asyncio.Task[None]) -> None:
         die(str(error) if isinstance(error, BatonError) else f"ranks are not followed any more: {error!r}")
 
 
-def _listen(host: str, port: int, is_shared: bool) -> socket.socket:
-    """A listening socket; all that share a port must say so. Raises ConfigError if the address cannot be had."""
+def _listen(host: str, port: int, is_shared: bool, unread_s: float) -> socket.socket:
+    """A listening socket; all that share a port must say so. A connection whose client reads nothing for `unread_s` while there is
+    something to read is reset. Raises ConfigError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With its protocol named: event loops then send small writes at once, else they wait for the client's delayed acknowledgement.
     found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if is_shared:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    # Accepted connections inherit it. Else who stops reading, and leaves the connection open, holds its place in the router for ever.
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(round(unread_s * 1000), 1))
     try:
         found.bind((host, port))
     except OSError as error:

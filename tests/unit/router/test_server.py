@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import socket
+import time
 
 import pytest
 
@@ -49,6 +50,27 @@ def test_small_writes_are_sent_at_once() -> None:
         accepted = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         writer.close()
+        await router.stop()
+
+    asyncio.run(live())
+
+
+def test_a_client_that_stops_reading_is_cut_off_when_its_time_is_up() -> None:
+    async def live() -> None:
+        config = RouterConfig(port=0, request_timeout_s=0.2)
+        router = Router(config=config, served_name="demo", tokenizer_folder=MODEL, max_model_len=512)
+        await router.start()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", router.port))
+            await asyncio.get_running_loop().sock_sendall(client, b"GET /openapi.json HTTP/1.1\r\nhost: here\r\n\r\n" * 1000)
+            connections, end = router._server.server_state.connections, time.monotonic() + 10.0
+            await asyncio.sleep(0.1)
+            assert connections, "it is served until then"
+            while connections and time.monotonic() < end:
+                await asyncio.sleep(0.05)
+            assert not connections
         await router.stop()
 
     asyncio.run(live())
