@@ -11,7 +11,8 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -163,7 +164,7 @@ class Chat:
                 if text is not None:
                     yield sse(text, response.sse_event_name(chunk))
         if self._dialect is CHAT and request.include_usage:
-            yield sse(orjson.dumps({**self._last_envelope(), "choices": [], "usage": self._total_usage()}))
+            yield sse(orjson.dumps({**self._last_envelope(), "choices": [], "usage": total_usage(self._usage)}))
         done = response.sse_done_data()
         if done is not None:
             yield sse(done.encode())
@@ -174,6 +175,7 @@ class Chat:
             text: str = chunk.to_json()
             return text.encode()
         event = orjson.loads(chunk.to_json())
+        event["created"] = self._created
         usage = event.pop("usage", None)
         if usage:
             self._usage.append(usage)
@@ -185,14 +187,6 @@ class Chat:
 
     def _last_envelope(self) -> dict[str, Any]:
         return {"id": self.id, "object": "chat.completion.chunk", "created": self._created, "model": self._service.model}
-
-    def _total_usage(self) -> dict[str, Any]:
-        """Usage over all choices; the prompt counts once a choice, as it is computed once a choice."""
-        total: dict[str, Any] = {}
-        for usage in self._usage:
-            for key, value in usage.items():
-                total[key] = total.get(key, 0) + value if isinstance(value, int) else value
-        return total
 
     async def response(self) -> dict[str, Any]:
         """The whole answer."""
@@ -218,9 +212,18 @@ class Chat:
             return answers[0]
         merged = answers[0]
         merged["choices"] = [{**answer["choices"][0], "index": index} for index, answer in enumerate(answers)]
-        self._usage = [answer["usage"] for answer in answers]
-        merged["usage"] = self._total_usage()
+        merged["usage"] = total_usage([answer["usage"] for answer in answers])
         return merged
+
+
+def total_usage(choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a Chat Completions request, from those of its choices: one prompt, and the tokens of all."""
+    first, completion = choices[0], sum(usage["completion_tokens"] for usage in choices)
+    whole = {**first, "completion_tokens": completion, "total_tokens": first["prompt_tokens"] + completion}
+    details: Counter[str] = Counter()
+    for usage in choices:
+        details.update(usage.get("completion_tokens_details", {}))  # of a thinking model only
+    return whole | ({"completion_tokens_details": dict(details)} if details else {})
 
 
 def sse(data: bytes, event: str | None = None) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import pathlib
 import threading
@@ -145,3 +146,32 @@ def test_an_echoed_prompt_comes_with_the_first_token_so_that_an_early_error_has_
     monkeypatch.setattr(Said, "generate", lost)
     with pytest.raises(MemberLost):
         asyncio.run(first())
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("stop", [[], ["lamp"]])
+def test_usage_of_several_choices_has_one_prompt_and_the_tokens_of_all(stop: list[str], thinking: bool) -> None:
+    service = new_service(FinishReason.LENGTH)
+    form = ChatFormat(service, default_thinking=thinking)
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "stop": stop, "n": 3}
+
+    def whole(count: int) -> dict[str, Any]:
+        usage: dict[str, Any] = asyncio.run(Chat(service, form, CHAT, form.parse({**body, "n": count}, CHAT)).response())["usage"]
+        return usage
+
+    async def streamed() -> list[dict[str, Any]]:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        events = [event async for event in Chat(service, form, CHAT, form.parse({**body, **options}, CHAT)).events()]
+        assert events[-1] == b"data: [DONE]\n\n"
+        return [json.loads(event.removeprefix(b"data: ")) for event in events[:-1]]
+
+    one, three, events = whole(1), whole(3), asyncio.run(streamed())
+    assert one["completion_tokens"] > 0 and ("completion_tokens_details" in one) == thinking
+    assert three["prompt_tokens"] == one["prompt_tokens"]
+    assert three["completion_tokens"] == 3 * one["completion_tokens"]
+    assert three["total_tokens"] == three["prompt_tokens"] + three["completion_tokens"]
+    if thinking:
+        assert three["completion_tokens_details"]["reasoning_tokens"] == 3 * one["completion_tokens_details"]["reasoning_tokens"] > 0
+    assert three.keys() == one.keys()
+    assert events[-1]["usage"] == three and events[-1]["choices"] == []
+    assert len({event["created"] for event in events}) == 1
