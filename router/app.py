@@ -37,13 +37,14 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 class ApiKeys:
-    """ASGI middleware: /v1 only with one of the keys, compared in constant time against all of them."""
+    """ASGI middleware: /v1 only with one of the keys, compared in constant time against all of them. `refused` is told of each other."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self._app, self._keys = app, [key.encode() for key in keys]
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], refused: Callable[[], None]) -> None:
+        self._app, self._keys, self._refused = app, [key.encode() for key in keys], refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1") and self._keys and not self._is_known(scope):
+            self._refused()
             error = Unauthorized("no valid API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
             await response_of(error, anthropic=_is_anthropic(scope["path"]))(scope, receive, send)
             return
@@ -65,7 +66,7 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
     """The ASGI application of one router process."""
     created = int(time.time())
     app = FastAPI(title="baton", version="0.1", docs_url="/docs", redoc_url=None)
-    app.add_middleware(ApiKeys, keys=api_keys)
+    app.add_middleware(ApiKeys, keys=api_keys, refused=lambda: service.metrics.requests.labels("/v1", "401").inc())
 
     @app.exception_handler(BatonError)
     async def failed(request: Request, error: BatonError) -> Response:
@@ -75,6 +76,7 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         """404 and 405 of the routing itself."""
+        _count(request, error.status_code)
         words, path = f"no route {request.method} {request.url.path[:200]}", request.url.path
         allowed = (error.headers or {}).get("Allow")
         response = response_of(

@@ -21,6 +21,12 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry, router_name: str) -> None:
         Gauge("baton_router_info", "1 for this router process", ["router"], registry=registry).labels(router_name).set(1)
         self.requests = Counter("baton_router_requests", "HTTP requests by route and status", ["route", "status"], registry=registry)
+        self.sequences = Counter(
+            "baton_router_sequences",
+            "Sequences that ended, by outcome: ok, cancelled, or the error's name; also of streams, which are 200 once they have begun",
+            ["outcome"],
+            registry=registry,
+        )
         self.ttft = Histogram("baton_router_ttft_seconds", "Time to first token", buckets=TTFT_BUCKETS, registry=registry)
         self.itl = Histogram("baton_router_itl_seconds", "Time between tokens of a stream", buckets=ITL_BUCKETS, registry=registry)
         self.request_seconds = Histogram("baton_router_request_seconds", "Whole requests", buckets=DURATION_BUCKETS, registry=registry)

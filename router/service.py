@@ -10,7 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
 from core.clock import Clock
-from core.errors import BatonError, InvalidRequest, NoMembers, PromptTooLong
+from core.errors import BatonError, InternalError, InvalidRequest, NoMembers, PromptTooLong
 from core.log import get_logger
 from core.request import Request, SamplingParams
 from router.admission import Admission
@@ -107,8 +107,8 @@ class Service:
                     self._note_tokens(journey, len(output.token_ids))
                     journey.finish_reason = output.finish_reason
                     yield output
-        except BatonError as error:
-            failure = error.code
+        except Exception as error:
+            failure = error.code if isinstance(error, BatonError) else InternalError.__name__
             raise
         finally:
             if is_waiting:
@@ -128,6 +128,7 @@ class Service:
 
     def _note_end(self, journey: Journey, status: str) -> None:
         seconds = self._clock.now() - journey.began
+        self.metrics.sequences.labels(status).inc()
         self.metrics.request_seconds.observe(seconds)
         self.metrics.prompt_tokens.inc(journey.num_prompt_tokens)
         self.metrics.migrations.inc(journey.num_migrations)

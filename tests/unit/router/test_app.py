@@ -168,6 +168,7 @@ def test_only_known_keys_open_v1(client: httpx.Client, path: str, headers: dict[
     response = client.post(path, json={"model": "demo", **BODIES[path]}, headers=headers)
     assert response.status_code == (503 if is_known else 401)
     assert message_of(path, response)
+    assert is_known or answered(client, "/v1")["401"] > 0
     assert client.get("/health", headers={"authorization": ""}).status_code == 200
 
 

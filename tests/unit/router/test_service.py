@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import pathlib
@@ -88,19 +89,21 @@ def fields(line: str) -> dict[str, str]:
         (FinishReason.LENGTH, {"stop": ["dragon"]}, "ok", "length"),
         (FinishReason.LENGTH, {"leave_after": 2}, "cancelled", "none"),
         (MemberLost("gone"), {}, "MemberLost", "none"),
+        (ZeroDivisionError("a bug"), {}, "InternalError", "none"),
     ],
 )
 def test_the_log_names_the_finish_reason_that_the_client_was_told(
     lines: list[str], ending: FinishReason | BaseException, body: dict[str, Any], status: str, reason: str
 ) -> None:
     service = new_service(ending)
-    try:
+    raised = pytest.raises(type(ending)) if isinstance(ending, BaseException) else contextlib.nullcontext()
+    with raised:
         asyncio.run(complete(service, **body))
-    except MemberLost:
-        assert isinstance(ending, MemberLost)
     (line,) = lines
     assert (fields(line)["status"], fields(line)["finish_reason"]) == (status, reason), line
     assert service.num_requests == 0
+    (counter,) = service.metrics.sequences.collect()
+    assert [(s.labels["outcome"], s.value) for s in counter.samples if s.name == "baton_router_sequences_total"] == [(status, 1.0)]
 
 
 def test_other_requests_go_on_while_a_long_body_is_parsed() -> None:
