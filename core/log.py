@@ -1,8 +1,8 @@
 """Events with key=value fields on standard error, one line each.
 
     log = get_logger("prefill")
-    log.info("prefill.started", request_id="r1", num_tokens=812)
-    ->  2026-11-21T04:12:09.113482Z INFO  prefill prefill.started request_id=r1 num_tokens=812
+    log.info("prefill.accepted", request_id="r1", num_tokens=812)
+    ->  2026-11-21T04:12:09.113482Z INFO  prefill prefill.accepted request_id=r1 num_tokens=812
 
 Names come in pairs (`x.started`, `x.done` or `x.failed`). info: once per request or state change; debug: per step and per write, which
 is what a timeline of one request is drawn from (`tests/benchmarks/timeline.py`). Processes of one machine share the time axis.
