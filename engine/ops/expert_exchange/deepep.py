@@ -142,8 +142,9 @@ class LowLatencyExchange(_Buffer):
         (codes, scales), counts, handle, _, _ = self._buffer.low_latency_dispatch(
             x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )
-        most = max(len(x), self.rows) * self._size * min(slots.shape[1], self._experts)
-        rooms = Rooms(codes, scales, counts, most, self._buffer.get_next_low_latency_combine_buffer(handle))
+        tokens, top_k = max(len(x), self.rows), slots.shape[1]
+        most, usual = tokens * self._size * min(top_k, self._experts), tokens * top_k
+        rooms = Rooms(codes, scales, counts, most, usual, self._buffer.get_next_low_latency_combine_buffer(handle))
         return Arrived(rooms, None, None, (handle, slots, weights), torch.bfloat16)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:

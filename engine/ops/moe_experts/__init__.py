@@ -38,6 +38,8 @@ class Rooms:
     """int32 [E]."""
     most: int
     """Rows that there can be in all, whatever the counts."""
+    usual: int
+    """Rows that there are with even load, 1 to most: what tiles and grids are made for. More take longer."""
     out: torch.Tensor
     """bf16 [E, room, d]; rows may lie apart, at equal distances over all experts."""
 

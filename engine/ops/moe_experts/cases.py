@@ -93,6 +93,7 @@ def in_rooms(
     width: int,
     inner: int,
     most: int,
+    usual: int = 0,
     share: float = 0.5,
     kind: str = "mxfp4",
     is_wide: bool = False,
@@ -100,7 +101,8 @@ def in_rooms(
     skew: int = 3,
 ) -> Draw:
     """As DeepEP's low-latency mode leaves rows: `share` of the `most` that there may be have come, at random, unevenly over the experts
-    unless skew is 0; scales lie by columns, NaN is behind the rows and where results go, and `gap` channels between two of these."""
+    unless skew is 0; scales lie by columns, NaN is behind the rows and where results go, and `gap` channels between two of these.
+    `usual`: 0 for `most`."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         _, _, _, packed, limit = experts(0, num_experts, width, inner, 1, kind=kind, is_wide=is_wide)(device, seed)
@@ -115,7 +117,7 @@ def in_rooms(
         codes.view(torch.uint8).masked_fill_(behind, 0x7F)
         scale.masked_fill_(behind, torch.nan)
         out = torch.full((num_experts, room, width + gap), torch.nan, dtype=torch.bfloat16, device=device)[:, :, :width]
-        return Rooms(codes, scale, counts, most, out), None, None, packed, limit
+        return Rooms(codes, scale, counts, most, usual or most, out), None, None, packed, limit
 
     return draw
 
@@ -143,13 +145,16 @@ CASES = (
     _case("rooms", in_rooms(5, 8, 256, 128, 24), small=True),
     _case("rooms, full", in_rooms(1, 20, 256, 128, 20, share=1.0), small=True),
     _case("rooms, several blocks", in_rooms(2, 160, 128, 128, 150, share=1.0), small=True),
+    _case("rooms, more than usual", in_rooms(3, 160, 128, 128, 600, usual=16, share=0.3), small=True),
+    _case("rooms, many more than usual", in_rooms(2, 320, 128, 128, 400, usual=40, share=0.8), small=True),
     _case("rooms, FP8", in_rooms(3, 8, 256, 128, 12, kind="fp8"), small=True),
     _case("rooms, widened", in_rooms(3, 8, 256, 128, 12, is_wide=True), small=True),
     _case("rooms, many rows", in_rooms(1, 300, 128, 128, 260, share=1.0), small=True),
     _case("Flash shape, rooms of 12 rows", in_rooms(16, 64, 4096, 2048, 12, share=1.0, gap=64)),
     _case("Flash shape, rooms of 384 rows", in_rooms(16, 512, 4096, 2048, 384, gap=64)),
     _case("Flash shape, rooms of 6,000 rows", in_rooms(16, 1024, 4096, 2048, 6000, gap=64)),
-    _case("Pro shape, rooms", in_rooms(12, 512, 7168, 3072, 768, share=0.9, gap=112)),
+    _case("Flash shape, rooms, more than usual", in_rooms(16, 512, 4096, 2048, 3072, usual=192, gap=64)),
+    _case("Pro shape, rooms", in_rooms(12, 512, 7168, 3072, 768, usual=96, share=0.9, gap=112)),
     _case("Flash shape, rows of prompts", experts(700, 16, 4096, 2048, is_wide=True, as_prompts=True)),
     _case("Flash shape, few rows of prompts", experts(40, 16, 4096, 2048, as_prompts=True)),
     _case("none of them here", experts(4, 8, 256, 256, 2, local=(8, 2))),
@@ -249,7 +254,7 @@ def _rooms_bench(num_experts: int, most: int, rows: int) -> Bench:
     """`rows` of the `most` that there may be, at random over the experts."""
     active = num_experts * (1 - (1 - 1 / num_experts) ** rows)
     num_bytes, flops = active * 3 * 4096 * 2048 * 17 / 32 + rows * 4096 * 3, 2 * rows * 3 * 4096 * 2048
-    draw = in_rooms(num_experts, max(512, most // num_experts), 4096, 2048, most, rows / most, gap=64, skew=0)
+    draw = in_rooms(num_experts, max(512, most // num_experts), 4096, 2048, most, rows, rows / most, gap=64, skew=0)
     return Bench(f"Flash {num_experts} experts, rooms, {rows} of {most} rows", draw, int(num_bytes), flops, "fp8")
 
 

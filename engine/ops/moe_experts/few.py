@@ -1,7 +1,8 @@
 """Routed experts of few rows: the launches of triton_few.py's kernels, on a batch of rows and the ids of their experts, or in rooms.
 
-Blocks of `Few.block_m` slots belong to one expert each. There are as many as the routing can need at most, so that grids depend on
-shapes only; those that are not needed end at once.
+Blocks of `Few.block_m` slots belong to one expert each. There is room for as many as the routing can need at most, and grids depend on
+shapes only. On a batch a block has programs of its own, which end at once if it is not needed. In rooms nearly none is, in a large group:
+there are programs for twice the blocks that the usual rows need at most, and they go on as long as there are blocks.
 """
 
 from __future__ import annotations
@@ -42,15 +43,21 @@ class _Blocks:
     pairs: torch.Tensor
     """int32 [num_blocks * block_m]: token * top_k + place, or in rooms expert * room + row; -1 behind a block's last."""
     expert: torch.Tensor
-    """int32 [num_blocks], -1 behind the last block."""
+    """int32 [num_blocks]; -1 behind the last block, of those that have programs of their own."""
+    listed: torch.Tensor
+    """int32 [1]: how many there are; undefined on a batch."""
 
     @staticmethod
     def of(rows: int, experts: PackedExperts, block_m: int) -> _Blocks:
         """Room for as many as so many rows need at most."""
-        most = min(rows, experts.num_experts) + rows // block_m
+        most = most_blocks(rows, experts, block_m)
         assert most < MOST_BLOCKS.value and experts.num_experts <= MOST_EXPERTS.value, f"{most} blocks of {experts.num_experts} experts"
-        pairs, expert = (torch.empty(size, dtype=torch.int32, device=experts.taken.device) for size in (most * block_m, most))
-        return _Blocks(pairs, expert)
+        return _Blocks(*(torch.empty(size, dtype=torch.int32, device=experts.taken.device) for size in (most * block_m, most, 1)))
+
+
+def most_blocks(rows: int, experts: PackedExperts, block_m: int) -> int:
+    """That so many rows can need."""
+    return min(rows, experts.num_experts) + rows // block_m
 
 
 def run_batch(
@@ -85,7 +92,7 @@ def run_batch(
         num_warps=4,
     )
     out = torch.empty(pairs, experts.width, dtype=torch.bfloat16, device=device)
-    _multiply(codes, scales, (w13.k_tiles, 1, 0), blocks, ids.shape[1], weights, out, experts, limit, config)
+    _multiply(codes, scales, (w13.k_tiles, 1, 0), blocks, len(blocks.expert), ids.shape[1], weights, out, experts, limit, config)
     return out
 
 
@@ -98,22 +105,26 @@ def run_rooms(x: Rooms, experts: PackedExperts, limit: float, config: Few) -> to
     assert x.out.stride(0) == room * x.out.stride(1), f"rows of experts are not at equal distances: {x.out.stride()}"
     if not x.most:
         return x.out
+    assert 0 < x.usual <= x.most, f"{x.usual=} {x.most=}"
     blocks = _Blocks.of(x.most, experts, config.block_m)
+    shares_k = max(config.hidden_splits, config.out_splits) > 1  # then a block has programs of its own
+    programs = len(blocks.expert) if shares_k else most_blocks(min(x.most, 2 * x.usual), experts, config.block_m)
     moe_rooms_kernel[(num_experts,)](
         x.counts,
         blocks.pairs,
         blocks.expert,
+        blocks.listed,
         experts.taken,
         room,
         num_experts,
-        len(blocks.expert),
+        programs,
         BLOCK_M=config.block_m,
         CHUNK=128,
         num_warps=4,
     )
     of_expert, of_row, of_group = x.scale.stride()
     strides = of_row, of_group, of_expert - room * of_row
-    _multiply(x.codes, x.scale, strides, blocks, 1, None, x.out, experts, limit, config)
+    _multiply(x.codes, x.scale, strides, blocks, programs, 1, None, x.out, experts, limit, config)
     return x.out
 
 
@@ -122,6 +133,7 @@ def _multiply(
     scales: torch.Tensor,
     scale_strides: tuple[int, int, int],
     blocks: _Blocks,
+    programs: int,
     top_k: int,
     weights: torch.Tensor | None,
     out: torch.Tensor,
@@ -130,29 +142,31 @@ def _multiply(
     config: Few,
 ) -> None:
     """Both products, into the pairs' rows of `out`, [..., d]. scale_strides: of a row, of a group, and what is between two experts beside
-    the rows between them."""
-    num_blocks, device, w13, w2 = len(blocks.expert), codes.device, experts.w13, experts.w2
+    the rows between them. programs: how many blocks have programs of their own."""
+    device, w13, w2 = codes.device, experts.w13, experts.w2
     hidden = torch.empty(len(blocks.pairs), w13.num_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
     hidden_scales = torch.empty(len(blocks.pairs), w13.num_tiles, dtype=torch.float32, device=device)
     splits = config.hidden_splits, config.out_splits
-    assert max(splits) == 1 or num_blocks <= MOST_SPLIT_BLOCKS, f"{num_blocks} blocks cannot share K"
+    assert max(splits) == 1 or programs <= MOST_SPLIT_BLOCKS, f"{programs} blocks cannot share K"
     parts = [count * part for count, part in zip(splits, (2 * w13.num_tiles, w2.num_tiles), strict=True) if count > 1]
-    scratch = torch.empty(max(parts, default=0) * num_blocks * FP8_BLOCK * config.block_m, dtype=torch.float32, device=device)
+    scratch = torch.empty(max(parts, default=0) * programs * FP8_BLOCK * config.block_m, dtype=torch.float32, device=device)
     tiles = {"BLOCK_M": config.block_m, "GROUP_BLOCKS": config.group_blocks, "NUM_STAGES": config.stages, "FP4": experts.fp4}
+    tiles |= {"LOOPS": programs < len(blocks.expert)}
     options = {"num_warps": config.warps, "maxnreg": config.registers}
-    moe_hidden_kernel[(num_blocks * w13.num_tiles, splits[0])](
+    moe_hidden_kernel[(programs * w13.num_tiles, splits[0])](
         codes,
         scales,
         w13.codes,
         w13.scale,
         blocks.pairs,
         blocks.expert,
+        blocks.listed,
         scales if weights is None else weights,
         hidden,
         hidden_scales,
         scratch,
         experts.arrived,
-        num_blocks,
+        programs,
         w13.num_tiles,
         w13.k_tiles,
         top_k,
@@ -163,17 +177,18 @@ def _multiply(
         WEIGHTED=weights is not None,
         **options,
     )
-    moe_out_kernel[(num_blocks * w2.num_tiles, splits[1])](
+    moe_out_kernel[(programs * w2.num_tiles, splits[1])](
         hidden,
         hidden_scales,
         w2.codes,
         w2.scale,
         blocks.pairs,
         blocks.expert,
+        blocks.listed,
         out,
         scratch,
         experts.arrived,
-        num_blocks,
+        programs,
         w2.num_tiles,
         w2.k_tiles,
         experts.width,

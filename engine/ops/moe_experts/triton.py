@@ -22,7 +22,7 @@ import triton
 from core.errors import ConfigError
 from engine.model.quantized import FP8_BLOCK, QuantizedRows, Weight
 from engine.ops.moe_experts import Rooms
-from engine.ops.moe_experts.few import CHUNK, Few, run_batch, run_rooms
+from engine.ops.moe_experts.few import CHUNK, Few, most_blocks, run_batch, run_rooms
 from engine.ops.moe_experts.tiles import PackedExperts, Tiles, pack_experts
 from engine.ops.moe_experts.triton_many import moe_act_kernel, moe_gather_kernel, moe_many_kernel, moe_widen_kernel
 from engine.ops.moe_experts.triton_route import moe_count_kernel, moe_list_kernel, moe_sum_kernel
@@ -50,20 +50,23 @@ FEW_PAIRS = 4096
 """Rows an expert, or pairs in all, up to which tiles are of 16 rows. In a group of ranks most pairs' experts are elsewhere: 4,096 pairs are
 16 rows of each of 256 experts, wherever these are."""
 
-FEW_OF_MORE = Few(32, 4, 3)
-"""Beyond."""
+BLOCKS_OF_16, BLOCKS_OF_32 = Few(16, 1, 3, registers=128), Few(32, 4, 3)
 
 
 def choose(num_pairs: int, experts: PackedExperts) -> Few | Many:
     rows = num_pairs / experts.num_experts
     if rows >= MANY_ROWS and experts.widens:
         return Many()
-    blocks = min(num_pairs, experts.num_experts) + num_pairs // 16  # in a group of ranks half of them or fewer are here
-    if rows <= FEW_ROWS and blocks <= 32:  # too few blocks for a GPU: they share K
-        return Few(16, 1, 3, 4, 2) if blocks <= 16 else Few(16, 1, 3, 2, 2)
-    if rows <= FEW_ROWS or num_pairs <= FEW_PAIRS:
-        return Few(16, 1, 3, registers=128)
-    return FEW_OF_MORE
+    if rows <= FEW_ROWS:
+        return _choose_few(num_pairs, experts)
+    return BLOCKS_OF_16 if num_pairs <= FEW_PAIRS else BLOCKS_OF_32
+
+
+def _choose_few(num_pairs: int, experts: PackedExperts) -> Few:
+    blocks = most_blocks(num_pairs, experts, 16)  # in a group of ranks half of them or fewer are here
+    if blocks > 32:
+        return BLOCKS_OF_16
+    return Few(16, 1, 3, 4, 2) if blocks <= 16 else Few(16, 1, 3, 2, 2)  # too few blocks for a GPU: they share K
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,8 @@ def run(
 ) -> torch.Tensor:
     """As the reference, x in bf16, or quantised from it; sum_dtype float32 or bfloat16."""
     if isinstance(x, Rooms):
-        config = choose(x.most, experts)
-        return run_rooms(x, experts, limit, config if isinstance(config, Few) else FEW_OF_MORE)
+        is_few = x.usual <= FEW_ROWS * experts.num_experts
+        return run_rooms(x, experts, limit, _choose_few(x.most, experts) if is_few else BLOCKS_OF_32)
     assert ids is not None and weights is not None, "rows that lie in no rooms, without ids or weights"
     return run_with(x, ids, weights, experts, limit, sum_dtype, choose(ids.numel(), experts))
 

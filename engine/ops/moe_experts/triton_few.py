@@ -119,6 +119,7 @@ def moe_hidden_kernel(
     words_ptr,
     pairs_ptr,
     block_expert_ptr,
+    listed_ptr,
     weights_ptr,
     hidden_ptr,
     hidden_scales_ptr,
@@ -138,53 +139,60 @@ def moe_hidden_kernel(
     SPLITS: tl.constexpr,
     FP4: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    LOOPS: tl.constexpr,
 ):
     """hidden[slot] = quantised clamped SwiGLU(w1 x, w3 x), times the weight of the slot's pair where they have weights, for one block of
     slots and 128 channels. Scales of x lie `scale_expert_gap` further for each expert than their rows' number says.
 
-    With SPLITS > 1 that many programs share K: few experts alone would leave multiprocessors idle."""
-    block, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
-    expert = tl.load(block_expert_ptr + block)
-    if expert < 0:
-        return
-    pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    tokens = (tl.maximum(pairs, 0) // top_k).to(tl.int64)
-    x_rows = tokens * (k_tiles * BLOCK)
-    expert = expert.to(tl.int64)
-    gate = tl.zeros([BLOCK, BLOCK_M], tl.float32)
-    up = tl.zeros([BLOCK, BLOCK_M], tl.float32)
-    split = tl.program_id(1)
-    scale_at = scales_ptr + tokens * scale_row_stride + expert * scale_expert_gap
-    scale = tl.load(scale_at + k_tiles * split // SPLITS * scale_group_stride)
-    for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
-        x = load_x(codes_ptr + k * BLOCK, x_rows, FP4)
-        next_scale = tl.load(scale_at + tl.minimum(k + 1, k_tiles - 1) * scale_group_stride)
-        gate += partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
-        up += partial(tiles_ptr, words_ptr, expert, 1, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
-        scale = next_scale
-    real = pairs[None, :] >= 0
-    if SPLITS > 1:
-        part = tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK
-        size: tl.constexpr = 2 * BLOCK * BLOCK_M
-        own = scratch_ptr + tl.program_id(0).to(tl.int64) * (SPLITS * size) + part
-        tl.store(own + split * size, gate, mask=real)
-        tl.store(own + split * size + size // 2, up, mask=real)
-        if not is_last(arrived_ptr + tl.program_id(0), SPLITS):
+    With SPLITS > 1 that many programs share K: few experts alone would leave multiprocessors idle. With LOOPS there are `listed` blocks,
+    and each program goes on to the one `num_blocks` further; else programs are as many as blocks, and those without an expert end."""
+    first, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
+    if not LOOPS:
+        expert = tl.load(block_expert_ptr + first)
+        if expert < 0:
             return
+    # A loop only where it has more than one turn: it takes registers.
+    for turn in (range if LOOPS else tl.static_range)(tl.cdiv(tl.load(listed_ptr) - first, num_blocks) if LOOPS else 1):
+        block = first + turn * num_blocks
+        if LOOPS:
+            expert = tl.load(block_expert_ptr + block)
+        expert = expert.to(tl.int64)
+        pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+        tokens = (tl.maximum(pairs, 0) // top_k).to(tl.int64)
+        x_rows = tokens * (k_tiles * BLOCK)
         gate = tl.zeros([BLOCK, BLOCK_M], tl.float32)
         up = tl.zeros([BLOCK, BLOCK_M], tl.float32)
-        for other in tl.static_range(SPLITS):
-            gate += tl.load(own + other * size, mask=real, other=0.0, cache_modifier=".cg")
-            up += tl.load(own + other * size + size // 2, mask=real, other=0.0, cache_modifier=".cg")
-    gate = tl.minimum(round_bf16(gate), limit)
-    up = tl.minimum(tl.maximum(round_bf16(up), -limit), limit)
-    hidden = gate / (1.0 + tl.exp(-gate)) * up
-    if WEIGHTED:
-        hidden = hidden * tl.load(weights_ptr + tl.maximum(pairs, 0))[None, :]
-    out, out_scale = quantize(round_bf16(hidden), 0)
-    row = (block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :] * num_tiles + tile
-    tl.store(hidden_ptr + row * BLOCK + tl.arange(0, BLOCK)[:, None], out, mask=real)
-    tl.store(hidden_scales_ptr + row, out_scale, mask=real)
+        split = tl.program_id(1)
+        scale_at = scales_ptr + tokens * scale_row_stride + expert * scale_expert_gap
+        scale = tl.load(scale_at + k_tiles * split // SPLITS * scale_group_stride)
+        for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
+            x = load_x(codes_ptr + k * BLOCK, x_rows, FP4)
+            next_scale = tl.load(scale_at + tl.minimum(k + 1, k_tiles - 1) * scale_group_stride)
+            gate += partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
+            up += partial(tiles_ptr, words_ptr, expert, 1, tile, k, x, num_tiles, k_tiles, 2, FP4) * scale[None, :]
+            scale = next_scale
+        real = pairs[None, :] >= 0
+        if SPLITS > 1:
+            part = tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK
+            size: tl.constexpr = 2 * BLOCK * BLOCK_M
+            own = scratch_ptr + tl.program_id(0).to(tl.int64) * (SPLITS * size) + part
+            tl.store(own + split * size, gate, mask=real)
+            tl.store(own + split * size + size // 2, up, mask=real)
+            real = real & is_last(arrived_ptr + tl.program_id(0), SPLITS)
+            gate = tl.zeros([BLOCK, BLOCK_M], tl.float32)
+            up = tl.zeros([BLOCK, BLOCK_M], tl.float32)
+            for other in tl.static_range(SPLITS):
+                gate += tl.load(own + other * size, mask=real, other=0.0, cache_modifier=".cg")
+                up += tl.load(own + other * size + size // 2, mask=real, other=0.0, cache_modifier=".cg")
+        gate = tl.minimum(round_bf16(gate), limit)
+        up = tl.minimum(tl.maximum(round_bf16(up), -limit), limit)
+        hidden = gate / (1.0 + tl.exp(-gate)) * up
+        if WEIGHTED:
+            hidden = hidden * tl.load(weights_ptr + tl.maximum(pairs, 0))[None, :]
+        out, out_scale = quantize(round_bf16(hidden), 0)
+        row = (block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :] * num_tiles + tile
+        tl.store(hidden_ptr + row * BLOCK + tl.arange(0, BLOCK)[:, None], out, mask=real)
+        tl.store(hidden_scales_ptr + row, out_scale, mask=real)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -195,6 +203,7 @@ def moe_out_kernel(
     words_ptr,
     pairs_ptr,
     block_expert_ptr,
+    listed_ptr,
     out_ptr,
     scratch_ptr,
     arrived_ptr,
@@ -208,60 +217,70 @@ def moe_out_kernel(
     NUM_STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     FP4: tl.constexpr,
+    LOOPS: tl.constexpr,
 ):
-    """out[pair] = w2 hidden[slot], bf16, for one block of slots and 128 channels. Slots without a pair read the first of their block."""
-    block, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
-    expert = tl.load(block_expert_ptr + block)
-    if expert < 0:
-        return
-    pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    row = block.to(tl.int64) * BLOCK_M + tl.where(pairs >= 0, tl.arange(0, BLOCK_M), 0)
-    expert = expert.to(tl.int64)
-    total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
-    split = tl.program_id(1)
-    scale = tl.load(hidden_scales_ptr + row * k_tiles + k_tiles * split // SPLITS)
-    for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
-        x = load_x(hidden_ptr + k * BLOCK, row * (k_tiles * BLOCK), FP4)
-        next_scale = tl.load(hidden_scales_ptr + row * k_tiles + tl.minimum(k + 1, k_tiles - 1))
-        part = partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 1, FP4)
-        total += part * scale[None, :]
-        scale = next_scale
-    if SPLITS > 1:
-        real = pairs[None, :] >= 0
-        size: tl.constexpr = BLOCK * BLOCK_M
-        own = scratch_ptr + tl.program_id(0).to(tl.int64) * (SPLITS * size)
-        own += tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK
-        tl.store(own + split * size, total, mask=real)
-        if not is_last(arrived_ptr + tl.program_id(0), SPLITS):
+    """out[pair] = w2 hidden[slot], bf16, for one block of slots and 128 channels. Slots without a pair read the first of their block.
+    SPLITS, LOOPS: as in moe_hidden_kernel."""
+    first, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
+    if not LOOPS:
+        expert = tl.load(block_expert_ptr + first)
+        if expert < 0:
             return
+    # A loop only where it has more than one turn: it takes registers.
+    for turn in (range if LOOPS else tl.static_range)(tl.cdiv(tl.load(listed_ptr) - first, num_blocks) if LOOPS else 1):
+        block = first + turn * num_blocks
+        if LOOPS:
+            expert = tl.load(block_expert_ptr + block)
+        expert = expert.to(tl.int64)
+        pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+        row = block.to(tl.int64) * BLOCK_M + tl.where(pairs >= 0, tl.arange(0, BLOCK_M), 0)
         total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
-        for other in tl.static_range(SPLITS):
-            total += tl.load(own + other * size, mask=real, other=0.0, cache_modifier=".cg")
-    channel = tile * BLOCK + tl.arange(0, BLOCK)
-    out = tl.trans(to_bf16(total))
-    out_row = out_ptr + tl.maximum(pairs, 0).to(tl.int64)[:, None] * out_stride
-    tl.store(out_row + channel[None, :], out, mask=(pairs[:, None] >= 0) & (channel[None, :] < width))
+        split = tl.program_id(1)
+        scale = tl.load(hidden_scales_ptr + row * k_tiles + k_tiles * split // SPLITS)
+        for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
+            x = load_x(hidden_ptr + k * BLOCK, row * (k_tiles * BLOCK), FP4)
+            next_scale = tl.load(hidden_scales_ptr + row * k_tiles + tl.minimum(k + 1, k_tiles - 1))
+            part = partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 1, FP4)
+            total += part * scale[None, :]
+            scale = next_scale
+        real = pairs >= 0
+        if SPLITS > 1:
+            size: tl.constexpr = BLOCK * BLOCK_M
+            own = scratch_ptr + tl.program_id(0).to(tl.int64) * (SPLITS * size)
+            own += tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK
+            tl.store(own + split * size, total, mask=real[None, :])
+            real = real & is_last(arrived_ptr + tl.program_id(0), SPLITS)
+            total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
+            for other in tl.static_range(SPLITS):
+                total += tl.load(own + other * size, mask=real[None, :], other=0.0, cache_modifier=".cg")
+        channel = tile * BLOCK + tl.arange(0, BLOCK)
+        out = tl.trans(to_bf16(total))
+        out_row = out_ptr + tl.maximum(pairs, 0).to(tl.int64)[:, None] * out_stride
+        tl.store(out_row + channel[None, :], out, mask=real[:, None] & (channel[None, :] < width))
 
 
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
-_PRODUCT = {"pairs_ptr": _I32, "block_expert_ptr": _I32, "num_blocks": "i32", "num_tiles": _WIDE, "k_tiles": _WIDE}
+_PRODUCT = {"pairs_ptr": _I32, "block_expert_ptr": _I32, "listed_ptr": _I32, "num_blocks": "i32", "num_tiles": _WIDE, "k_tiles": _WIDE}
 _PRODUCT |= {"hidden_ptr": _FP8, "hidden_scales_ptr": "*fp32", "scratch_ptr": "*fp32", "arrived_ptr": _I32}
 _HIDDEN = {**_PRODUCT, "codes_ptr": _FP8, "scales_ptr": "*fp32", "weights_ptr": "*fp32", "top_k": "i32", "limit": "fp32"}
 _HIDDEN |= dict.fromkeys(("scale_row_stride", "scale_group_stride", "scale_expert_gap"), "i32")
 _OUT = {**_PRODUCT, "out_ptr": "*bf16", "width": _WIDE, "out_stride": _WIDE}
 
 
-def _variants(kernel, signature, **form):
-    for fp4, block_m, splits in ((True, 16, 1), (True, 16, 4), (True, 32, 1), (False, 16, 1)):
+_KINDS = ((True, 16, 1), (True, 16, 4), (True, 32, 1), (False, 16, 1))
+
+
+def _variants(kernel, signature, kinds=_KINDS, **form):
+    for fp4, block_m, splits in kinds:
         constexprs = {"BLOCK_M": block_m, "GROUP_BLOCKS": 1, "NUM_STAGES": 3, "SPLITS": splits, "FP4": fp4, **form}
         weight = {"tiles_ptr": "*u8", "words_ptr": _I32} if fp4 else {"tiles_ptr": _FP8, "words_ptr": "*fp32"}
         types = {name: kind for name, kind in {**signature, **weight}.items() if name not in form}
         yield kernel, types, constexprs, {"num_warps": 4}
 
 
-_ROOMS = {"WEIGHTED": False, "scale_row_stride": 1, "top_k": 1}
 AOT = [
-    *_variants(moe_hidden_kernel, _HIDDEN, WEIGHTED=True, scale_group_stride=1),
-    next(_variants(moe_hidden_kernel, _HIDDEN, **_ROOMS)),
-    *_variants(moe_out_kernel, _OUT),
+    *_variants(moe_hidden_kernel, _HIDDEN, WEIGHTED=True, LOOPS=False, scale_group_stride=1),
+    *_variants(moe_hidden_kernel, _HIDDEN, _KINDS[:1], WEIGHTED=False, LOOPS=True, scale_row_stride=1, top_k=1),
+    *_variants(moe_out_kernel, _OUT, LOOPS=False),
+    *_variants(moe_out_kernel, _OUT, _KINDS[2:3], LOOPS=True),
 ]

@@ -116,11 +116,13 @@ def moe_route_kernel(
         tl.store(scales_ptr + token * groups_per_row + group[:, None], scale, mask=group[:, None] < groups_per_row)
 
 
-@triton.jit(do_not_specialize=["max_blocks"])
+@triton.jit(do_not_specialize=["num_blocks"])
 def moe_rooms_kernel(
-    counts_ptr, pairs_ptr, block_expert_ptr, taken_ptr, room, num_experts, max_blocks, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Program e lists the rows that have come for expert e: e * room + row, in blocks, with -1 behind the last of a block."""
+    counts_ptr, pairs_ptr, block_expert_ptr, listed_ptr, taken_ptr, room, num_experts, num_blocks,
+    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program e lists the rows that have come for expert e: e * room + row, in blocks, with -1 behind the last of a block. The last program
+    says how many blocks there are, and that those behind them, of the first `num_blocks`, have no expert."""
     expert = tl.program_id(0)
     count = tl.load(counts_ptr + expert)
     blocks = tl.cdiv(count, BLOCK_M)
@@ -130,7 +132,8 @@ def moe_rooms_kernel(
         tl.store(pairs_ptr + first_block * BLOCK_M + row, tl.where(row < count, expert * room + row, -1), mask=row < blocks * BLOCK_M)
     say_expert(block_expert_ptr, expert, first_block, first_block + blocks)
     if is_last:
-        say_expert(block_expert_ptr, -1, first_block + blocks, max_blocks)
+        tl.store(listed_ptr, first_block + blocks)
+        say_expert(block_expert_ptr, -1, first_block + blocks, num_blocks)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "part_pairs", "max_blocks"])
@@ -205,8 +208,8 @@ _LIST = {"ids_ptr": "*i64", "pairs_ptr": "*i32", "block_expert_ptr": "*i32", "nu
 _LIST |= {"max_blocks": "i32"}
 _ROUTE = {**_LIST, "x_ptr": "*bf16", "codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "width": "i32:16", "padded_width": "i32:16"}
 _ROUTE |= {"taken_ptr": "*i32"}
-_ROOMS = dict.fromkeys(("counts_ptr", "pairs_ptr", "block_expert_ptr", "taken_ptr"), "*i32")
-_ROOMS |= dict.fromkeys(("room", "num_experts", "max_blocks"), "i32")
+_ROOMS = dict.fromkeys(("counts_ptr", "pairs_ptr", "block_expert_ptr", "listed_ptr", "taken_ptr"), "*i32")
+_ROOMS |= dict.fromkeys(("room", "num_experts", "num_blocks"), "i32")
 _SUM = {"rows_ptr": "*bf16", "ids_ptr": "*i64", "slots_ptr": "*i32", "num_experts": "i32:16", "width": "i32:16"}
 _SUM |= {"row_width": "i32:16"}
 AOT = [
