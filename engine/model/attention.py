@@ -18,6 +18,7 @@ from engine.model.compressor import Compressor
 from engine.model.indexer import Indexer
 from engine.model.linear import Build, Linear, Linears
 from engine.model.prompts import PromptRows
+from engine.model.quantized import QuantizedRows
 from engine.model.step import Step
 
 
@@ -37,6 +38,7 @@ class Attention:
         self._wo_a = build.ops.pack["grouped_linear"](build.weights[f"{prefix}.wo_a.weight"], self._groups)
         self._compressor = Compressor(build, f"{prefix}.compressor", ratio) if ratio else None
         self._indexer = Indexer(build, f"{prefix}.indexer") if ratio == 4 else None
+        self._quantize_qr = self._wq_b.takes_quantized and (self._indexer is None or self._indexer.takes_quantized)
         of_indexer = Indexer.projections(f"{prefix}.indexer") if ratio == 4 else ()
         projections = (Compressor.projections(f"{prefix}.compressor"), *of_indexer)
         self._compress = Linears(build, projections, torch.float32) if ratio else None
@@ -57,7 +59,7 @@ class Attention:
         compressed = self._sides[0].start(lambda: self._store_keys(x, step, cache))
         qr, kv = self._wq_a_wkv(x)
         stored = self._sides[0].start(lambda: self._store_rows(kv, compressed(), step, cache))
-        qr = self._ops.rms_norm(qr, self._q_norm, self._eps)
+        qr = self._ops.rms_norm(qr, self._q_norm, self._eps, self._quantize_qr)
         selected = self._sides[1].start(lambda: self._select(qr, compressed, step, cache))
         q = self._ops.q_norm_rope(self._wq_b(qr).unflatten(1, (self._heads, self._dim)), cos, sin, self._eps)
         kv, chosen = stored(), selected()
@@ -89,7 +91,9 @@ class Attention:
             self._compressor.store(projected[0], step, pending, cache.entries)
         return rows
 
-    def _select(self, qr: torch.Tensor, compressed: Callable[[], tuple[torch.Tensor, ...]], step: Step, cache: LayerCache) -> torch.Tensor:
+    def _select(
+        self, qr: torch.Tensor | QuantizedRows, compressed: Callable[[], tuple[torch.Tensor, ...]], step: Step, cache: LayerCache
+    ) -> torch.Tensor:
         """int32 [T, K]: the entries that each token attends to, -1 unused."""
         if self._indexer is not None:
             return self._indexer.select(qr, compressed, step, cache)

@@ -9,6 +9,7 @@ import torch
 from engine.cache.arena import LayerCache
 from engine.model.compressor import Compressor
 from engine.model.linear import Build, Linear
+from engine.model.quantized import QuantizedRows
 from engine.model.step import Step
 from engine.ops.step_tables import all_visible
 
@@ -26,6 +27,11 @@ class Indexer:
         self._wq_b = Linear(build, f"{prefix}.wq_b.weight")
         self._compressor = Compressor(build, f"{prefix}.compressor", 4, is_index=True)
 
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether `select` takes quantised queries."""
+        return self._wq_b.takes_quantized
+
     @staticmethod
     def projections(prefix: str) -> tuple[tuple[str, ...], ...]:
         """Weights whose fp32 products with the layer's input `store` takes, and those that are the weights of the heads."""
@@ -36,7 +42,9 @@ class Indexer:
         assert cache.index_ring is not None and cache.index_keys is not None
         self._compressor.store(projected, step, cache.index_ring, cache.index_keys)
 
-    def select(self, qr: torch.Tensor, stored: Callable[[], tuple[torch.Tensor, ...]], step: Step, cache: LayerCache) -> torch.Tensor:
+    def select(
+        self, qr: torch.Tensor | QuantizedRows, stored: Callable[[], tuple[torch.Tensor, ...]], step: Step, cache: LayerCache
+    ) -> torch.Tensor:
         """qr: [T, q_lora_rank]; `stored` joins `store`, and gives what all projections made, the weights of the heads last. Returns int32
         [T, K] entries to attend to, -1 unused."""
         assert cache.index_keys is not None

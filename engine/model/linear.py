@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import ModelConfig
-from engine.model.quantized import QuantizedWeight, Weight, stack_rows, to_float64
+from engine.model.quantized import QuantizedRows, QuantizedWeight, Weight, stack_rows, to_float64
 from engine.model.side_stream import SideStream
 from engine.ops.registry import BoundOps
 from engine.parallel.experts import ExpertShare
@@ -62,7 +62,12 @@ class Linear:
             self._op, self._weight = build.ops.linear, build.ops.pack["linear"](plain)
         self._out_dtype = out_dtype or build.dtype
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether the input may be quantised already."""
+        return self._fp8
+
+    def __call__(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
         """x: [..., K] -> [..., N]."""
         y: torch.Tensor = self._op(x, self._weight) if self._fp8 else self._op(x, self._weight, self._out_dtype)
         return y

@@ -59,4 +59,4 @@ class MoE:
         return routed, shared()
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
-        return self._w2(self._ops.swiglu(*self._w1_w3(x), self._limit, x.dtype))
+        return self._w2(self._ops.swiglu(*self._w1_w3(x), self._limit, x.dtype, self._w2.takes_quantized))

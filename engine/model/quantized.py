@@ -16,6 +16,8 @@ import torch
 FP8_BLOCK = 128
 FP4_GROUP = 32
 FP8_MAX = 448.0
+SCALES_ALIGNED = 4
+"""Scales of a column begin at multiples of so many (16 bytes), where bulk copies can read them."""
 FP4_MAX = 6.0
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -57,6 +59,22 @@ class QuantizedRows:
     """float32 [T, K / 128], powers of two."""
     dtype: torch.dtype
     """Of the rows before."""
+
+    @classmethod
+    def empty(cls, rows: int, channels: int, dtype: torch.dtype, device: torch.device) -> QuantizedRows:
+        """Uninitialised, for `channels` filled up to a multiple of 128. Scales of a column lie together, as products of many rows read
+        them."""
+        groups = -(-channels // FP8_BLOCK)
+        codes = torch.empty(rows, groups * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
+        column = -(-rows // SCALES_ALIGNED) * SCALES_ALIGNED
+        return cls(codes, torch.empty(groups, column, dtype=torch.float32, device=device).T[:rows], dtype)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
     def double(self) -> torch.Tensor:
         """float64 [T, K]."""

@@ -38,10 +38,11 @@ def choose(channels: int, is_fp8: bool) -> Config:
 
 @triton.jit
 def vector_kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, n_size, k_size, padded_k, group_rows,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, n_size, k_size, padded_k, group_rows, x_scale_stride,
     N: tl.constexpr, K: tl.constexpr, FP8: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    """out [n_size] of N rows of the weight [.., padded_k]. FP8: with fp32 scales of 128 x 128; QUANTISED: x, too, per 128 channels."""
+    """out [n_size] of N rows of the weight [.., padded_k]. FP8: with fp32 scales of 128 x 128; QUANTISED: x, too, per 128 channels, here
+    unless it is [padded_k] codes already, of one group."""
     first = tl.program_id(0) * N
     n, k, group = first + tl.arange(0, N), tl.arange(0, K), tl.arange(0, K // BLOCK if FP8 else 1)
     x_ptr += (first // group_rows) * k_size
@@ -49,11 +50,16 @@ def vector_kernel(
     scales = scale_ptr + first // BLOCK * (padded_k // BLOCK) + group
     total = tl.zeros([N], tl.float32)
     for start in range(0, padded_k, K):
-        x = tl.load(x_ptr + start + k, mask=start + k < k_size, other=0.0).to(tl.float32)
+        if x_ptr.dtype.element_ty == tl.float8e4nv:
+            x = tl.load(x_ptr + start + k).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + start + k, mask=start + k < k_size, other=0.0).to(tl.float32)
         if FP8:
             weight = tl.load(rows + start)
             x, scale = tl.reshape(x, [K // BLOCK, BLOCK]), tl.load(scales + start // BLOCK)[:, None]
-            if QUANTISED:
+            if x_ptr.dtype.element_ty == tl.float8e4nv:
+                x *= tl.load(x_scale_ptr + (start // BLOCK + group) * x_scale_stride)[:, None] * scale
+            elif QUANTISED:
                 codes, x_scale = quantize(x, 1)
                 x = codes.to(tl.float32) * (x_scale * scale)
             else:
@@ -68,10 +74,18 @@ def vector_kernel(
 
 
 def multiply(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor, *, groups: int = 1, is_quantised: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    groups: int = 1,
+    x_scale: torch.Tensor | None = None,
+    is_quantised: bool = False,
 ) -> None:
     """x: [1, groups, K] or [1, K], contiguous. weight: bf16 [N, K]; or e4m3 codes [N', K'], padded to multiples of 128, and `scale`:
-    fp32 [N' / 128, K' / 128]. `is_quantised`: x is rounded to FP8, too. out: [1, N]; groups have equal parts of N."""
+    fp32 [N' / 128, K' / 128]. `is_quantised`: x is rounded to FP8, too, or is [1, K'] in FP8 with `x_scale`, fp32 [1, K' / 128].
+    out: [1, N]; groups have equal parts of N."""
     n_size, padded_k = out.shape[1], weight.shape[1]
     assert len(x) == 1 and n_size % groups == 0, f"{x.shape=} {out.shape=}"
     config = choose(padded_k, scale is not None)
@@ -79,6 +93,7 @@ def multiply(
     outputs = config.outputs if groups == 1 else min(config.outputs, group_rows & -group_rows)
     vector_kernel[(triton.cdiv(n_size, outputs),)](
         x,
+        x if x_scale is None else x_scale,
         weight,
         out if scale is None else scale,
         out,
@@ -86,6 +101,7 @@ def multiply(
         x.shape[-1],
         padded_k,
         group_rows,
+        0 if x_scale is None else x_scale.stride(1),
         N=outputs,
         K=config.channels,
         FP8=scale is not None,
@@ -94,20 +110,22 @@ def multiply(
     )
 
 
-_NUMBERS = dict.fromkeys(("n_size", "k_size", "padded_k", "group_rows"), "i32:16")
+_SIGNATURE = dict.fromkeys(("n_size", "k_size", "padded_k", "group_rows"), "i32:16") | {"x_scale_stride": "i32"}
+_SIGNATURE |= {"x_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
 AOT = [
     (
         vector_kernel,
-        _NUMBERS | {"x_ptr": "*bf16", "weight_ptr": "*fp8e4nv" if is_fp8 else "*bf16", "scale_ptr": "*fp32", "out_ptr": out},
+        _SIGNATURE | {"x_ptr": x, "weight_ptr": "*fp8e4nv" if is_fp8 else "*bf16", "out_ptr": out},
         {"N": config.outputs, "K": config.channels, "FP8": is_fp8, "QUANTISED": quantised},
         {"num_warps": config.warps},
     )
-    for is_fp8, out, quantised, channels in (
-        (True, "*bf16", True, 4096),
-        (True, "*bf16", True, 1024),
-        (True, "*bf16", False, 4096),
-        (False, "*fp32", False, 4096),
-        (False, "*bf16", False, 4096),
+    for is_fp8, x, out, quantised, channels in (
+        (True, "*bf16", "*bf16", True, 4096),
+        (True, "*bf16", "*bf16", True, 1024),
+        (True, "*fp8e4nv", "*bf16", True, 1024),
+        (True, "*bf16", "*bf16", False, 4096),
+        (False, "*bf16", "*fp32", False, 4096),
+        (False, "*bf16", "*bf16", False, 4096),
     )
     for config in (choose(channels, is_fp8),)
 ]

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import torch
 
 from engine.cache.arena import RowPool
+from engine.model.quantized import QuantizedRows
 from engine.ops.cases import Case, prepared, relative_error
 from engine.ops.registry import Op
 from engine.ops.sample import Histories
 
 
 def outputs_of(op: Op, backend: str, case: Case, device: torch.device, seed: int) -> list[torch.Tensor]:
-    """What the op returns and what it has written to, in that order."""
+    """What the op returns and what it has written to, in that order; of quantised rows the values."""
     run, args = prepared(op, backend, case.draw(device, seed))
     result = run(*args)
     returned = () if result is None else result if isinstance(result, tuple) else (result,)
+    returned = tuple(part.double() if isinstance(part, QuantizedRows) else part for part in returned)
     written: list[torch.Tensor] = []
     for index in case.written:
         arg = args[index]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from engine.model.quantized import QuantizedRows
 from engine.ops.cases import Bench, Case, Draw, Weights, randn
+from engine.ops.fp8_linear import quantize_rows
 from engine.ops.moe_experts.cases import fp8
 
 REASON = "bf16 results, half a step of few values; FP8 products accumulate 128 channels with 13 bits below the largest"
@@ -30,6 +32,20 @@ def _outliers(rows: int, n: int, k: int) -> Draw:
     return draw
 
 
+def _quantized(rows: int, n: int, k: int) -> Draw:
+    """x as the op before leaves it."""
+
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        x, weight = _draw(rows, n, k)(device, seed)
+        assert isinstance(x, torch.Tensor)
+        values, laid_out = quantize_rows(x), QuantizedRows.empty(rows, k, x.dtype, device)
+        laid_out.codes.copy_(values.codes)
+        laid_out.scale.copy_(values.scale)
+        return laid_out, weight
+
+    return draw
+
+
 def _batched(device: torch.device, seed: int) -> tuple[object, ...]:
     return randn(device, seed, 2, 3, 128, dtype=torch.bfloat16), Weights((fp8(device, seed + 1, 128, 128),))
 
@@ -47,6 +63,15 @@ CASES = (
     _case("odd sizes, many rows", _draw(70, 100, 200), small=True),
     _case("outliers", _outliers(5, 128, 384), small=True),
     _case("three dims", _batched, small=True),
+    _case("no rows, quantised", _quantized(0, 256, 256), small=True),
+    _case("one row, quantised", _quantized(1, 128, 1024), small=True),
+    _case("few rows, quantised", _quantized(5, 128, 1024), small=True),
+    _case("odd sizes, quantised", _quantized(3, 100, 200), small=True),
+    _case("many rows, quantised", _quantized(70, 100, 200), small=True),
+    _case("wq_b batch 32, quantised", _quantized(32, 32768, 1024)),
+    _case("wq_b batch 129, quantised", _quantized(129, 32768, 1024)),
+    _case("shared w2 one row, quantised", _quantized(1, 4096, 2048)),
+    _case("shared w2 chunk, quantised", _quantized(1023, 4096, 2048)),
     _case("wq_a", _draw(1, 1024, 4096)),
     _case("shared w1_w3", _draw(1, 4096, 4096)),
     _case("shared w2", _draw(1, 4096, 2048)),

@@ -8,26 +8,25 @@ from __future__ import annotations
 import deep_gemm
 import torch
 
-from engine.model.quantized import QuantizedWeight
+from engine.model.quantized import QuantizedRows, QuantizedWeight
 from engine.ops.fp8_linear import triton
 
 FEW_ROWS = 32
 """So many rows go to the Triton kernel."""
-SCALE_ALIGNMENT = 4
-"""Columns of activation scales are read by the bulk copy engine: 16 bytes."""
 
 
-def run(x: torch.Tensor, weight: triton.PackedWeight) -> torch.Tensor:
-    """As the reference, x in bf16."""
-    flat = x.flatten(0, -2).contiguous()
+def run(x: torch.Tensor | QuantizedRows, weight: triton.PackedWeight) -> torch.Tensor:
+    """As the reference, x in bf16, or quantised from it."""
+    flat = triton.flat_rows(x)
     padded = len(weight.codes)
-    out = torch.empty(len(flat), padded, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(flat), padded, dtype=flat.dtype, device=flat.device)
     if 0 < len(flat) <= FEW_ROWS and padded == weight.shape[0]:
         triton.run_few(flat, weight, out)
     elif len(flat):
-        activations = triton.act_quant(flat, weight.scale.shape[1], SCALE_ALIGNMENT)
-        deep_gemm.fp8_gemm_nt(activations, (weight.codes, weight.scale), out)
-    return out[:, : weight.shape[0]].unflatten(0, x.shape[:-1])
+        rows = triton.quantized(flat)
+        deep_gemm.fp8_gemm_nt((rows.codes, rows.scale), (weight.codes, weight.scale), out)
+    out = out[:, : weight.shape[0]]
+    return out.unflatten(0, x.shape[:-1]) if isinstance(x, torch.Tensor) else out
 
 
 def pack(weight: QuantizedWeight) -> triton.PackedWeight:

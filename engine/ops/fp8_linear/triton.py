@@ -2,8 +2,8 @@
 
 One row, of a weight that is not large: triton_vector.py.
 Few rows (decode is bound by the bytes of the weight): programs split N and K so that all multiprocessors read; each quantises the
-activations of its channels itself, which is cheaper than a launch for it. Partial sums go through fp32 scratch, and the last
-program to arrive at a tile adds them in order: the result does not depend on who was last.
+activations of its channels itself, unless they come so, which is cheaper than a launch for it. Partial sums go through fp32 scratch,
+and the last program to arrive at a tile adds them in order: the result does not depend on who was last.
 Many rows: activations are quantised once, then tiles of 128 channels with both scales applied to the fp32 partial product.
 """
 
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.model.quantized import FP8_BLOCK, QuantizedWeight, exp2_of_byte
+from engine.model.quantized import FP8_BLOCK, QuantizedRows, QuantizedWeight, exp2_of_byte
 from engine.ops import triton_vector
 from engine.ops.triton_rounding import quantize, to_bf16
 from engine.ops.triton_splits import is_last, sum_parts
@@ -69,9 +69,10 @@ def store_out(out_ptr, at, value, mask):
     tl.store(out_ptr + at, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "x_scale_stride"])
 def fp8_linear_few_kernel(
     x_ptr,
+    x_scale_ptr,
     codes_ptr,
     scale_ptr,
     out_ptr,
@@ -81,13 +82,15 @@ def fp8_linear_few_kernel(
     n_size,
     k_size,
     k_tiles,
+    x_scale_stride,
     tiles_per_split,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Tile [BLOCK_N weight rows, BLOCK_M rows of x]: the weight is the first operand, whose tiles need 64 rows."""
+    """Tile [BLOCK_N weight rows, BLOCK_M rows of x]: the weight is the first operand, whose tiles need 64 rows. x: codes, with scales at
+    row + tile of 128 channels * x_scale_stride; or to be quantised here."""
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -99,8 +102,13 @@ def fp8_linear_few_kernel(
     for k in tl.range(first, tl.minimum(first + tiles_per_split, k_tiles), num_stages=NUM_STAGES):
         weight = tl.load(weight_row + k * BLOCK)
         weight_scale = tl.load(scale_row + k)
-        x = load_rows(x_ptr, m[None, :], k * BLOCK + channel[:, None], num_rows, k_size)
-        x_codes, x_scale = quantize(x, 0)
+        if x_ptr.dtype.element_ty == tl.float8e4nv:
+            row = tl.minimum(m, num_rows - 1)
+            x_codes = tl.load(x_ptr + row[None, :] * (k_tiles * BLOCK) + k * BLOCK + channel[:, None])
+            x_scale = tl.load(x_scale_ptr + row + k * x_scale_stride)[None, :]
+        else:
+            x = load_rows(x_ptr, m[None, :], k * BLOCK + channel[:, None], num_rows, k_size)
+            x_codes, x_scale = quantize(x, 0)
         total += tl.dot(weight, x_codes) * (x_scale * weight_scale)
     at = m.to(tl.int64)[None, :] * n_size + n[:, None]
     inside = (m[None, :] < num_rows) & (n[:, None] < n_size)
@@ -124,7 +132,7 @@ def act_quant_kernel(x_ptr, codes_ptr, scale_ptr, num_rows, k_size, k_tiles, row
     tl.store(scale_ptr + row[:, None] * row_stride + tile * tile_stride, scale, mask=row[:, None] < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "x_scale_stride"])
 def fp8_linear_many_kernel(
     x_ptr,
     x_scale_ptr,
@@ -135,6 +143,7 @@ def fp8_linear_many_kernel(
     n_size,
     n_tiles,
     k_tiles,
+    x_scale_stride,
     BLOCK_M: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -155,7 +164,7 @@ def fp8_linear_many_kernel(
     total = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     for k in tl.range(0, k_tiles, num_stages=NUM_STAGES):
         after = tl.minimum(k + 1, k_tiles - 1)
-        next_x_scale = tl.load(x_scale_ptr + row + after.to(tl.int64) * num_rows)
+        next_x_scale = tl.load(x_scale_ptr + row + after.to(tl.int64) * x_scale_stride)
         next_weight_scale = tl.load(scale_ptr + n_tile * k_tiles + after)
         part = tl.dot(tl.load(x_row + k * BLOCK), tl.load(weight_row + k * BLOCK))
         total += part * (x_scale * weight_scale)[:, None]
@@ -163,21 +172,31 @@ def fp8_linear_many_kernel(
     store_out(out_ptr, m.to(tl.int64)[:, None] * n_size + n[None, :], total, (m[:, None] < num_rows) & (n[None, :] < n_size))
 
 
-def run(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """As the reference, x in bf16 (or fp32)."""
-    flat = x.flatten(0, -2).contiguous()
-    out = torch.empty(len(flat), weight.shape[0], dtype=x.dtype, device=x.device)
+def flat_rows(x: torch.Tensor | QuantizedRows) -> torch.Tensor | QuantizedRows:
+    """[..., K] as contiguous rows."""
+    if isinstance(x, torch.Tensor):
+        return x.flatten(0, -2).contiguous()
+    assert x.codes.is_contiguous() and (len(x) <= 1 or x.scale.stride(0) == 1), f"{x.codes.stride()} {x.scale.stride()}"
+    return x
+
+
+def run(x: torch.Tensor | QuantizedRows, weight: PackedWeight) -> torch.Tensor:
+    """As the reference, x in bf16 (or fp32), or quantised from it."""
+    flat = flat_rows(x)
+    out = torch.empty(len(flat), weight.shape[0], dtype=flat.dtype, device=flat.device)
     if 0 < len(flat) <= FEW_ROWS:
         run_few(flat, weight, out)
     elif len(flat):
         run_many(flat, weight, out)
-    return out.unflatten(0, x.shape[:-1])
+    return out.unflatten(0, x.shape[:-1]) if isinstance(x, torch.Tensor) else out
 
 
-def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, config: FewConfig | None = None) -> None:
-    """x: [M <= 64, K] contiguous; out: [M, N]."""
+def run_few(x: torch.Tensor | QuantizedRows, weight: PackedWeight, out: torch.Tensor, config: FewConfig | None = None) -> None:
+    """x: [M <= 64, K], as `flat_rows` has it; out: [M, N]."""
+    codes, scale, scale_stride = (x, x, 0) if isinstance(x, torch.Tensor) else (x.codes, x.scale, x.scale.stride(1))
     if config is None and len(x) == 1 and weight.codes.numel() <= MOST_OF_ONE_ROW:
-        triton_vector.multiply(x, weight.codes, weight.scale, out, is_quantised=True)
+        x_scale = None if isinstance(x, torch.Tensor) else scale
+        triton_vector.multiply(codes, weight.codes, weight.scale, out, x_scale=x_scale, is_quantised=True)
         return
     rows, k_tiles = len(x), weight.codes.shape[1] // FP8_BLOCK
     block_m = max(16, triton.next_power_of_2(rows))
@@ -187,7 +206,8 @@ def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, config: Fe
     splits = triton.cdiv(k_tiles, per_split)
     scratch = torch.empty(splits * len(weight.codes) * block_m if splits > 1 else 1, dtype=torch.float32, device=x.device)
     fp8_linear_few_kernel[(tiles, splits)](
-        x,
+        codes,
+        scale,
         weight.codes,
         weight.scale,
         out,
@@ -196,6 +216,7 @@ def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, config: Fe
         rows,
         *weight.shape,
         k_tiles,
+        scale_stride,
         per_split,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -205,25 +226,27 @@ def run_few(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, config: Fe
     )
 
 
-def act_quant(x: torch.Tensor, k_tiles: int, column_alignment: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """x: [M, K] contiguous -> (e4m3 codes [M, k_tiles * 128], fp32 scale [M, k_tiles], columns contiguous and aligned)."""
-    rows = len(x)
-    codes = torch.empty(rows, k_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
-    column = -(-rows // column_alignment) * column_alignment
-    scale = torch.empty(k_tiles, column, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(rows, 16), k_tiles)
-    act_quant_kernel[grid](x, codes, scale, rows, x.shape[1], k_tiles, 1, column, BLOCK_M=16, num_warps=4)
-    return codes, scale.T[:rows]
+def quantized(x: torch.Tensor | QuantizedRows) -> QuantizedRows:
+    """x: as `flat_rows` has it."""
+    if isinstance(x, QuantizedRows):
+        return x
+    rows = QuantizedRows.empty(*x.shape, x.dtype, x.device)
+    k_tiles = rows.scale.shape[1]
+    grid = (triton.cdiv(len(x), 16), k_tiles)
+    act_quant_kernel[grid](x, rows.codes, rows.scale, *x.shape, k_tiles, 1, rows.scale.stride(1), BLOCK_M=16, num_warps=4)
+    return rows
 
 
-def run_many(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, block_m: int = 64, stages: int = 4, warps: int = 4) -> None:
-    """x: [M, K] contiguous; out: [M, N]."""
+def run_many(
+    x: torch.Tensor | QuantizedRows, weight: PackedWeight, out: torch.Tensor, block_m: int = 64, stages: int = 4, warps: int = 4
+) -> None:
+    """x: [M, K], as `flat_rows` has it; out: [M, N]."""
     n_tiles, k_tiles = weight.scale.shape
-    codes, scale = act_quant(x, k_tiles)
+    rows = quantized(x)
     grid = (triton.cdiv(len(x), block_m) * n_tiles,)
     fp8_linear_many_kernel[grid](
-        codes,
-        scale,
+        rows.codes,
+        rows.scale,
         weight.codes,
         weight.scale,
         out,
@@ -231,6 +254,7 @@ def run_many(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, block_m: 
         weight.shape[0],
         n_tiles,
         k_tiles,
+        rows.scale.stride(1),
         BLOCK_M=block_m,
         GROUP=8,
         NUM_STAGES=stages,
@@ -251,7 +275,8 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
 
 _SIZES = {"num_rows": "i32", "n_size": "i32:16", "k_tiles": "i32:16"}
 _WEIGHT = {"codes_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "out_ptr": "*bf16"}
-_FEW = {**_SIZES, **_WEIGHT, "x_ptr": "*bf16", "scratch_ptr": "*fp32", "arrived_ptr": "*i32", "k_size": "i32:16", "tiles_per_split": "i32"}
+_FEW = {**_SIZES, **_WEIGHT, "scratch_ptr": "*fp32", "arrived_ptr": "*i32", "k_size": "i32:16"}
+_FEW |= {"x_scale_stride": "i32", "tiles_per_split": "i32"}
 _QUANT = {
     "x_ptr": "*bf16",
     "codes_ptr": "*fp8e4nv",
@@ -262,10 +287,16 @@ _QUANT = {
     "row_stride": "i32",
     "tile_stride": "i32",
 }
-_MANY = {**_SIZES, **_WEIGHT, "x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "n_tiles": "i32:16"}
+_MANY = {**_SIZES, **_WEIGHT, "x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "n_tiles": "i32:16", "x_scale_stride": "i32"}
 AOT = [
     *(
-        (fp8_linear_few_kernel, _FEW, {"BLOCK_M": rows, "BLOCK_N": n, "SPLITS": splits, "NUM_STAGES": 4}, {"num_warps": 4})
+        (
+            fp8_linear_few_kernel,
+            _FEW | {"x_ptr": x, "x_scale_ptr": x_scale},
+            {"BLOCK_M": rows, "BLOCK_N": n, "SPLITS": splits, "NUM_STAGES": 4},
+            {"num_warps": 4},
+        )
+        for x, x_scale in (("*bf16", "*bf16"), ("*fp8e4nv", "*fp32"))
         for rows, n, splits in ((16, 64, 8), (16, 128, 1), (16, 128, 4), (64, 128, 1), (64, 128, 4))
     ),
     (act_quant_kernel, _QUANT, {"BLOCK_M": 16}, {"num_warps": 4}),

@@ -10,7 +10,7 @@ from engine.model.quantized import QuantizedRows, Weight, to_float64
 from engine.ops import requires
 from engine.ops.fp8_linear import act_quant
 from engine.ops.registry import Impl, Op
-from engine.ops.swiglu import swiglu
+from engine.ops.swiglu import clamped_swiglu
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def moe_experts(
     for expert in torch.unique(ids[ids >= 0]).tolist():
         tokens, place = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = (inputs[tokens] @ experts.w13[expert].T).to(x.dtype).float().chunk(2, dim=1)
-        hidden = swiglu(gate, up, limit, torch.float32) * weights[tokens, place, None]
+        hidden = clamped_swiglu(gate, up, limit, torch.float32) * weights[tokens, place, None]
         out.index_add_(0, tokens, (quantize(hidden.to(x.dtype)) @ experts.w2[expert].T).to(x.dtype).double())
     return out.to(sum_dtype)
 

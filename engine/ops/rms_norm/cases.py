@@ -18,9 +18,23 @@ def _draw(rows: int, width: int, dtype: torch.dtype = torch.bfloat16, weights: t
     return draw
 
 
+def _quantized(rows: int, width: int) -> Draw:
+    """The columns of a wider matrix, quantised."""
+
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        x, weight, eps = _draw(rows, width + 128)(device, seed)
+        assert isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)
+        return x[:, :width], weight[:width], eps, True
+
+    return draw
+
+
 def _three_dims(device: torch.device, seed: int) -> tuple[object, ...]:
     return randn(device, seed, 3, 5, 64), randn(device, seed + 1, 64), EPS
 
+
+QUANTIZED = 3e-3
+QUANTIZED_REASON = "the other side of a rounding boundary of bf16 may be that of one of FP8, a sixteenth away: few values"
 
 CASES = (
     Case("no rows", _draw(0, 256), 1e-3, REASON, small=True),
@@ -28,6 +42,12 @@ CASES = (
     Case("three dims", _three_dims, 1e-6, REASON, small=True),
     Case("width that is no power of two", _draw(5, 1536, torch.float32), 1e-6, REASON, small=True),
     Case("small values", _draw(2, 256, torch.float32, spread=1e-4), 1e-6, REASON, small=True),
+    Case("no rows, quantised", _quantized(0, 256), 1e-3, REASON, small=True),
+    Case("quantised", _quantized(3, 256), QUANTIZED, QUANTIZED_REASON, small=True),
+    Case("quantised, width that is no multiple", _quantized(5, 200), QUANTIZED, QUANTIZED_REASON, small=True),
+    Case("one row, quantised", _quantized(1, 64), QUANTIZED, QUANTIZED_REASON, small=True),
+    Case("latent queries, quantised", _quantized(129, 1024), QUANTIZED, QUANTIZED_REASON),
+    Case("Pro latent queries, quantised", _quantized(33, 1536), QUANTIZED, QUANTIZED_REASON),
     Case("one row", _draw(1, 4096), 1e-3, REASON),
     Case("latent queries", _draw(129, 1024), 1e-3, REASON),
     Case("Pro hidden states", _draw(1001, 7168), 1e-3, REASON),

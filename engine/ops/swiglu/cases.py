@@ -18,6 +18,13 @@ def _draw(rows: int, width: int, dtype: torch.dtype, out_dtype: torch.dtype, hal
     return draw
 
 
+def _quantized(rows: int, width: int) -> Draw:
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        return *_draw(rows, width, BF16, BF16, halves=True)(device, seed), True
+
+    return draw
+
+
 def _case(name: str, draw: Draw, tolerance: float, small: bool = False) -> Case:
     reason = "rounded to bf16 after fp32 in place of float64: half a step of few values" if tolerance > 1e-5 else "fp32 in place of float64"
     return Case(name, draw, tolerance, reason, small)
@@ -30,6 +37,10 @@ CASES = (
     _case("odd width, fp32", _draw(3, 100, FP32, FP32), 1e-6, small=True),
     _case("halves of one bf16 product", _draw(3, 1536, BF16, BF16, halves=True), 1e-3, small=True),
     _case("far beyond the limit", _draw(2, 256, FP32, FP32, spread=1e4), 1e-6, small=True),
+    _case("no rows, quantised", _quantized(0, 256), 1e-3, small=True),
+    _case("quantised", _quantized(3, 1536), 3e-3, small=True),
+    _case("odd width, quantised", _quantized(5, 100), 3e-3, small=True),
+    _case("Pro batch, quantised", _quantized(129, 3072), 3e-3),
     _case("Flash chunk", _draw(4096, 2048, FP32, BF16), 1e-3),
     _case("Pro batch", _draw(129, 3072, BF16, BF16, halves=True), 1e-3),
 )
