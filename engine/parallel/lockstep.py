@@ -239,9 +239,9 @@ class GroupSteps:
                 group.store.set("votes", str(listener.getsockname()[1]))
                 while len(self._links) < group.size - 1:
                     link = self._prepared(listener.accept()[0])
-                    kind, _, rank = _MESSAGE.unpack(_read_exactly(link))
-                    if kind != _Kind.HELLO or rank in self._links or not 0 < rank < group.size:
-                        log.warning("votes.refused", member=self._seat.member, kind=kind, rank=rank)
+                    rank = _rank_that_said_hello(link)
+                    if rank in self._links or not 0 < rank < group.size:
+                        log.warning("votes.refused", member=self._seat.member, rank=rank)
                         link.close()
                         continue
                     self._links[rank] = link
@@ -295,6 +295,15 @@ class GroupSteps:
                 self._lose()
                 if self._board is not None:
                     self._send_all(_Kind.LOST, 0, value)
+
+
+def _rank_that_said_hello(link: socket.socket) -> int:
+    """-1 for whoever is none: ports are scanned, and probed."""
+    try:
+        kind, _, rank = _MESSAGE.unpack(_read_exactly(link))
+    except OSError:
+        return -1
+    return int(rank) if kind == _Kind.HELLO else -1
 
 
 def _read_exactly(link: socket.socket) -> bytes:

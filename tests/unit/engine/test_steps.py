@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -146,6 +147,28 @@ def test_over_real_connections_all_take_as_many_steps_as_the_busiest_needs(work:
     results = run_group(len(work), rank)
     assert done == [max(work)] * len(work)
     assert all(budgets == results[0] for budgets in results) and results[0] == sorted(results[0], reverse=True)
+
+
+def test_strangers_at_the_port_do_not_keep_a_group_from_forming() -> None:
+    """One leaves at once, one sends what is no hello, one takes itself for a rank that there is not, and one says nothing for a while."""
+
+    strangers: list[socket.socket] = []
+
+    def rank(group: Group) -> int:
+        if group.rank == 1:
+            address = group.seat.rendezvous.rpartition(":")[0], int(group.store.get("votes"))
+            strangers.extend(socket.create_connection(address) for _ in range(4))
+            strangers[0].close()
+            strangers[1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+            strangers[2].sendall(struct.pack("!BQI", 1, 0, 2))
+            threading.Timer(0.05, strangers[3].close).start()
+        steps = opened(group, SystemClock(), lambda: None)
+        steps.close()
+        return len(steps._links)
+
+    assert run_group(2, rank) == [1, 1]
+    for stranger in strangers:
+        stranger.close()
 
 
 def test_an_idle_group_sleeps_and_new_work_on_any_rank_wakes_it() -> None:
