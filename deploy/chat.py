@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import urllib.error
@@ -11,6 +12,8 @@ from typing import Any
 
 from core.errors import Unavailable
 from deploy.client import open_url
+
+BROKE_OFF = "the answer broke off: the router ended, or is being restarted"
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -63,16 +66,21 @@ def _deltas(base_url: str, api_key: str, body: dict[str, Any]) -> Iterator[dict[
         with open_url(request, 600.0) as response:
             for raw in response:
                 line = raw.decode().strip()
-                if not line.startswith("data: ") or line == "data: [DONE]":
+                if line == "data: [DONE]":
+                    return
+                if not line.startswith("data: "):
                     continue
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
                     raise Unavailable(event["error"].get("message", "the stream ended with an error"))
                 for choice in event.get("choices", ()):
                     yield choice.get("delta", {})
+        raise Unavailable(BROKE_OFF)
     except urllib.error.HTTPError as error:
         hint = "; --api-key-file names a file with one" if error.code == 401 else ""
         raise Unavailable(f"{error.code}: {_sentence(error.read())}{hint}") from error
+    except http.client.IncompleteRead as error:
+        raise Unavailable(BROKE_OFF) from error
     except (urllib.error.URLError, OSError) as error:
         raise Unavailable(f"{base_url} cannot be reached: {error}") from error
 

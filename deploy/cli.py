@@ -82,7 +82,7 @@ def new_parser() -> argparse.ArgumentParser:
     logs = add_with_name("logs", run_logs, "print log files of the cluster")
     logs.add_argument("member", nargs="?", help='e.g. "decode/0.0", "controller" or "ray"; all if left out')
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing as they grow")
-    logs.add_argument("-l", "--lines", type=int, default=100, help="last lines of each file (default: %(default)s)")
+    logs.add_argument("-l", "--lines", type=_count, default=100, help="last lines of each file (default: %(default)s)")
     add_with_name("down", run_down, "stop the cluster and everything it started")
     talk = add_with_name("chat", run_chat, "talk to the model")
     talk.add_argument("--max-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
@@ -145,14 +145,19 @@ def run_scale(options: argparse.Namespace) -> None:
 
 
 def run_status(options: argparse.Namespace) -> None:
-    with _client(find_cluster(options.home, options.name)) as client:
-        while True:
-            page = render(client.status())
+    while True:
+        try:
+            with _client(find_cluster(options.home, options.name)) as client:
+                page = render(client.status())
+        except Unavailable as error:  # a controller that is being restarted answers again in a second or two
             if not options.watch:
-                print(page)
-                return
-            print(f"\x1b[2J\x1b[H{page}", flush=True)
-            time.sleep(1.0)
+                raise
+            page = f"baton: {error}"
+        if not options.watch:
+            print(page)
+            return
+        print(f"\x1b[2J\x1b[H{page}", flush=True)
+        time.sleep(1.0)
 
 
 def run_drain(options: argparse.Namespace) -> None:
@@ -202,9 +207,17 @@ def parse_counts(texts: Sequence[str]) -> dict[str, int]:
     return counts
 
 
+def _count(text: str) -> int:
+    """An argument that is a whole number from 0 on. Raises ValueError."""
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
+
+
 def _client(folder: ClusterFolder) -> ControlClient:
     state = folder.read()
-    assert state is not None, "find_cluster returns recorded clusters only"
+    if state is None:
+        raise ConfigError(f"{folder.name} was taken down meanwhile")
     if not has_keeper(state):
         raise Unavailable(
             f"{folder.name} has ended: its keeper, process {state.keeper_pid}, is gone; `baton up FILE` starts it anew, "

@@ -63,7 +63,10 @@ class ClusterFolder:
             raise ConfigError(f"{self._state_path} cannot be read ({error}); remove it if no process of the cluster is left") from error
 
     def write(self, state: ClusterState) -> None:
-        self._state_path.write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+        """Whole or not at all, also where this process is killed in the midst of it."""
+        fresh = self._state_path.with_suffix(".new")
+        fresh.write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+        fresh.replace(self._state_path)
 
     def read_control_token(self) -> str:
         try:
@@ -79,9 +82,13 @@ class ClusterFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One `up` or `down` of a cluster at a time. Raises ConfigError if another is at work."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as file:
+        """One `up` or `down` of a cluster at a time. Raises ConfigError if another is at work, or the folder cannot be made."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"--home: {self.path} cannot be used: {error.strerror}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -243,8 +243,10 @@ def wait_for_router(spec: ClusterSpec) -> None:
 
 def base_url(spec: ClusterSpec) -> str:
     """Of the API, as reached from this machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(spec.router.host, spec.router.host)
-    return f"http://{host}:{spec.router.port}"
+    host = spec.router.host
+    if host in ("0.0.0.0", "::"):  # routers live where the controller does
+        host = spec.router.control_address.rpartition(":")[0].strip("[]")
+    return f"http://[{host}]:{spec.router.port}" if ":" in host else f"http://{host}:{spec.router.port}"
 
 
 def curl_line(spec: ClusterSpec) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import pathlib
 import time
 
@@ -13,23 +14,25 @@ POLL_S = 0.3
 
 
 def print_logs(folder: ClusterFolder, member: str | None, num_lines: int, is_following: bool) -> None:
-    """Print the last lines of one member's file, or of all; with `is_following` go on until interrupted."""
-    paths = choose(folder, member)
-    offsets = {}
-    for path in paths:
-        with path.open("rb") as file:
-            lines = collections.deque(file, maxlen=num_lines)
-            offsets[path] = file.tell()
-        for line in lines:
-            _print(path, line, len(paths) > 1)
-    while is_following:
-        for path in choose(folder, member):
-            with path.open("rb") as file:
-                file.seek(offsets.get(path, 0))
-                for line in file:
-                    _print(path, line, member is None)
+    """Print the last lines of one member's file, or of all; with `is_following` go on until interrupted, also when the cluster is
+    started anew, which empties the files."""
+    offsets: dict[pathlib.Path, int] = {}
+    paths, is_first_look, is_named = choose(folder, member), True, member is None
+    while True:
+        is_named = is_named or len(paths) > 1
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                start = offsets.get(path, 0)
+                file.seek(start if start <= path.stat().st_size else 0)
+                for line in collections.deque(file, maxlen=num_lines) if is_first_look else file:
+                    _print(path, line, is_named)
                 offsets[path] = file.tell()
+        if not is_following:
+            return
+        is_first_look = False
         time.sleep(POLL_S)
+        with contextlib.suppress(ConfigError):  # none for a moment
+            paths = choose(folder, member)
 
 
 def choose(folder: ClusterFolder, member: str | None) -> list[pathlib.Path]:

@@ -28,6 +28,9 @@ from router.config import RouterConfig
 
 ROLES = ("router", "prefill", "decode")
 
+MAX_REPLICAS = 1024
+"""Of a role: a slip of the finger is not to keep the controller busy for ever."""
+
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
@@ -46,6 +49,9 @@ class ClusterSpec:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name is {self.name!r}; it must be 1 to 32 of a-z, 0-9, - and _, and start with a letter")
+        for role, key in (("router", "router.processes"), ("prefill", "prefill.replicas"), ("decode", "decode.replicas")):
+            if self.replicas(role) > MAX_REPLICAS:
+                raise ConfigError(f"{key} is {self.replicas(role)}; it must be at most {MAX_REPLICAS}")
         pages = -(-self.engine.max_model_len // PAGE_TOKENS)
         for role, section in (("prefill", self.prefill), ("decode", self.decode)):
             if 0 < section.num_pages < pages:

@@ -55,6 +55,9 @@ class RouterConfig:
         for key in ("request_timeout_s", "reserve_timeout_s", "liveness_timeout_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"router.{key} is {getattr(self, key)}; it must be above 0")
+        for key in ("wait_for_members_s", "drain_timeout_s"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"router.{key} is {getattr(self, key)}; it must be at least 0")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"router.port is {self.port}; it must be in [0, 65535]")
 
@@ -71,7 +74,9 @@ class RouterConfig:
                 lines = pathlib.Path(self.api_keys_file).read_text().splitlines()
             except OSError as error:
                 raise ConfigError(f"router.api_keys_file: {self.api_keys_file}: {error.strerror}") from error
-            found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"router.api_keys_file: {self.api_keys_file}: not UTF-8 text") from error
+            found = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             if not found:
                 raise ConfigError(f"router.api_keys_file: {self.api_keys_file} holds no key")
             keys += found

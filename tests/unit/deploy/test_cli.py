@@ -18,7 +18,7 @@ from deploy.cli import main, parse_counts
 from deploy.control import misfits
 from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, new_secret, processes_of
 from deploy.local import SOCKET_PATH_BYTES, SOCKET_TAIL, choose_ray_dir
-from deploy.logs import choose
+from deploy.logs import choose, print_logs
 from deploy.ports import refuse_taken
 from deploy.spec import load_spec
 from deploy.status import duration, render, table
@@ -199,6 +199,51 @@ def test_the_curl_line_asks_for_a_key_only_if_there_are_keys() -> None:
     assert "Bearer YOUR_KEY" in line and "http://127.0.0.1:8000/" in line
 
 
+@pytest.mark.parametrize(
+    ("host", "control", "url"),
+    [
+        ("127.0.0.1", "127.0.0.1:8010", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "10.0.0.7:8010", "http://10.0.0.7:8000"),
+        ("'::'", "'[fd00::7]:8010'", "http://[fd00::7]:8000"),
+        ("'::1'", "127.0.0.1:8010", "http://[::1]:8000"),
+    ],
+)
+def test_the_api_is_reached_where_the_routers_are(host: str, control: str, url: str) -> None:
+    assert lifecycle.base_url(load_spec(LOCAL_CPU, [f"router.host={host}", f"router.control_address={control}"])) == url
+
+
+def test_a_home_that_cannot_be_used_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"--home: .*file/one cannot be used: Not a directory"),
+        ClusterFolder(tmp_path / "file", "one").locked(),
+    ):
+        pass
+
+
+def test_a_number_of_lines_is_no_negative_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["logs", "--lines", "-5"])
+    assert "--lines" in capsys.readouterr().err
+
+
+def test_a_watched_status_outlives_a_controller_that_is_being_restarted(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recorded(tmp_path, "one")
+    asked = list[float]()
+
+    def sleep(seconds: float) -> None:
+        asked.append(seconds)
+        if len(asked) == 2:
+            folder.forget()
+
+    monkeypatch.setattr("deploy.cli.time.sleep", sleep)
+    assert main(["--home", str(tmp_path), "status", "-w"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("one has ended: its keeper") == 2 and "no cluster is running" in shown.err
+
+
 def test_logs_are_found_by_member_replica_role_and_name(tmp_path: pathlib.Path) -> None:
     folder = ClusterFolder(tmp_path, "one")
     folder.logs.mkdir(parents=True)
@@ -213,6 +258,34 @@ def test_logs_are_found_by_member_replica_role_and_name(tmp_path: pathlib.Path) 
     assert len(stems(None)) == 6
     with pytest.raises(ConfigError, match=r"no log of 'router'; there are controller, decode/0.0"):
         stems("router")
+
+
+def test_logs_are_followed_through_a_new_start(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ClusterFolder(tmp_path, "one")
+    folder.logs.mkdir(parents=True)
+    first, second = folder.logs / "decode-0.0.log", folder.logs / "decode-1.0.log"
+    for path in (first, second):
+        path.write_text("old\nlast\n")
+
+    def start_anew() -> None:
+        first.unlink()
+        second.write_text("new\n")
+
+    steps = iter([lambda: first.write_text("old\nlast\nmore\n"), start_anew, lambda: first.write_text("new\n")])
+
+    def sleep(seconds: float) -> None:
+        step = next(steps, None)
+        if step is None:
+            raise KeyboardInterrupt
+        step()
+
+    monkeypatch.setattr("deploy.logs.time.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        print_logs(folder, "decode", 1, True)
+    shown = ["decode-0.0: last", "decode-1.0: last", "decode-0.0: more", "decode-1.0: new", "decode-0.0: new"]
+    assert capsys.readouterr().out.splitlines() == shown
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (192, "3m12s"), (18_420, "5h07m"), (183_600, "2d03h")])

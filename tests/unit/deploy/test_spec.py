@@ -53,6 +53,9 @@ def test_relative_paths_start_at_the_file(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("decode: {replicas: 100000}", "c.yaml:3: decode.replicas is 100000; it must be at most 1024"),
+        ("router: {processes: 2000}", "c.yaml:3: router.processes is 2000; it must be at most 1024"),
+        ("router: {drain_timeout_s: -1}", "c.yaml:3: router.drain_timeout_s is -1.0; it must be at least 0"),
         ("decode: {replicas: -1}", "c.yaml:3: decode.replicas is -1; it must be at least 0"),
         ("decode:\n  num_slots: 1\n  max_runing: 4", "c.yaml:5: unknown key 'max_runing' in decode; did you mean 'max_running'?"),
         ("prefill:\n  num_pages: 8", "c.yaml:4: prefill.num_pages is 8; a sequence of engine.max_model_len = 8192 tokens needs 32 pages"),
