@@ -10,6 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from engine.model.side_stream import SideStream
+from engine.ops.cases import prepared
+from engine.ops.moe_experts.cases import in_rooms
+from engine.ops.registry import get_op
 from engine.ops.sample import NUM_TERMS, Draws, Filters, Histories
 from engine.ops.sample.triton import run
 from tests.benchmarks.hardware import AS_MEASURED
@@ -63,6 +66,14 @@ def test_drawing_is_two_launches_and_penalties_add_none() -> None:
     assert launches_of_draw(filters, None) == launches_of_draw(filters, histories)
     search = {"sample_coarse_kernel": 2, "sample_collect_kernel": 2, "sample_finish_kernel": 2}
     assert launches_of_draw(filters, None) == {"sample_top_kernel": 1, **search, "sample_blocks_kernel": 1, "sample_decide_kernel": 1}
+
+
+def test_experts_in_rooms_list_them_and_multiply_twice() -> None:
+    recorder = Recorder()
+    run_experts, arguments = prepared(get_op("moe_experts"), "triton", in_rooms(3, 8, 256, 128, 12)(torch.device("cpu"), 1))
+    with noting_kernels(recorder), recorder:
+        run_experts(*arguments)
+    assert recorder.found["before the layers"] == {"moe_rooms_kernel": 1, "moe_hidden_kernel": 1, "moe_out_kernel": 1}
 
 
 def test_the_longest_chain_leaves_out_what_runs_beside_it() -> None:
