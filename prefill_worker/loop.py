@@ -252,7 +252,6 @@ class PrefillLoop:
         for request_id in request_ids:
             job = self._jobs.get(request_id)
             if job is not None and job.outbox is outbox:
-                self._metrics.requests.labels("cancelled").inc()
                 self._drop(job, None)
 
     def _drop_session(self, outbox: Outbox) -> None:
@@ -263,6 +262,7 @@ class PrefillLoop:
         """Give a job up; the router is told unless it asked for it. Pages stay until the sender has let go of them."""
         if job.state is State.CLOSING:
             return
+        self._metrics.requests.labels("cancelled" if error is None else "failed").inc()
         if error is not None:
             job.outbox.post(prefill_pb2.PrefillUpdate(failures=[encode_failure(job.request_id, error)]))
         self._hand_offs.close(job)

@@ -170,6 +170,28 @@ def test_cancelling_a_kept_request_frees_its_pages_at_once(rank: Rank) -> None:
     assert rank.loop.is_idle and rank.loop.load.pages_free == NUM_PAGES
 
 
+def test_a_request_that_fails_or_is_cancelled_counts_once_as_that(rank: Rank) -> None:
+    rank.run()
+    rank.turns(4)
+    rank.loop.cancel(["r.1"], rank.outbox)
+    rank.loop.cancel(["r.1"], rank.outbox)  # while the sender lets go of it
+    rank.turn()
+    rank.close("r.1", TransferFailed("aborted"))
+    for end in (lambda: rank.clock.advance(601), lambda: rank.loop.session_closed(rank.outbox)):
+        rank.run()
+        rank.turn()
+        end()
+        rank.turn()
+        rank.close("r.1", TransferFailed("aborted"))
+    counted = {
+        sample.labels["outcome"]: sample.value
+        for metric in rank.loop._metrics.requests.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+    assert rank.loop.is_idle and counted == {"cancelled": 2, "failed": 1}
+
+
 def test_kept_pages_have_a_deadline(rank: Rank) -> None:
     rank.run()
     rank.turns(4)
