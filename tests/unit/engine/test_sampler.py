@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import engine.sampler
 from core.request import Request, SamplingParams
 from engine.logprobs import logprobs_of
 from engine.sampler import sample
@@ -114,6 +115,14 @@ def test_result_does_not_depend_on_the_batch(rng: random.Random) -> None:
         rng.shuffle(order)
         part = order[: rng.randint(1, 24)]
         assert sample(logits[part], [sequences[row] for row in part]) == [alone[row] for row in part]
+
+
+def test_memory_for_a_step_does_not_grow_with_its_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    choose = engine.sampler._choose
+    monkeypatch.setattr(engine.sampler, "_choose", lambda logits, *others: (rows.append(len(logits)), choose(logits, *others))[1])
+    assert len(sample(torch.zeros(70, 8), [sequence(seed=row) for row in range(70)])) == 70
+    assert sum(rows) == 70 and max(rows) <= 16
 
 
 @pytest.mark.gpu
