@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 from core.clock import Clock
 from core.errors import DeadlineExceeded, NoMembers, Overloaded, Unavailable
 from core.request import Request, Reservation
 from router.config import RouterConfig
+from router.line import Line, Place
 from router.members import Members
 from router.placement import Candidate, place_decode, place_prefill
 from router.prefix_index import PrefixIndex
@@ -24,6 +24,9 @@ FULL_POLL_S = 0.02
 ASKING_S_PER_TOKEN = 1e-6
 """The prompt goes with the question, and router and rank take some 0.1 us for each of its tokens."""
 
+SLOW_ANSWER_S = 1.0
+"""Who waits for an answer for so long keeps nobody behind him in line from asking."""
+
 KEPT_S = 2.0
 """How long pages are kept on a prefill rank while all decode ranks are full. Theirs may be full of requests that wait for just these
 pages, so this must end."""
@@ -37,8 +40,7 @@ class Reserver:
 
     def __init__(self, members: Members, config: RouterConfig, clock: Clock) -> None:
         self._members, self._config, self._clock = members, config, clock
-        self._full = asyncio.Lock()
-        """Held by the request that waits for room on the decode ranks; the others wait behind it, in order."""
+        self._line = Line()
         self._prefixes = PrefixIndex()
 
     def note_end(self, request: Request, decode: RankSession) -> None:
@@ -49,54 +51,74 @@ class Reserver:
         self, request: Request, events: Events, avoid: list[tuple[str, int]], deadline: float, keeper: RankSession | None = None
     ) -> tuple[RankSession, RankSession, Reservation]:
         """Pages on a decode rank, and a prefill rank to fill them (`keeper`, which has computed it already). When all decode ranks are
-        full, waits in line for room; a keeper's request goes first and waits for KEPT_S at most. Whatever the decode rank says
-        afterwards is put into `events`."""
+        full, and while others wait, waits in line for room; a keeper's request goes first and waits for KEPT_S at most. Whatever the
+        decode rank says afterwards is put into `events`."""
         kept_until, found = self._clock.now() + KEPT_S, self._prefixes.find(request.token_ids)
         shares = {} if found is None else {found[0]: found[1]}
-        full: set[tuple[str, int]] = set()
-        is_first_in_line = False
-        async with contextlib.AsyncExitStack() as line:
+        full, pause_s = set[tuple[str, int]](), 0.0
+        with self._line.place() as place:
+            if keeper is None and not self._line.is_empty:
+                place.join()
             while True:
+                if pause_s or place.is_in_line:
+                    await self._wait_in_line(place, pause_s, deadline)
+                    pause_s = 0.0
                 decode = await self._find_decode(request, shares, [*avoid, *full], deadline, keeper)
-                if decode.member.key in full:  # every fitting rank refused: wait for room, one request at a time, oldest first
-                    if keeper is not None and self._clock.now() > kept_until:
+                if decode.member.key in full:  # every fitting rank refused
+                    if keeper is None:
+                        place.refused()
+                    elif self._clock.now() > kept_until:
                         raise Overloaded(f"no decode rank has room for what {keeper.member.name} keeps")
-                    try:
-                        async with asyncio.timeout(max(deadline - self._clock.now(), 0.0)):
-                            if keeper is None and not is_first_in_line:
-                                await line.enter_async_context(self._full)
-                                is_first_in_line = True
-                            await asyncio.sleep(full_poll_s(len(request.token_ids)))
-                    except TimeoutError as error:
-                        raise DeadlineExceeded(f"no decode rank had room within {self._config.request_timeout_s:g} s") from error
                     full.clear()
+                    pause_s = full_poll_s(len(request.token_ids))
                     continue
-                answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-                decode.listen(request.request_id, len(request.token_ids), into(events, request.request_id, answer))
+                held_up = asyncio.get_running_loop().call_later(SLOW_ANSWER_S, place.give_up)
                 try:
-                    decode.reserve(request)
-                    async with asyncio.timeout(self._config.reserve_timeout_s):
-                        event = await answer
-                    if isinstance(event, Failed):
-                        raise event.error
-                    assert isinstance(event, Reserved), f"{event}"
+                    reservation = await self._ask(decode, request, events)
                 except Overloaded:
-                    decode.forget(request.request_id)
                     full.add(decode.member.key)
                     continue
-                except BaseException as error:
-                    decode.forget(request.request_id)
-                    decode.cancel(request.request_id)
+                except BaseException:
                     avoid.append(decode.member.key)
-                    if isinstance(error, TimeoutError):
-                        raise Unavailable(f"{decode.member.name} did not answer a reservation") from error
                     raise
+                finally:
+                    held_up.cancel()
+                place.granted()
                 try:
-                    return keeper or self._find_prefill(request, decode, avoid), decode, event.reservation
+                    return keeper or self._find_prefill(request, decode, avoid), decode, reservation
                 except Unavailable:  # the decode rank is well
                     decode.forget(request.request_id)
                     decode.cancel(request.request_id)
                     raise
+
+    async def _ask(self, decode: RankSession, request: Request, events: Events) -> Reservation:
+        """What the rank grants. Raises Overloaded if it has no room, and what else it says; Unavailable if it says nothing in time."""
+        answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        decode.listen(request.request_id, len(request.token_ids), into(events, request.request_id, answer))
+        try:
+            decode.reserve(request)
+            async with asyncio.timeout(self._config.reserve_timeout_s):
+                event = await answer
+            if isinstance(event, Failed):
+                raise event.error
+            assert isinstance(event, Reserved), f"{event}"
+            return event.reservation
+        except BaseException as error:
+            decode.forget(request.request_id)
+            if not isinstance(error, Overloaded):
+                decode.cancel(request.request_id)
+            if isinstance(error, TimeoutError):
+                raise Unavailable(f"{decode.member.name} did not answer a reservation") from error
+            raise
+
+    async def _wait_in_line(self, place: Place, pause_s: float, deadline: float) -> None:
+        """Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(max(deadline - self._clock.now(), 0.0)):
+                await asyncio.sleep(pause_s)
+                await place.turn()
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no decode rank had room within {self._config.request_timeout_s:g} s") from error
 
     async def _find_decode(
         self,
@@ -116,6 +138,7 @@ class Reserver:
             except Unavailable as error:
                 if self._clock.now() >= give_up:
                     raise NoMembers(str(error)) from error
+                self._line.disperse()
                 await asyncio.sleep(PLACE_POLL_S)
             else:
                 return next(session for session in found if session.member is chosen)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 
 import pytest
 
+import router.reserving
 from core.clock import SystemClock
 from core.errors import DeadlineExceeded, NoMembers, Unavailable
 from core.kv_layout import PAGE_TOKENS
 from core.request import FinishReason, Request, SamplingParams, Tokens
-from router.reserving import full_poll_s
+from router.reserving import FULL_POLL_S, full_poll_s
 from router.session import FirstToken
 from tests.support.scripted_ranks import (
     MAX_TOKENS,
@@ -161,6 +163,102 @@ def test_a_request_whose_time_is_up_leaves_the_line_though_others_wait_before_it
         assert second < first
 
     asyncio.run(run())
+
+
+class Roomy(FakeRank):
+    """Grants as many as it has room for."""
+
+    def __init__(self, replica: int = 0) -> None:
+        super().__init__("decode", replica)
+        self.room = 0
+
+    def reserve(self, request: Request) -> None:
+        self.is_full = self.room == 0
+        self.room -= not self.is_full
+        super().reserve(request)
+
+
+def new_line(decodes: list[Roomy]) -> tuple[Callable[[str], asyncio.Task[None]], list[str]]:
+    """What has a request of this name wait for room, and the names in the order of their grants."""
+    reserver, granted = new_relay([FakePrefill([]), *decodes])._reserver, list[str]()
+
+    async def wait(name: str) -> None:
+        request = Request(request_id=name, token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        await reserver.reserve(request, asyncio.Queue(), [], SystemClock().now() + 30)
+        granted.append(name)
+
+    return lambda name: asyncio.create_task(wait(name)), granted
+
+
+def test_who_comes_later_does_not_go_before_those_in_line() -> None:
+    async def run() -> None:
+        decode = Roomy()
+        ask, granted = new_line([decode])
+        tasks = [ask("first"), ask("second")]
+        await asyncio.sleep(0.01)
+        decode.room = 1
+        tasks.append(ask("late"))
+        while not granted:
+            await asyncio.sleep(0.005)
+        assert granted == ["first"]
+        decode.room = 2
+        await asyncio.gather(*tasks)
+        assert granted == ["first", "second", "late"]
+
+    asyncio.run(run())
+
+
+def test_a_long_line_is_gone_soon_when_much_room_comes_at_once() -> None:
+    async def run() -> None:
+        decode = Roomy()
+        ask, granted = new_line([decode])
+        tasks = [ask(str(number)) for number in range(200)]
+        await asyncio.sleep(0.05)
+        assert len(decode.requests) < 210, "one asks while there is no room"
+        decode.room, began = 200, time.monotonic()
+        await asyncio.gather(*tasks)
+        assert time.monotonic() - began < 100 * FULL_POLL_S
+        assert [int(name) for name in granted] == list(range(200))
+
+    asyncio.run(run())
+
+
+def test_a_rank_that_does_not_answer_holds_up_who_asked_it_and_not_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router.reserving, "SLOW_ANSWER_S", 0.02)
+
+    async def run() -> None:
+        decode = Roomy()
+        ask, granted = new_line([decode])
+        tasks = [ask("first"), ask("second")]
+        await asyncio.sleep(0.01)
+        answers, decode.reserve = decode.reserve, list[Request]().append  # type: ignore[method-assign]
+        await asyncio.sleep(0.03)
+        decode.room, decode.reserve = 1, answers  # type: ignore[method-assign]
+        await tasks[1]
+        assert granted == ["second"]
+        tasks[0].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_those_in_line_wait_side_by_side_for_ranks_that_are_gone() -> None:
+    async def run() -> float:
+        ranks: list[FakeRank] = [FakePrefill([]), Roomy()]
+        reserver, began = new_relay(ranks, wait_for_members_s=0.1)._reserver, time.monotonic()
+
+        async def wait(number: int) -> None:
+            request = Request(request_id=str(number), token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+            with pytest.raises(NoMembers):
+                await reserver.reserve(request, asyncio.Queue(), [], SystemClock().now() + 30)
+
+        tasks = [asyncio.create_task(wait(number)) for number in range(20)]
+        await asyncio.sleep(0.01)
+        del ranks[1]
+        await asyncio.gather(*tasks)
+        return time.monotonic() - began
+
+    assert asyncio.run(run()) < 1.0
 
 
 def test_room_for_a_long_prompt_is_asked_for_less_often() -> None:
