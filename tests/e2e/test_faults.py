@@ -17,6 +17,7 @@ from engine.null import NullRunner
 from engine.runner import ChunkResult, Launched
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
+from tests.support.patience import overload
 from tests.support.serving import Serving
 
 pytestmark = pytest.mark.e2e
@@ -78,12 +79,13 @@ class Streams:
             self.errors.append(repr(error))
 
     def wait_for_tokens(self, count: int) -> None:
-        self.serving.wait(lambda: sum(map(len, self.tokens)) >= count or bool(self.errors))
+        self.serving.wait(lambda: sum(map(len, self.tokens)) >= count or bool(self.errors), 60)
 
     def check(self) -> None:
         """Every stream ended with exactly the tokens of an undisturbed run."""
         for thread in self.threads:
-            thread.join(60)
+            thread.join(60 * overload())
+            assert not thread.is_alive(), f"a stream does not end; so many tokens came: {list(map(len, self.tokens))}"
         assert not self.errors, self.errors[:3]
         codec = self.serving.router._codec
         for k, tokens in enumerate(self.tokens):
@@ -125,7 +127,7 @@ class GatedRunner(NullRunner):
 
     def collect(self, launched: Launched) -> list[ChunkResult]:
         self.is_stepping.set()
-        assert self.gate.wait(30), "the test opens it"
+        assert self.gate.wait(30 * overload()), "the test opens it"
         return super().collect(launched)
 
 
@@ -146,7 +148,7 @@ def test_a_decode_rank_that_dies_before_its_first_step_costs_a_transfer_and_no_p
         serving.wait(gated[1 - first].is_stepping.is_set)
         for runner in gated:
             runner.gate.set()
-        removed.result(30)
+        removed.result(30 * overload())
         streams.check()
         serving.wait(serving.is_empty)
         assert serving.workers["prefill/0.0"].load().tokens_total == len(streams.prompts[0]), "each prompt token was computed once"

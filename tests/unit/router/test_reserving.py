@@ -23,6 +23,7 @@ from tests.support.scripted_ranks import (
     new_journey,
     new_relay,
     tokens_of,
+    until,
 )
 
 
@@ -30,7 +31,7 @@ def test_without_members_a_request_waits_once_for_as_long_as_configured() -> Non
     journey, began = new_journey(), time.monotonic()
     with pytest.raises(NoMembers, match="prefill"):
         asyncio.run(tokens_of(new_relay([], wait_for_members_s=0.1), journey))
-    assert 0.1 <= time.monotonic() - began < 1.0
+    assert 0.1 <= time.monotonic() - began < 10.0, "by default it is 30 s"
     assert journey.attempts == 1
 
 
@@ -70,7 +71,7 @@ def test_a_request_that_ends_with_its_first_token_is_not_expected_to_have_left_p
         request = Request(request_id="r", token_ids=prompt, prompt_len=PAGE_TOKENS, sampling=SamplingParams(max_tokens=MAX_TOKENS))
         outputs = relay.generate(request, new_journey())
         first = asyncio.ensure_future(anext(outputs))
-        await asyncio.sleep(0.01)
+        await until(lambda: bool(prefill.requests))
         prefill.listeners["r.1"](FirstToken(Tokens(request_id="r.1", token_ids=(1,), finish_reason=FinishReason.STOP), {}))
         assert (await first).finish_reason is FinishReason.STOP
         await outputs.aclose()
@@ -92,11 +93,11 @@ def test_requests_that_arrive_together_are_spread_over_prefill_ranks() -> None:
             for n in range(8)
         ]
         tasks = [asyncio.ensure_future(anext(relay.generate(request, new_journey()))) for request in requests]
-        await asyncio.sleep(0.01)
-        assert len(waiting) == 8 and not any(prefill.requests for prefill in prefills)
+        await until(lambda: len(waiting) == 8)
+        assert not any(prefill.requests for prefill in prefills)
         for request in waiting:
             grant(request)
-        await asyncio.sleep(0.01)
+        await until(lambda: sum(len(prefill.requests) for prefill in prefills) == 8)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -152,15 +153,19 @@ def test_a_request_whose_time_is_up_leaves_the_line_though_others_wait_before_it
     decode.is_full = True
     reserver, clock = new_relay([prefill, decode])._reserver, SystemClock()
 
-    async def wait(name: str, seconds: float) -> float:
+    async def wait(name: str, seconds: float) -> None:
         request = Request(request_id=name, token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
-        with pytest.raises(DeadlineExceeded):
-            await reserver.reserve(request, asyncio.Queue(), [], clock.now() + seconds)
-        return clock.now()
+        await reserver.reserve(request, asyncio.Queue(), [], clock.now() + seconds)
 
     async def run() -> None:
-        first, second = await asyncio.gather(wait("first", 0.4), wait("second", 0.05))
-        assert second < first
+        first = asyncio.create_task(wait("first", 60.0))
+        await until(lambda: bool(decode.requests))
+        async with asyncio.timeout(10):
+            with pytest.raises(DeadlineExceeded):
+                await wait("second", 0.05)
+        assert not first.done()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
 
     asyncio.run(run())
 
