@@ -26,6 +26,7 @@ from engine.parallel.rebalance import MOST_COMING, Rebalancer, batches_of, movin
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
 from tests.support.experts import packed
+from tests.support.patience import overload
 from tests.support.ranks import run_group
 
 ENGINE = EngineConfig(device="cpu", max_model_len=1024, rebalance_interval_s=0.05)
@@ -101,7 +102,7 @@ def test_a_group_under_skewed_load_moves_experts_while_it_steps(small_checkpoint
         for layer in range(4):
             share.layers[f"layers.{layer}.ffn"].choice.load += torch.tensor(skew)
         rebalancer.start()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 30 * overload()
         while (sequence.finish_reason is None or num_moved(share) < 4) and time.monotonic() < end:
             wanted = int(sequence.finish_reason is None or num_moved(share) < 4)
             if steps.agreed(wanted) is None:
@@ -119,7 +120,7 @@ def test_a_group_under_skewed_load_moves_experts_while_it_steps(small_checkpoint
 
     def serve_peers(steps: GroupSteps, runner: ModelRunner) -> None:
         """The other rank may need a few steps more. Whoever leaves first ends the step that the other may be in."""
-        waiting = threading.Thread(target=done.wait, args=(20,))
+        waiting = threading.Thread(target=done.wait, args=(20 * overload(),))
         waiting.start()
         try:
             while waiting.is_alive():
@@ -128,8 +129,9 @@ def test_a_group_under_skewed_load_moves_experts_while_it_steps(small_checkpoint
                 else:
                     steps.begin(0)
                     runner.step([])
-        except GroupLost:
-            assert not waiting.is_alive()
+        except GroupLost:  # the other one has left, so both were there
+            waiting.join()
+            assert not done.broken
         steps.close()
 
     results = run_group(2, rank)

@@ -28,6 +28,7 @@ from kv_transfer.receiving import KVReceiver
 from kv_transfer.sender import Closed, CommitOrder, HandedOff
 from kv_transfer.sending import KVSender
 from kv_transfer.transports.memory import Fate
+from tests.support.patience import overload
 
 PAGE, SLOT, COUNT = 256, 64, 8
 CONFIG = TransferConfig(transport="memory", checksum=True)
@@ -141,7 +142,7 @@ def test_a_write_is_seen_out_without_a_wait_for_the_poll_interval() -> None:
         ends.sender.commit("r1", CommitOrder(local_slot_id=0, num_tokens=300, first_token=9))
         handed_off = await ends.next(ends.sent)
         assert isinstance(handed_off, HandedOff)
-        assert handed_off.seconds < 1.0, "two writes, nine polls each: as many wake-ups by the session's pings take seconds"
+        assert handed_off.seconds < 1.0 * overload(), "two writes, nine polls each: as many wake-ups by the session's pings take seconds"
 
     run(test, config=dataclasses.replace(CONFIG, poll_interval_ms=1e6))
 
@@ -199,7 +200,7 @@ def test_a_sender_that_closes_is_missed_at_once() -> None:
         ends.sender.open("r1", ends.grant())
         assert isinstance(await ends.next(ends.received), Renewed)
         await ends.sender.close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4):  # a sender that is silent is missed after five seconds
             assert isinstance(await ends.next(ends.received), SenderLost)
 
     run(test)
@@ -218,7 +219,8 @@ def test_an_abort_on_either_side_frees_both() -> None:
     run(test)
 
 
-QUICK = dataclasses.replace(CONFIG, liveness_timeout_s=0.2, tcp_user_timeout_s=0.1, quarantine_s=0.4)
+QUICK = dataclasses.replace(CONFIG, liveness_timeout_s=0.6, tcp_user_timeout_s=0.3, quarantine_s=1.0)
+"""Sessions outlive the time between two pings, and a sender that lives has a second for its answer."""
 
 
 @pytest.mark.parametrize("is_told", [True, False])
