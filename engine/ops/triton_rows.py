@@ -66,7 +66,10 @@ def fp8_index_codes(x):
     """(e4m3 codes [N, DIM], fp32 scales [N, 1]), scale max(amax, 1e-4) / 448."""
     amax = tl.maximum(tl.max(tl.abs(x), 1, keep_dims=True), AMAX_FLOOR)
     scale = tl.div_rn(amax, tl.full(amax.shape, FP8_MAX, tl.float32))
-    codes = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    # A division for each row, and for each value one correction of the product: what a division of its own would give.
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    codes = x * inverse
+    codes = tl.fma(tl.fma(-codes, tl.broadcast_to(scale, x.shape), x), tl.broadcast_to(inverse, x.shape), codes)
     return to_fp8(tl.minimum(tl.maximum(codes, -FP8_MAX), FP8_MAX)), scale
 
 
