@@ -25,8 +25,8 @@ def act_quant(x: torch.Tensor) -> torch.Tensor:
 
 
 def fp8_linear(x: torch.Tensor | QuantizedRows, weight: torch.Tensor) -> torch.Tensor:
-    """x: [..., K] bf16, or what `quantize_rows` makes of [T, K], laid out as by `QuantizedRows.empty`; weight: FP8 [N, K] as `pack` made
-    it. Returns [..., N] in x's dtype."""
+    """x: [..., K] bf16, or what `quantize_rows` makes of [T, K], best laid out as by `QuantizedRows.empty`; weight: FP8 [N, K] as `pack`
+    made it. Returns [..., N] in x's dtype."""
     values = act_quant(x) if isinstance(x, torch.Tensor) else x.double()[:, : weight.shape[1]]
     return (values @ weight.T).to(x.dtype)
 

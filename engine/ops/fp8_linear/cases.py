@@ -32,8 +32,8 @@ def _outliers(rows: int, n: int, k: int) -> Draw:
     return draw
 
 
-def _quantized(rows: int, n: int, k: int) -> Draw:
-    """x as the op before leaves it."""
+def _quantized(rows: int, n: int, k: int, is_laid_out: bool = True) -> Draw:
+    """x as the op before leaves it; or with the scales of a row together."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         x, weight = _draw(rows, n, k)(device, seed)
@@ -41,7 +41,7 @@ def _quantized(rows: int, n: int, k: int) -> Draw:
         values, laid_out = quantize_rows(x), QuantizedRows.empty(rows, k, x.dtype, device)
         laid_out.codes.copy_(values.codes)
         laid_out.scale.copy_(values.scale)
-        return laid_out, weight
+        return laid_out if is_laid_out else values, weight
 
     return draw
 
@@ -68,6 +68,8 @@ CASES = (
     _case("few rows, quantised", _quantized(5, 128, 1024), small=True),
     _case("odd sizes, quantised", _quantized(3, 100, 200), small=True),
     _case("many rows, quantised", _quantized(70, 100, 200), small=True),
+    _case("one row, quantised, laid out by rows", _quantized(1, 128, 1024, is_laid_out=False), small=True),
+    _case("few rows, quantised, laid out by rows", _quantized(5, 128, 1024, is_laid_out=False), small=True),
     _case("wq_b batch 32, quantised", _quantized(32, 32768, 1024)),
     _case("wq_b batch 129, quantised", _quantized(129, 32768, 1024)),
     _case("shared w2 one row, quantised", _quantized(1, 4096, 2048)),

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.model.quantized import FP8_BLOCK, QuantizedRows, QuantizedWeight, exp2_of_byte
+from engine.model.quantized import FP8_BLOCK, SCALES_ALIGNED, QuantizedRows, QuantizedWeight, exp2_of_byte
 from engine.ops import triton_vector
 from engine.ops.triton_rounding import quantize, to_bf16
 from engine.ops.triton_splits import is_last, sum_parts
@@ -173,11 +173,16 @@ def fp8_linear_many_kernel(
 
 
 def flat_rows(x: torch.Tensor | QuantizedRows) -> torch.Tensor | QuantizedRows:
-    """[..., K] as contiguous rows."""
+    """[..., K] as contiguous rows; quantised ones as `QuantizedRows.empty` lays them out."""
     if isinstance(x, torch.Tensor):
         return x.flatten(0, -2).contiguous()
-    assert x.codes.is_contiguous() and (len(x) <= 1 or x.scale.stride(0) == 1), f"{x.codes.stride()} {x.scale.stride()}"
-    return x
+    rows_apart, groups_apart = x.scale.stride()
+    if x.codes.is_contiguous() and (rows_apart == 1 or len(x) <= 1) and groups_apart % SCALES_ALIGNED == 0:
+        return x
+    laid_out = QuantizedRows.empty(*x.codes.shape, x.dtype, x.device)
+    laid_out.codes.copy_(x.codes)
+    laid_out.scale.copy_(x.scale)
+    return laid_out
 
 
 def run(x: torch.Tensor | QuantizedRows, weight: PackedWeight) -> torch.Tensor:
