@@ -16,6 +16,9 @@ from protos import control_pb2, control_pb2_grpc
 
 T = TypeVar("T")
 
+ANSWER_S = 20.0
+"""Where nobody listens is known at once. A controller that is starting many ranks on a busy machine has been seconds in calls of Ray's."""
+
 
 class NotOurs(Unavailable):
     """The controller that answers is another cluster's."""
@@ -39,16 +42,16 @@ class ControlClient:
 
     def status(self) -> Any:
         """A control_pb2.ClusterStatus."""
-        return self._call(lambda: self._stub.Status(control_pb2.StatusRequest(), timeout=5.0, metadata=self._metadata))
+        return self._call(lambda: self._stub.Status(control_pb2.StatusRequest(), timeout=ANSWER_S, metadata=self._metadata))
 
     def apply(self, spec_yaml: str = "", replicas: Mapping[str, int] | None = None, *, dry_run: bool = False) -> list[str]:
         """Set the desired state; returns what changes, as lines."""
         request = control_pb2.ApplyRequest(spec_yaml=spec_yaml, replicas=dict(replicas or {}), dry_run=dry_run)
-        return self._changes(self._call(lambda: self._stub.Apply(request, timeout=20.0, metadata=self._metadata)))
+        return self._changes(self._call(lambda: self._stub.Apply(request, timeout=ANSWER_S, metadata=self._metadata)))
 
     def drain(self, member: str) -> list[str]:
         request = control_pb2.DrainRequest(member=member)
-        return self._changes(self._call(lambda: self._stub.Drain(request, timeout=5.0, metadata=self._metadata)))
+        return self._changes(self._call(lambda: self._stub.Drain(request, timeout=ANSWER_S, metadata=self._metadata)))
 
     def shut_down(self) -> None:
         self._call(lambda: self._stub.Shutdown(control_pb2.ShutdownRequest(), timeout=60.0, metadata=self._metadata))
