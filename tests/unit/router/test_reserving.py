@@ -257,13 +257,13 @@ def test_those_in_line_wait_side_by_side_for_ranks_that_are_gone() -> None:
             with pytest.raises(NoMembers):
                 await reserver.reserve(request, asyncio.Queue(), [], SystemClock().now() + 30)
 
-        tasks = [asyncio.create_task(wait(number)) for number in range(20)]
+        tasks = [asyncio.create_task(wait(number)) for number in range(50)]
         await asyncio.sleep(0.01)
         del ranks[1]
         await asyncio.gather(*tasks)
         return time.monotonic() - began
 
-    assert asyncio.run(run()) < 1.0
+    assert asyncio.run(run()) < 3.0, "one after the other they take 5 s"
 
 
 def test_room_for_a_long_prompt_is_asked_for_less_often() -> None:
