@@ -47,13 +47,27 @@ class OtherSections:
 def new_parser(folder: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {folder}", description=description)
     parser.add_argument("file", type=pathlib.Path, help="cluster file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change keys of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change keys of the file")
     return parser
+
+
+def port_number(text: str) -> int:
+    """Raises ArgumentTypeError outside of [0, 65535]: gRPC would listen on another port without a word."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; it must be in [0, 65535]")
+    return int(text)
+
+
+def host_and_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; it must be HOST:PORT")
+    return text
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, and for others to connect to (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=0, help="0: any free one; the log names it")
+    parser.add_argument("--port", type=port_number, default=0, help="0: any free one; the log names it")
     parser.add_argument("--replica", type=int, default=0, help="number in the rank's name, e.g. decode/0.0")
 
 

@@ -26,7 +26,7 @@ class Sections(OtherSections):
 async def main() -> None:
     parser = new_parser("decode_worker", "Run one decode rank.")
     add_rank_arguments(parser)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     sections = load_config(options.file, Sections, options.overrides)
     is_local = options.host == "127.0.0.1"
     worker = DecodeWorker(

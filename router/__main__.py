@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from core.config import load_config
 from core.model_section import ModelSection
-from core.process import OtherSections, new_parser, run, serve
+from core.process import OtherSections, host_and_port, new_parser, run, serve
 from router.addresses import Address, follow_addresses, wait_for_ranks
 from router.config import RouterConfig
 from router.members import Members
@@ -23,8 +23,9 @@ class Sections(OtherSections):
 async def main() -> None:
     parser = new_parser("router", "Run one router process for ranks at fixed addresses.")
     for role in ("prefill", "decode"):
-        parser.add_argument(f"--{role}", action="append", required=True, metavar="HOST:PORT", help=f"a {role} rank; may be repeated")
-    options = parser.parse_args()
+        words = f"a {role} rank; may be repeated"
+        parser.add_argument(f"--{role}", action="append", type=host_and_port, required=True, metavar="HOST:PORT", help=words)
+    options = parser.parse_intermixed_args()
     base = options.file.resolve().parent
     sections = load_config(options.file, Sections, options.overrides)
     model = sections.model.relative_to(base)
