@@ -183,6 +183,9 @@ def _relieved(load: Sequence[float], old: ExpertPlacement, most: int, changes_co
 WORTH = 0.95
 """What a change must make of the load that it is for, at most: others are luck."""
 
+LUCK = 1e-9
+"""Share of the mean by which sums of the same loads may differ, since they are rounded."""
+
 
 def _copy_to_make(
     tokens: npt.NDArray[np.float64], held: npt.NDArray[np.int64], has: npt.NDArray[np.bool_], may_change: npt.NDArray[np.bool_]
@@ -214,7 +217,8 @@ def _experts_to_exchange(
     then = np.where(is_possible, then, np.inf)
     place, other, there = np.unravel_index(np.argmin(then), then.shape)
     mean = totals.mean()
-    if not then[place, other, there] - mean < WORTH * (totals[busiest] - mean):
+    too_much = totals[busiest] - mean
+    if too_much <= LUCK * mean or not then[place, other, there] - mean < WORTH * too_much:
         return None
     return (busiest, int(place)), (int(other), int(there))
 

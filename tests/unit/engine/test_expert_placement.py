@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
+import engine.parallel.expert_placement
 from engine.parallel.expert_placement import (
     ExpertPlacement,
     SlotChoice,
@@ -98,6 +100,29 @@ def test_no_more_move_than_may_and_no_round_makes_it_worse(seed: int) -> None:
     for _ in range(12):
         before, held = held, relieved(load, held, 1)
         assert max(moves(held, before)) <= 1 and imbalance(load, held) <= imbalance(load, before)
+
+
+def test_ranks_that_have_equally_much_to_do_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums are equal, but for their rounding: exchanges that gain nothing were made for ever."""
+    exchange, made = engine.parallel.expert_placement._experts_to_exchange, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        assert made < 100, "exchanges do not end"
+        return exchange(*arguments)
+
+    monkeypatch.setattr(engine.parallel.expert_placement, "_experts_to_exchange", counted)
+    held = (0, 2, 3, 5, 1, 2, 4, 5, 0, 1, 2, 4, 0, 1, 3, 4, 0, 1, 3, 5)
+    load = [0, 49.99436731434383, 1, 1000, 0, 0]
+    assert imbalance(load, relieved(load, ExpertPlacement(held, 5), 8)) == pytest.approx(1.0)
+    rng = random.Random(4)
+    for _ in range(200):
+        num_experts, num_ranks = rng.randint(2, 9), rng.randint(2, 5)
+        slots = rng.randint(-(-num_experts // num_ranks), num_experts)
+        loads = [rng.choice((0, 1, 3, 1000, rng.random())) for _ in range(num_experts)]
+        made = 0
+        relieved([*loads[:-1], 7], balanced_placement([1.0] * num_experts, num_ranks, slots), rng.randint(0, 8))
 
 
 def test_a_placement_is_kept_unless_another_one_gains_enough() -> None:
