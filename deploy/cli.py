@@ -208,9 +208,9 @@ def parse_counts(texts: Sequence[str]) -> dict[str, int]:
 
 
 def _count(text: str) -> int:
-    """An argument that is a whole number from 0 on. Raises ValueError."""
+    """An argument that is a whole number from 0 on."""
     if not text.isdecimal():
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
 
 

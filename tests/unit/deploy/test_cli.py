@@ -224,7 +224,7 @@ def test_a_home_that_cannot_be_used_is_named(tmp_path: pathlib.Path) -> None:
 def test_a_number_of_lines_is_no_negative_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["logs", "--lines", "-5"])
-    assert "--lines" in capsys.readouterr().err
+    assert "--lines: '-5' is no whole number from 0 on" in capsys.readouterr().err
 
 
 def test_a_watched_status_outlives_a_controller_that_is_being_restarted(
