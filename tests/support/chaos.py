@@ -27,7 +27,7 @@ from typing import Any
 from core.errors import Unavailable
 from tests.support.chaos_levels import Levels, excess, measure, table
 from tests.support.chaos_traffic import Traffic, draw_scenarios, undisturbed
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, rank_processes_of
 from tests.support.patience import overload
 
 HEALTH_TIMEOUT_S = 12.0
@@ -230,7 +230,7 @@ class Chaos:
 
     async def _lose_router(self, pid: int, began: float) -> None:
         """Note from when to when nobody listened."""
-        while pathlib.Path(f"/proc/{pid}").exists():
+        while pid in await asyncio.to_thread(rank_processes_of, self._cluster.state.marker):
             await asyncio.sleep(0.1)
         while True:
             await asyncio.sleep(0.1)
@@ -248,10 +248,9 @@ class Chaos:
                 return role, await asyncio.to_thread(self._cluster.controller_pid)
             except (ProcessLookupError, FileNotFoundError):
                 return None
+        ours = await asyncio.to_thread(rank_processes_of, self._cluster.state.marker)  # a number may be another process's by now
         found = [
-            (member, pid)
-            for member, pid in sorted(self._pids.items())
-            if member.startswith(role) and member not in spared and pathlib.Path(f"/proc/{pid}").exists()
+            (member, pid) for member, pid in sorted(self._pids.items()) if member.startswith(role) and member not in spared and pid in ours
         ]
         return random.choice(found) if found else None
 
