@@ -22,7 +22,8 @@ class Job:
     sequence: Sequence | None = None
     """Set when its pages are here."""
     ready: float = 0.0
-    started: float = 0.0
+    started: float | None = None
+    """When its first step began; None before that has ended."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by stage, those that are over."""
 

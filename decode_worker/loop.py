@@ -269,7 +269,7 @@ class DecodeLoop:
 
     def _advance(self, job: Job, result: ChunkResult, began: float, updates: dict[Outbox, decode_pb2.DecodeUpdate]) -> None:
         sequence = result.sequence
-        if not job.started:
+        if job.started is None:
             held = self._reservations.get(sequence.request_id)
             assert held is not None and result.token is not None
             job.started = began
@@ -326,7 +326,7 @@ class DecodeLoop:
     def _give_back(self, job: Job) -> None:
         held = self._reservations.end(job.request.request_id)
         assert held is not None, f"{job.request.request_id} had a job and no reservation"
-        if not job.started:
+        if job.started is None:
             self._receiver.revoke(held.epoch)
 
     def _expire(self) -> None:

@@ -39,11 +39,14 @@ class LosingRunner(NullRunner):
         return ChunkResult(chunk.sequence, error=InternalError(f"{name} is lost")) if name.startswith("bad") else super()._run(chunk)
 
 
-class Ignore:
-    """A sender or receiver that nobody hears."""
+class Recorder:
+    """A sender or receiver that only writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.orders: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
+        return lambda *arguments: self.orders.append((name, *arguments))
 
 
 def new_runner(overlap: bool = False) -> LosingRunner:
@@ -66,7 +69,8 @@ class DecodeRank:
         self.runner = new_runner(overlap)
         config, metrics = DecodeConfig(num_pages=16, num_slots=8), DecodeMetrics(new_registry())
         self.loop = DecodeLoop(self.runner, config, 15.0, metrics, DECODE, SoloSteps(8), ManualClock(), pytest.fail)
-        self.loop._receiver = Ignore()  # type: ignore[assignment]
+        self.receiver = Recorder()
+        self.loop._receiver = self.receiver  # type: ignore[assignment]
         self.outbox = Outbox(decode_pb2.DecodeUpdate, event_loop)
 
     def begin(self, *names: str) -> None:
@@ -100,6 +104,8 @@ def test_decode_fails_the_one_and_the_others_run_to_their_ends(event_loop: async
     rank.turns(12)
     assert rank.told() == ({"bad.1"}, {"good.1": 8, "good.2": 8})
     assert rank.loop._flight is None and not rank.loop._jobs and rank.loop.load.tokens_total == 16
+    ends = [order for order in rank.receiver.orders if order[0] != "expect"]
+    assert sorted(ends) == [("release", 1), ("release", 3), ("revoke", 2)], "also where the clock begins at 0"
     for epoch in list(rank.loop._reservations._quarantined):
         rank.loop._reservations.quiesced(epoch)
     rank.loop._reservations.check_integrity()
@@ -122,7 +128,7 @@ class PrefillRank:
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
         config, metrics = PrefillConfig(num_pages=16, num_slots=8, chunk_tokens=256), PrefillMetrics(new_registry())
         self.loop = PrefillLoop(new_runner(), config, metrics, SoloSteps(256), ManualClock(), pytest.fail)
-        self.loop._hand_offs.use(Ignore())  # type: ignore[arg-type]
+        self.loop._hand_offs.use(Recorder())  # type: ignore[arg-type]
         self.outbox = Outbox(prefill_pb2.PrefillUpdate, event_loop)
 
     def begin(self, *names: str) -> None:
