@@ -133,8 +133,8 @@ class Chat:
                     yield chunk
                 opening = []
                 ids, logprobs = list(output.token_ids), None
-                if output.finish_reason is FinishReason.STOP and ids and ids[-1] not in sampling.stop_token_ids:
-                    ids = ids[:-1]  # the end token is no text
+                if output.finish_reason is FinishReason.STOP:
+                    ids = ids[:-1]  # the token that ends it is no text
                 if self._request.converted.inference_options.logprobs:
                     found = output.logprobs[: len(ids)]
                     logprobs = [(l.logprob, list(zip(l.top_ids, l.top_logprobs, strict=True))) for l in found]

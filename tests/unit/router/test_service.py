@@ -127,6 +127,21 @@ def test_a_stop_sequence_of_a_chat_is_logged_as_stop(lines: list[str]) -> None:
     assert (fields(lines[0])["status"], fields(lines[0])["finish_reason"]) == ("ok", "stop")
 
 
+@pytest.mark.parametrize("stop_token_ids", [[], [SAID[-1]]])
+def test_the_token_that_ends_a_sequence_is_no_text_in_any_dialect(stop_token_ids: list[int]) -> None:
+    service = new_service(FinishReason.STOP)
+    form = ChatFormat(service, default_thinking=False)
+    body = {"model": "demo", "stop_token_ids": stop_token_ids}
+    parsed = form.parse({**body, "messages": [{"role": "user", "content": "Hello"}]}, CHAT)
+    chat = asyncio.run(Chat(service, form, CHAT, parsed).response())["choices"][0]["message"]["content"]
+
+    async def completed() -> str:
+        parsed = completions.parse({**body, "prompt": "a", "max_tokens": 64}, service)
+        return "".join([item["text"] async for item in completions.Completion(service, parsed).choices()])
+
+    assert chat == asyncio.run(completed()) == CODEC.decode(SAID[:-1])
+
+
 def test_a_client_that_leaves_many_echoed_choices_leaves_nothing_counted() -> None:
     """More of them than are read ahead."""
     service = new_service(FinishReason.LENGTH)
