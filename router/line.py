@@ -3,29 +3,46 @@
     with line.place() as place:
         if not line.is_empty:
             place.join()                # behind those who wait already
-        await place.turn()              # then ask; and
-        place.refused()                 # from the front again, or
+        await place.turn()              # then ask, but none of place.forbidden(); and
+        place.refused([rank, ...])      # again from turn on, or
         place.granted()
 
-Its front asks: one request while there is no room, and with each grant twice as many, since much may have come free at once.
+Its front asks: the oldest while there is no room, and with each grant twice as many, since much may have come free at once. An oldest one
+that is refused again and again is larger than others: some may pass it. After a while it claims a rank, which makes room for it while the
+others go elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
+from core.clock import Clock
+
+Rank = tuple[str, int]
+"""Name and incarnation."""
+
 MAX_FRONT = 64
+
+PASSED_AFTER_S, PASSING_FRONT = 0.5, 4
+"""When the oldest has been so for so long, so many may ask."""
+
+CLAIMS_AFTER_S = 5.0
 
 
 class Line:
-    """Owner of who waits, and of who of them may ask."""
+    """Owner of who waits, who of them may ask, and who has claimed a rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._waiting: dict[Place, None] = {}
         self._front = 1
+        self._oldest: Place | None = None
+        self._oldest_since = 0.0
+        self._claimed: Rank | None = None
+        """By the oldest."""
 
     @property
     def is_empty(self) -> bool:
@@ -50,11 +67,15 @@ class Line:
         self._waiting.pop(place, None)
         self._call()
 
-    def narrow(self) -> None:
-        """There is no room: only the oldest asks."""
-        for place in islice(self._waiting, 1, self._front):
-            place.may_ask.clear()
-        self._front = 1
+    def narrow(self, place: Place, refused_by: Sequence[Rank]) -> None:
+        """There is no room for this one: only the oldest ask."""
+        waited_s = self._clock.now() - self._oldest_since
+        front = PASSING_FRONT if waited_s > PASSED_AFTER_S else 1
+        for other in islice(self._waiting, front, self._front):
+            other.may_ask.clear()
+        self._front = front
+        if place is self._oldest and waited_s > CLAIMS_AFTER_S and self._claimed not in refused_by:
+            self._claimed = refused_by[0]
         self._call()
 
     def widen(self) -> None:
@@ -67,8 +88,14 @@ class Line:
             self._front = len(self._waiting)
             self._call()
 
+    def forbidden(self, place: Place) -> list[Rank]:
+        return [self._claimed] if self._claimed is not None and place is not self._oldest else []
+
     def _call(self) -> None:
-        if not self._waiting:
+        oldest = next(iter(self._waiting), None)
+        if oldest is not self._oldest:
+            self._oldest, self._oldest_since, self._claimed = oldest, self._clock.now(), None
+        if oldest is None:
             self._front = 1
         for place in islice(self._waiting, self._front):
             place.may_ask.set()
@@ -87,9 +114,10 @@ class Place:
         self.is_in_line = True
         self._line.join(self)
 
-    def refused(self) -> None:
+    def refused(self, ranks: Sequence[Rank]) -> None:
+        """By all of them, the one that suits it best first."""
         self.join()
-        self._line.narrow()
+        self._line.narrow(self, ranks)
 
     def granted(self) -> None:
         if self.is_in_line:
@@ -98,6 +126,10 @@ class Place:
     def give_up(self) -> None:
         """It is at the end of the line if it is refused again."""
         self._line.leave(self)
+
+    def forbidden(self) -> list[Rank]:
+        """Claimed by another."""
+        return self._line.forbidden(self)
 
     async def turn(self) -> None:
         """Returns when this request may ask: at once if it is not in the line."""

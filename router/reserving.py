@@ -40,7 +40,7 @@ class Reserver:
 
     def __init__(self, members: Members, config: RouterConfig, clock: Clock) -> None:
         self._members, self._config, self._clock = members, config, clock
-        self._line = Line()
+        self._line = Line(clock)
         self._prefixes = PrefixIndex()
 
     def note_end(self, request: Request, decode: RankSession) -> None:
@@ -55,7 +55,7 @@ class Reserver:
         decode rank says afterwards is put into `events`."""
         kept_until, found = self._clock.now() + KEPT_S, self._prefixes.find(request.token_ids)
         shares = {} if found is None else {found[0]: found[1]}
-        full, pause_s = set[tuple[str, int]](), 0.0
+        full, pause_s = list[tuple[str, int]](), 0.0
         with self._line.place() as place:
             if keeper is None and not self._line.is_empty:
                 place.join()
@@ -63,10 +63,11 @@ class Reserver:
                 if pause_s or place.is_in_line:
                     await self._wait_in_line(place, pause_s, deadline)
                     pause_s = 0.0
-                decode = await self._find_decode(request, shares, [*avoid, *full], deadline, keeper)
-                if decode.member.key in full:  # every fitting rank refused
+                forbidden = place.forbidden() if keeper is None else []
+                decode = await self._find_decode(request, shares, [*avoid, *full, *forbidden], deadline, keeper)
+                if decode.member.key in (*full, *forbidden):  # no fitting rank is left to ask
                     if keeper is None:
-                        place.refused()
+                        place.refused(full or forbidden)
                     elif self._clock.now() > kept_until:
                         raise Overloaded(f"no decode rank has room for what {keeper.member.name} keeps")
                     full.clear()
@@ -76,7 +77,7 @@ class Reserver:
                 try:
                     reservation = await self._ask(decode, request, events)
                 except Overloaded:
-                    full.add(decode.member.key)
+                    full.append(decode.member.key)
                     continue
                 except BaseException:
                     avoid.append(decode.member.key)

@@ -1,47 +1,88 @@
-"""Who of those that wait for room may ask for it."""
+"""Who of those that wait for room may ask for it, and where."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
-from router.line import MAX_FRONT, Line, Place
+import pytest
+
+from router.line import CLAIMS_AFTER_S, MAX_FRONT, PASSED_AFTER_S, PASSING_FRONT, Line, Place
+from tests.support.manual_clock import ManualClock
+
+RANKS = [("decode/0.0", 1), ("decode/1.0", 2)]
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def line(clock: ManualClock) -> Line:
+    return Line(clock)
+
+
+@pytest.fixture
+def places(line: Line) -> Iterator[list[Place]]:
+    """Of 200 requests in line."""
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(line.place()) for _ in range(200)]
+        for place in found:
+            place.join()
+        yield found
+    assert line.is_empty
 
 
 def asking(places: list[Place]) -> list[int]:
     return [number for number, place in enumerate(places) if place.may_ask.is_set()]
 
 
-def test_grants_double_who_may_ask_and_a_refusal_leaves_the_oldest() -> None:
-    line = Line()
-    with contextlib.ExitStack() as stack:
-        places = [stack.enter_context(line.place()) for _ in range(200)]
-        for place in places:
-            place.join()
-        assert asking(places) == [0]
-        for gone, front in ((0, [1, 2]), (1, [2, 3, 4, 5]), (2, [3, 4, 5, 6, 7, 8, 9, 10])):
-            places[gone].granted()
-            places[gone].give_up()
-            places[gone].may_ask.clear()
-            assert asking(places) == front
-        places[5].refused()
-        assert asking(places) == [3]
-        for _ in range(20):
-            line.widen()
-        line.join(places[3])
-        assert asking(places) == list(range(3, 3 + MAX_FRONT))
-        places[4].refused()
-        line.disperse()
-        assert asking(places) == list(range(3, 200))
-    assert line.is_empty
+def leave(place: Place) -> None:
+    place.granted()
+    place.give_up()
+    place.may_ask.clear()
 
 
-def test_who_gave_up_his_place_and_is_refused_is_the_last() -> None:
-    line = Line()
-    with line.place() as first, line.place() as second:
-        first.join()
-        second.join()
-        first.give_up()
-        assert second.may_ask.is_set()
-        first.refused()
-        assert second.may_ask.is_set() and not first.may_ask.is_set()
-    assert line.is_empty
+def test_grants_double_who_may_ask_and_a_refusal_leaves_the_oldest(places: list[Place]) -> None:
+    assert asking(places) == [0]
+    for gone in range(8):
+        leave(places[gone])
+        assert asking(places) == list(range(gone + 1, gone + 1 + min(2 ** (gone + 1), MAX_FRONT)))
+    places[20].refused(RANKS)
+    assert asking(places) == [8]
+
+
+def test_an_oldest_one_that_is_refused_for_long_is_passed_by_some(places: list[Place], clock: ManualClock) -> None:
+    clock.advance(PASSED_AFTER_S + 0.1)
+    places[0].refused(RANKS)
+    assert asking(places) == list(range(PASSING_FRONT))
+    leave(places[0])
+    places[1].refused(RANKS)
+    assert asking(places) == [1], "the next one has not waited yet"
+
+
+def test_the_oldest_claims_a_rank_in_the_end_until_it_leaves(places: list[Place], clock: ManualClock) -> None:
+    clock.advance(CLAIMS_AFTER_S + 0.1)
+    places[1].refused(RANKS)
+    assert not places[2].forbidden(), "only the oldest may"
+    places[0].refused(RANKS)
+    places[0].refused(RANKS[::-1])
+    assert not places[0].forbidden() and all(place.forbidden() == [RANKS[0]] for place in places[1:])
+    places[0].refused(RANKS[1:])
+    assert places[1].forbidden() == [RANKS[1]], "the other is gone"
+    leave(places[0])
+    assert not any(place.forbidden() for place in places)
+
+
+def test_where_there_is_no_rank_nobody_waits_for_another(line: Line, places: list[Place]) -> None:
+    line.disperse()
+    assert asking(places) == list(range(200))
+    places[50].refused(RANKS)
+    assert asking(places) == [0]
+
+
+def test_who_gave_up_his_place_and_is_refused_is_the_last(places: list[Place]) -> None:
+    places[0].give_up()
+    places[0].refused(RANKS)
+    assert asking(places) == [1]

@@ -9,6 +9,7 @@ from contextlib import aclosing
 
 import pytest
 
+import router.line
 import router.reserving
 from core.clock import SystemClock
 from core.errors import DeadlineExceeded, NoMembers, Unavailable
@@ -209,6 +210,40 @@ def test_who_comes_later_does_not_go_before_those_in_line() -> None:
         decode.room = 2
         await asyncio.gather(*tasks)
         assert granted == ["first", "second", "late"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_small_requests_pass_a_large_one_but_leave_a_rank_to_it_in_the_end(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router.line, "PASSED_AFTER_S", 0.02)
+    monkeypatch.setattr(router.line, "CLAIMS_AFTER_S", 0.4)
+
+    class Busy(Roomy):
+        """A large request needs much, of which small ones take each bit that comes free."""
+
+        def reserve(self, request: Request) -> None:
+            need = 10 if request.request_id == "large" else 1
+            self.is_full = self.room < need
+            self.room -= 0 if self.is_full else need
+            FakeRank.reserve(self, request)
+
+    async def run() -> None:
+        decodes: list[Roomy] = [Busy(replica) for replica in range(num_ranks)]
+        ask, granted = new_line(decodes)
+        tasks, end = [ask("large")], time.monotonic() + 20
+        while "large" not in granted:
+            tasks.append(ask(f"small {len(tasks)}"))
+            for decode in decodes:
+                decode.room += 1
+            await asyncio.sleep(0.01)
+            assert time.monotonic() < end
+        place = granted.index("large")
+        assert place > 0, "it was passed at first"
+        assert num_ranks == 1 or place > 10, "others went on elsewhere"
+        for decode in decodes:
+            decode.room = len(tasks)
+        await asyncio.gather(*tasks)
 
     asyncio.run(run())
 
