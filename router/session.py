@@ -153,7 +153,11 @@ class RankSession:
 
     async def _run(self) -> None:
         while True:
-            reason = await self._connect_once()
+            try:
+                reason = await self._connect_once()
+            except Exception as error:  # outermost: whatever it is, it ends this session only
+                log.exception("member.broken", member=self.member.name)
+                reason = repr(error)
             if self.is_connected:
                 log.warning("member.lost", member=self.member.name, incarnation=self.member.incarnation, reason=reason)
             self._lose(reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from core.errors import MemberLost
 from core.request import Member, Request, SamplingParams
 from core.session import Outbox
 from decode_worker.server import DecodeService
@@ -54,6 +55,30 @@ def test_what_waits_goes_out_as_one_message_of_bounded_size() -> None:
         assert list(second.cancels) == [str(number) for number in range(1000)]
         assert [request.request_id for request in second.reserves] == ["small", "large"]
         assert [request.request_id for request in third.reserves] == ["last"]
+
+    asyncio.run(live())
+
+
+def test_a_session_that_trips_over_an_update_is_lost_and_begun_again() -> None:
+    async def live() -> None:
+        reasons = ["once", "again"]
+
+        async def connect() -> str:
+            if reasons.pop() == "again":
+                session.is_connected = True
+                raise KeyError("an update that cannot be read")
+            await asyncio.Event().wait()
+            return ""
+
+        session, told = RankSession(MEMBER, "r", 5.0), list[Any]()
+        session._connect_once = connect  # type: ignore[method-assign]
+        session.listen("a", 1, told.append)
+        while not told:
+            await asyncio.sleep(0.01)
+        assert isinstance(told[0].error, MemberLost) and not session.is_connected
+        while reasons:
+            await asyncio.sleep(0.01)
+        await session.close()
 
     asyncio.run(live())
 
