@@ -96,15 +96,18 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         service.metrics.requests.labels(getattr(route, "path", "unknown"), str(status)).inc()
 
     async def read_body(request: Request) -> tuple[dict[str, Any], int]:
-        """The JSON object of a request, and its size in bytes. Raises TooLarge or InvalidRequest."""
-        limit = service.config.max_body_bytes
+        """The JSON object of a request, and its size in bytes. Raises TooLarge or InvalidRequest, and Cancelled if it does not come."""
+        limit, timeout_s = service.config.max_body_bytes, service.config.request_timeout_s
         parts, size = [], 0
         try:
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise TooLarge(f"the body is larger than {limit} bytes")
-                parts.append(part)
+            async with asyncio.timeout(timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > limit:
+                        raise TooLarge(f"the body is larger than {limit} bytes")
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Cancelled(f"the request was not whole within {timeout_s:g} s") from error
         except ClientDisconnect as error:
             raise Cancelled("the client left before its request was whole") from error
         try:

@@ -76,6 +76,21 @@ def test_a_client_that_stops_reading_is_cut_off_when_its_time_is_up() -> None:
     asyncio.run(live())
 
 
+def test_a_body_that_does_not_come_ends_when_its_time_is_up() -> None:
+    async def live() -> bytes:
+        config = RouterConfig(port=0, request_timeout_s=0.05)
+        router = Router(config=config, served_name="demo", tokenizer_folder=MODEL, max_model_len=512)
+        await router.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: 100\r\n\r\n{")
+        line = await reader.readline()
+        writer.close()
+        await router.stop()
+        return line
+
+    assert asyncio.run(live()).split()[1] == b"499"
+
+
 def test_a_router_that_does_not_learn_of_ranks_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
     monkeypatch.setattr("router.server.die", reasons.append)
