@@ -113,6 +113,8 @@ class Controller:
     def _want(self, spec: ClusterSpec) -> None:
         self.spec = spec
         self.fleet.config = spec.placement
+        for life in self.lives.values():
+            life.times = spec.placement
         self.fleet.set_desired({role: Desired(spec.replicas(role), spec.revision(role)) for role in ROLES}, self.clock.now())
 
     def _act(self) -> None:

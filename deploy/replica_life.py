@@ -48,6 +48,8 @@ class ReplicaLife:
         self.reports: list[Report] = []
         """The latest of each rank; empty until the replica is ready."""
         self.plan: Plan | None = None
+        self.times = spec.placement
+        """Whose time-outs and intervals hold now: those of a later file, too."""
         self._spec, self._logs, self._control_token, self._fleet, self._clock = spec, logs, control_token, fleet, clock
         self._actors: list[Any] = []
         self._group: PlacementGroup | None = None
@@ -86,7 +88,7 @@ class ReplicaLife:
     async def drain(self) -> None:
         """Ask every rank to take no new work; `Fleet.drained` follows when all are done."""
         try:
-            await asyncio.gather(*(actor.drain.remote(self._spec.placement.drain_timeout_s) for actor in self._actors))
+            await asyncio.gather(*(actor.drain.remote(self.times.drain_timeout_s) for actor in self._actors))
         except RayError as error:
             log.warning("drain.failed", replica=self.name, error=reason_of(error))
 
@@ -183,12 +185,12 @@ class ReplicaLife:
             self._fleet.loaded(self.role, self.index, sum(one.num_running + one.num_waiting for one in load))
             if all(report.is_drained for report in self.reports):
                 self._fleet.drained(self.role, self.index)
-            await asyncio.sleep(self._spec.placement.health_interval_s)
+            await asyncio.sleep(self.times.health_interval_s)
 
     async def _look(self) -> None:
         """Hear how all ranks are. Raises TimeoutError if one does not say so in time; time in which this process stood still, or waited for
         Ray, is no rank's fault."""
-        timeout_s = self._spec.placement.health_timeout_s
+        timeout_s = self.times.health_timeout_s
         answers = asyncio.gather(*(actor.report.remote() for actor in self._actors))
         try:
             for _ in range(LOOK_PARTS):

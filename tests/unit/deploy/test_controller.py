@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import pathlib
+import types
 from typing import Any
 
 import pytest
@@ -82,6 +83,24 @@ def test_a_cluster_that_is_being_taken_down_takes_no_orders(tmp_path: pathlib.Pa
         ):
             assert "is being taken down" in reply.error.message
         assert controller.started == ["forgotten"]
+
+    asyncio.run(run())
+
+
+def test_times_of_a_new_file_hold_for_replicas_that_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        controller = Lifeless(tmp_path, monkeypatch)
+        controller.token = ""
+        life = controller.lives["decode", 0] = controller._life("decode", 0)
+        asked = list[float]()
+
+        async def drain(seconds: float) -> None:
+            asked.append(seconds)
+
+        life._actors = [types.SimpleNamespace(drain=types.SimpleNamespace(remote=drain))]
+        controller.set_spec(load_spec(LOCAL_CPU, ["placement.drain_timeout_s=7"]))
+        await life.drain()
+        assert asked == [7.0]
 
     asyncio.run(run())
 
