@@ -271,8 +271,11 @@ def test_a_rank_that_does_not_answer_holds_up_who_asked_it_and_not_the_line(monk
         ask, granted = new_line([decode])
         tasks = [ask("first"), ask("second")]
         await asyncio.sleep(0.01)
-        answers, decode.reserve = decode.reserve, list[Request]().append  # type: ignore[method-assign]
-        await asyncio.sleep(0.03)
+        unanswered = list[Request]()
+        answers, decode.reserve = decode.reserve, unanswered.append  # type: ignore[method-assign]
+        while not unanswered:
+            await asyncio.sleep(0.001)
+        assert [request.request_id for request in unanswered] == ["first"]
         decode.room, decode.reserve = 1, answers  # type: ignore[method-assign]
         await tasks[1]
         assert granted == ["second"]
