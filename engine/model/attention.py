@@ -52,12 +52,17 @@ class Attention:
         """Hold wo_a in the backend's larger form as well, which is quicker for more than FEW_TOKENS tokens."""
         self._wo_a = self._ops.widen["grouped_linear"](self._wo_a)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """x: [T, d] after attn_norm -> [T, d]. Reads and writes the cache of the batch's sequences."""
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether `forward` has a use for quantised rows."""
+        return self._wq_a_wkv.takes_quantized
+
+    def forward(self, x: torch.Tensor, quantized: QuantizedRows | None, step: Step, cache: LayerCache) -> torch.Tensor:
+        """x: [T, d] after attn_norm, and in FP8 -> [T, d]. Reads and writes the cache of the batch's sequences."""
         cos, sin = step.tokens[self._ratio]
         before = [self._ops.pool_rows(cache.window, *prompts.before) for prompts in step.prompts]
         compressed = self._sides[0].start(lambda: self._store_keys(x, step, cache))
-        qr, kv = self._wq_a_wkv(x)
+        qr, kv = self._wq_a_wkv(x if quantized is None else quantized)
         stored = self._sides[0].start(lambda: self._store_rows(kv, compressed(), step, cache))
         qr = self._ops.rms_norm(qr, self._q_norm, self._eps, self._quantize_qr)
         selected = self._sides[1].start(lambda: self._select(qr, compressed, step, cache))

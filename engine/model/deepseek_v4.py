@@ -21,7 +21,7 @@ from engine.memory_plan import WideOutputs
 from engine.model.attention import Attention
 from engine.model.linear import Build, Linear
 from engine.model.moe import MoE
-from engine.model.quantized import Weight
+from engine.model.quantized import QuantizedRows, Weight
 from engine.model.side_stream import SideStream
 from engine.model.step import Step, StepMaker
 from engine.ops.registry import BoundOps
@@ -40,43 +40,49 @@ class Unspread:
     comb: torch.Tensor
 
 
+Sublayer = Callable[[torch.Tensor, QuantizedRows | None], tuple[torch.Tensor, torch.Tensor | None]]
+"""Normed input [T, d], also in FP8 where that has a use -> output [T, d], and what is to be added to it."""
+
+
 class HyperConnection:
     """The parameters of one sublayer's connection to the streams. The first sublayer of all starts from streams, the others from what
     the one before leaves: spreading that is fused with making the next input."""
 
-    def __init__(self, build: Build, prefix: str, sublayer: str, is_first: bool) -> None:
+    def __init__(self, build: Build, prefix: str, sublayer: str, is_first: bool, is_quantized: bool) -> None:
+        """`is_quantized`: the sublayer's input is made in FP8, too."""
         model = build.model
         self._ops, self._eps, self._hc_eps, self._iters = build.ops, model.rms_norm_eps, model.hc_eps, model.hc_sinkhorn_iters
         self._fn = build.ops.pack["hc_pre" if is_first else "hc_post_pre"](build.tensor(f"{prefix}.hc_{sublayer}_fn"))
         self._base, self._scale = (build.tensor(f"{prefix}.hc_{sublayer}_{part}").float() for part in ("base", "scale"))
         self._norm = build.tensor(f"{prefix}.{sublayer}_norm.weight")
+        self._is_quantized = is_quantized
 
-    def run(self, last: torch.Tensor | Unspread, sublayer: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]) -> Unspread:
-        """`sublayer`: normed input [T, d] -> output [T, d], and what is to be added to it."""
-        constants = (self._fn, self._base, self._scale, self._norm, self._eps, self._hc_eps, self._iters)
+    def run(self, last: torch.Tensor | Unspread, sublayer: Sublayer) -> Unspread:
+        constants = (self._fn, self._base, self._scale, self._norm, self._eps, self._hc_eps, self._iters, self._is_quantized)
         if isinstance(last, Unspread):
-            h, x, post, comb = self._ops.hc_post_pre(last.y, last.more, last.h, last.post, last.comb, *constants)
+            h, x, quantized, post, comb = self._ops.hc_post_pre(last.y, last.more, last.h, last.post, last.comb, *constants)
         else:
-            h, (x, post, comb) = last, self._ops.hc_pre(last, *constants)
-        return Unspread(*sublayer(x), h, post, comb)
+            h, (x, quantized, post, comb) = last, self._ops.hc_pre(last, *constants)
+        return Unspread(*sublayer(x, quantized), h, post, comb)
 
 
 class Block:
     def __init__(self, build: Build, layer: int, ratio: int, is_hash: bool) -> None:
         prefix = f"layers.{layer}"
-        self._attn_hc = HyperConnection(build, prefix, "attn", is_first=layer == 0)
-        self._ffn_hc = HyperConnection(build, prefix, "ffn", is_first=False)
         self.attention = Attention(build, f"{prefix}.attn", ratio)
         self.moe = MoE(build, f"{prefix}.ffn", is_hash)
+        self._attn_hc = HyperConnection(build, prefix, "attn", layer == 0, self.attention.takes_quantized)
+        self._ffn_hc = HyperConnection(build, prefix, "ffn", False, self.moe.takes_quantized)
 
     def forward(self, last: torch.Tensor | Unspread, step: Step, cache: LayerCache) -> Unspread:
         """`last`: of the block before; the streams in the first."""
-        last = self._attn_hc.run(last, lambda x: (self.attention.forward(x, step, cache), None))
-        return self._ffn_hc.run(last, lambda x: self.moe.forward(x, step.batch.token_ids_T, step.batch.places.positions_T))
+        last = self._attn_hc.run(last, lambda x, quantized: (self.attention.forward(x, quantized, step, cache), None))
+        tokens = step.batch.token_ids_T, step.batch.places.positions_T
+        return self._ffn_hc.run(last, lambda x, quantized: self.moe.forward(x, quantized, *tokens))
 
     def join(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Serve the peers' tokens with the experts held here; x: [0, d]."""
-        self.moe.forward(x, token_ids, token_ids)
+        self.moe.forward(x, None, token_ids, token_ids)
 
 
 class DeepseekV4:

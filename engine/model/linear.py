@@ -84,7 +84,12 @@ class Linears:
         self._whole = None if stacked is None else Linear.of(build, stacked, out_dtype)
         self._parts = [[Linear.of(build, weight, out_dtype) for weight in group] for group in weights] if stacked is None else []
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether the input may be quantised already."""
+        return self._whole is not None and self._whole.takes_quantized
+
+    def __call__(self, x: torch.Tensor | QuantizedRows) -> tuple[torch.Tensor, ...]:
         """x: [T, K] -> [T, N] of each group, rows possibly further apart than they are long."""
         if self._whole is not None:
             return self._whole(x).split(self._widths, dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.model.linear import Build, Linear, Linears
+from engine.model.quantized import QuantizedRows
 
 
 class MoE:
@@ -44,11 +45,19 @@ class MoE:
         if self._share is not None:
             self._share.experts, self._share.form = self._experts, self._ops.widen["moe_experts"]
 
-    def forward(self, x: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [T, d] after ffn_norm; token_ids, positions: int64 [T] (-1: a row that only fills up; in a group it has no experts, so
-        that idle ranks cost their peers little). Returns what is to be added up and rounded to x's dtype: the routed experts' sum,
-        [T, d] in fp32 or x's dtype, and the shared expert's output, [T, d] in x's dtype. In a group T may be 0, and all ranks call it."""
-        shared = self._side.start(lambda: self._shared(x))
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether `forward` has a use for quantised rows."""
+        return self._w1_w3.takes_quantized
+
+    def forward(
+        self, x: torch.Tensor, quantized: QuantizedRows | None, token_ids: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [T, d] after ffn_norm, and in FP8; token_ids, positions: int64 [T] (-1: a row that only fills up; in a group it has no
+        experts, so that idle ranks cost their peers little). Returns what is to be added up and rounded to x's dtype: the routed experts'
+        sum, [T, d] in fp32 or x's dtype, and the shared expert's output, [T, d] in x's dtype. In a group T may be 0, and all ranks call
+        it."""
+        shared = self._side.start(lambda: self._shared(x if quantized is None else quantized))
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, self._table, token_ids, self._topk, self._scaling)
         if self._share is None:
             routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
@@ -58,5 +67,5 @@ class MoE:
             routed = self._share.exchange.combine(rows, arrived)
         return routed, shared()
 
-    def _shared(self, x: torch.Tensor) -> torch.Tensor:
+    def _shared(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
         return self._w2(self._ops.swiglu(*self._w1_w3(x), self._limit, x.dtype, self._w2.takes_quantized))

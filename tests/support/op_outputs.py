@@ -18,7 +18,7 @@ def outputs_of(op: Op, backend: str, case: Case, device: torch.device, seed: int
     run, args = prepared(op, backend, case.draw(device, seed))
     result = run(*args)
     returned = () if result is None else result if isinstance(result, tuple) else (result,)
-    returned = tuple(part.double() if isinstance(part, QuantizedRows) else part for part in returned)
+    returned = tuple(part.double() if isinstance(part, QuantizedRows) else part for part in returned if part is not None)
     written: list[torch.Tensor] = []
     for index in case.written:
         arg = args[index]

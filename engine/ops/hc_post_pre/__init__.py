@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.model.quantized import QuantizedRows
 from engine.ops import requires
 from engine.ops.hc_post import hc_post
 from engine.ops.hc_pre import hc_pre, pack
@@ -23,14 +24,15 @@ def hc_post_pre(
     norm_eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    is_quantized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows | None, torch.Tensor, torch.Tensor]:
     """`hc_post(y, h, post, comb)`, then `hc_pre` of its result with the next sublayer's parameters.
 
     With `more` ([T, d] in h's dtype) y is fp32 or in h's dtype, and what is spread is their fp32 sum, rounded to h's dtype.
 
-    Returns (streams [T, M, d], x [T, d], post [T, M], comb [T, M, M]), the last three for the next sublayer."""
+    Returns the streams [T, M, d], and what `hc_pre` returns, for the next sublayer."""
     streams = hc_post(y if more is None else (y.float() + more).to(h.dtype), h, post, comb)
-    return streams, *hc_pre(streams, fn, base, scale, norm_weight, norm_eps, hc_eps, sinkhorn_iters)
+    return streams, *hc_pre(streams, fn, base, scale, norm_weight, norm_eps, hc_eps, sinkhorn_iters, is_quantized)
 
 
 OP = Op("hc_post_pre", hc_post_pre, pack, {"triton": Impl("engine.ops.hc_post_pre.triton", requires.triton)})

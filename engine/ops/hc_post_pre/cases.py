@@ -8,15 +8,22 @@ from engine.ops.cases import Bench, Draw, randn
 from engine.ops.hc_pre.cases import EPS, HC_EPS, ITERATIONS, OUTPUTS, STREAMS, case, last_gates, norm_weight, parameters
 
 
-def _draw(tokens: int, dim: int, dtype: torch.dtype = torch.bfloat16, more: bool = False, part: torch.dtype = torch.float32) -> Draw:
+def _draw(
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    more: bool = False,
+    part: torch.dtype = torch.float32,
+    is_quantized: bool = False,
+) -> Draw:
     """`part`: dtype of y where there is more."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         y = randn(device, seed, tokens, dim, dtype=part if more else dtype)
         added = randn(device, seed + 8, tokens, dim, dtype=dtype) if more else None
         h = randn(device, seed + 1, tokens, STREAMS, dim, dtype=dtype)
-        norm = norm_weight(device, seed + 7, dim)
-        return y, added, h, *last_gates(device, seed + 2, tokens), *parameters(device, seed + 4, dim), norm, EPS, HC_EPS, ITERATIONS
+        constants = norm_weight(device, seed + 7, dim), EPS, HC_EPS, ITERATIONS, is_quantized
+        return y, added, h, *last_gates(device, seed + 2, tokens), *parameters(device, seed + 4, dim), *constants
 
     return draw
 
@@ -26,6 +33,9 @@ CASES = (
     case("one token in fp32", _draw(1, 256, torch.float32), small=True),
     case("odd width in fp32", _draw(3, 48, torch.float32), small=True),
     case("two parts in fp32", _draw(5, 48, torch.float32, more=True), small=True),
+    case("two parts in fp32, quantised", _draw(5, 176, torch.float32, more=True, is_quantized=True), small=True),
+    case("two parts, batch 33, quantised", _draw(33, 7168, more=True, is_quantized=True)),
+    case("Flash prefill, quantised", _draw(4097, 4096, is_quantized=True)),
     case("two parts in bf16", _draw(5, 4096, more=True, part=torch.bfloat16)),
     case("two parts", _draw(1, 4096, more=True)),
     case("two parts, batch 33", _draw(33, 7168, more=True)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.model.quantized import QuantizedRows
 from engine.ops.hc_pre.triton import cut, launch, pack
 
 __all__ = ["pack", "run"]
@@ -22,7 +23,8 @@ def run(
     norm_eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    is_quantized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows | None, torch.Tensor, torch.Tensor]:
     """As the reference, with packed fn; all contiguous."""
     plan = cut(len(h), h.shape[2], h.dtype)
-    return launch(h, (y, more, post, comb), fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, plan)
+    return launch(h, (y, more, post, comb), fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, plan, is_quantized)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from engine.model.quantized import QuantizedRows
 from engine.ops import requires
+from engine.ops.fp8_linear import quantize_rows
 from engine.ops.registry import Impl, Op
 
 
@@ -22,10 +24,12 @@ def hc_pre(
     norm_eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    is_quantized: bool = False,
+) -> tuple[torch.Tensor, QuantizedRows | None, torch.Tensor, torch.Tensor]:
     """h: [T, M, d] streams (M = hc_mult). fn: [(2 + M) M, M d] fp32; base: [(2 + M) M]; scale: [3]. norm_weight: [d].
 
-    Returns (x [T, d] in h's dtype: the mixed stream, rounded, then RMS-normed; post [T, M] fp32; comb [T, M, M] fp32).
+    Returns (x [T, d] in h's dtype: the mixed stream, rounded, then RMS-normed; what `quantize_rows` makes of x, or None; post [T, M]
+    fp32; comb [T, M, M] fp32).
     Columns of fn: pre M, post M, comb M x M row-major. After the softmax over comb's last dim and + hc_eps come
     `sinkhorn_iters` column normalisations with a row normalisation between each two.
     """
@@ -41,8 +45,8 @@ def hc_pre(
         comb = comb / (comb.sum(2, keepdim=True) + hc_eps)
         comb = comb / (comb.sum(1, keepdim=True) + hc_eps)
     x = torch.einsum("tm,tmd->td", pre, h.double()).to(h.dtype).double()
-    x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + norm_eps) * norm_weight.double()
-    return x.to(h.dtype), post.float(), comb.float()
+    x = (x * torch.rsqrt(x.square().mean(1, keepdim=True) + norm_eps) * norm_weight.double()).to(h.dtype)
+    return x, quantize_rows(x) if is_quantized else None, post.float(), comb.float()
 
 
 OP = Op("hc_pre", hc_pre, pack, {"triton": Impl("engine.ops.hc_pre.triton", requires.triton)})

@@ -2,7 +2,7 @@
 
     project    a block of tokens x a slice of channels: [the previous sublayer's post, which writes the new streams,] the slice's part
                of the projection by fn and of the sum of squares                        -> partials [T, splits, 32] fp32
-    mix        a token: sum of its partials, pre gates, mix of the streams, RMSNorm     -> x
+    mix        a token: sum of its partials, pre gates, mix of the streams, RMSNorm     -> x [, x in FP8]
     balance    a block of tokens: sum of their partials, post gates, Sinkhorn           -> post, comb
 
 Two launches: project, then mix and balance side by side. A slice is cut over all four streams, so a program that makes new streams
@@ -21,7 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.model.quantized import FP8_BLOCK, QuantizedRows
+from engine.ops.triton_rounding import quantize
+
 STREAMS = 4
+BLOCK = tl.constexpr(FP8_BLOCK)
 
 
 @triton.jit
@@ -44,7 +48,8 @@ def _spread(gates, y, h0, h1, h2, h3):
 
 @triton.jit
 def _mix(
-    h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, token, dim, num_splits, norm_eps, hc_eps,
+    h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, codes_ptr, x_scale_ptr, token, dim, num_splits, x_scale_stride,
+    norm_eps, hc_eps,
     N: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     token = token.to(tl.int64)
@@ -68,6 +73,13 @@ def _mix(
         wide = x.to(tl.float32)
         x = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / dim + norm_eps) * weight.to(tl.float32)).to(streams.dtype)
     tl.store(x_ptr + token * dim + channel, x, mask=kept)
+    if codes_ptr.dtype.element_ty == tl.float8e4nv:
+        codes, x_scale = quantize(tl.reshape(x.to(tl.float32), [BD // BLOCK, BLOCK]), 1)
+        group = tl.arange(0, BD // BLOCK)[:, None]
+        real = group < tl.cdiv(dim, BLOCK)
+        at = (token * tl.cdiv(dim, BLOCK) + group) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(codes_ptr + at, codes, mask=real)
+        tl.store(x_scale_ptr + token + group * x_scale_stride, x_scale, mask=real)
 
 
 @triton.jit
@@ -231,10 +243,10 @@ def project_kernel(
     tl.store(partial_ptr + (row[:, None] * num_splits + split) * WIDTH + column, out, mask=alive[:, None] & (column <= N))
 
 
-@triton.jit(do_not_specialize=["tokens", "num_splits", "balance_blocks"])
+@triton.jit(do_not_specialize=["tokens", "num_splits", "balance_blocks", "x_scale_stride"])
 def finish_kernel(
-    h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, tokens, dim, num_splits, balance_blocks,
-    norm_eps, hc_eps, iterations,
+    h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, codes_ptr, x_scale_ptr, post_ptr, comb_ptr, tokens, dim, num_splits,
+    balance_blocks, x_scale_stride, norm_eps, hc_eps, iterations,
     N: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -251,8 +263,8 @@ def finish_kernel(
             )  # fmt: skip
     else:  # the last tokens first: of what `project` read or wrote, those are still in L2
         _mix(
-            h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, tokens - 1 - (program - balance_blocks), dim, num_splits,
-            norm_eps, hc_eps, N, WIDTH, NORM, SPLITS, BD,
+            h_ptr, partial_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, codes_ptr, x_scale_ptr, tokens - 1 - (program - balance_blocks),
+            dim, num_splits, x_scale_stride, norm_eps, hc_eps, N, WIDTH, NORM, SPLITS, BD,
         )  # fmt: skip
 
 
@@ -304,25 +316,29 @@ def launch(
     eps: tuple[float, float],
     iterations: int,
     cut: Cut,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    is_quantized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows | None, torch.Tensor, torch.Tensor]:
     """`after`: (y, more, post, comb) of the sublayer before. `eps`: of the norm, of hc. `iterations` 0: no post and comb (hc_head).
 
-    Returns (streams: new ones if `after`, else h; x; post; comb)."""
+    Returns (streams: new ones if `after`, else h; x; x in FP8, if `is_quantized`; post; comb)."""
     tokens, mult, dim = h.shape
     assert mult == STREAMS and h.is_contiguous() and dim % 16 == 0 and h.dtype in (torch.bfloat16, torch.float32), f"{h.shape} {h.dtype}"
     num, rows = len(fn) // 2, max(16, triton.next_power_of_2(len(fn)))
     assert fn.shape[1] == mult * dim and fn.dtype == torch.bfloat16 and fn.is_contiguous(), f"{fn.shape} {fn.dtype}: not packed?"
     x = h.new_empty(tokens, dim)
+    rows_of_x = QuantizedRows.empty(tokens, dim, h.dtype, h.device) if is_quantized else None
     post = h.new_empty(tokens, mult, dtype=torch.float32)
     comb = h.new_empty(tokens, mult, mult, dtype=torch.float32)
     streams = h if after is None else torch.empty_like(h)
     if not tokens:
-        return streams, x, post, comb
+        return streams, x, rows_of_x, post, comb
     y, more, in_post, in_comb = after or (h, None, post, comb)
     assert y.is_contiguous() and (more is None or more.is_contiguous()) and in_post.is_contiguous() and in_comb.is_contiguous()
     partial = h.new_empty(tokens, cut.num_splits, rows // 2, dtype=torch.float32)
     blocks, norm = cut.num_blocks(tokens), h if norm_weight is None else norm_weight
-    splits = {"SPLITS": triton.next_power_of_2(cut.num_splits), "BD": triton.next_power_of_2(dim), "NORM": norm_weight is not None}
+    padded = max(triton.next_power_of_2(dim), FP8_BLOCK if is_quantized else 1)
+    splits = {"SPLITS": triton.next_power_of_2(cut.num_splits), "BD": padded, "NORM": norm_weight is not None}
+    codes, x_scale, x_scale_stride = (x, x, 0) if rows_of_x is None else (rows_of_x.codes, rows_of_x.scale, rows_of_x.scale.stride(1))
     shared = {"N": num, "PADDED_ROWS": rows, "POST": after is not None, "MORE": more is not None}
     project_kernel[(cut.num_splits, blocks)](
         h, y, y if more is None else more, in_post, in_comb, streams, fn, partial, tokens, dim, cut.num_splits, **shared,
@@ -331,10 +347,11 @@ def launch(
     balance_block = _balance_block(tokens)
     balance_blocks = -(-tokens // balance_block) if iterations else 0
     finish_kernel[(tokens + balance_blocks,)](
-        streams, partial, base, scale, norm, x, post, comb, tokens, dim, cut.num_splits, balance_blocks, *eps, iterations,
+        streams, partial, base, scale, norm, x, codes, x_scale, post, comb, tokens, dim, cut.num_splits, balance_blocks, x_scale_stride,
+        *eps, iterations,
         N=num, WIDTH=rows // 2, **splits, BT=balance_block, FAST=h.is_cuda, num_warps=cut.finish_warps,
     )  # fmt: skip
-    return streams, x, post, comb
+    return streams, x, rows_of_x, post, comb
 
 
 def run(
@@ -346,18 +363,21 @@ def run(
     norm_eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    is_quantized: bool = False,
+) -> tuple[torch.Tensor, QuantizedRows | None, torch.Tensor, torch.Tensor]:
     """As the reference, with packed fn and contiguous h."""
     tokens, _, dim = h.shape
-    return launch(h, None, fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, cut(tokens, dim, h.dtype))[1:]
+    plan = cut(tokens, dim, h.dtype)
+    return launch(h, None, fn, base, scale, norm_weight, (norm_eps, hc_eps), sinkhorn_iters, plan, is_quantized)[1:]
 
 
-def _aot(dtype: str, post: bool, num: int, dim: int, tokens: int, more: bool = False) -> list[tuple[Any, ...]]:
+def _aot(dtype: str, post: bool, num: int, dim: int, tokens: int, more: bool = False, is_quantized: bool = False) -> list[tuple[Any, ...]]:
     plan = cut(tokens, dim, torch.bfloat16 if dtype == "*bf16" else torch.float32)
     rows = max(16, triton.next_power_of_2(2 * num))
     streams = dict.fromkeys(("h_ptr", "more_ptr", "out_ptr", "x_ptr"), dtype) | {"y_ptr": "*fp32" if more else dtype}
     floats = dict.fromkeys(("post_ptr", "comb_ptr", "partial_ptr", "base_ptr", "scale_ptr"), "*fp32")
-    integers = dict.fromkeys(("tokens", "num_splits", "balance_blocks", "iterations"), "i32")
+    streams |= {"codes_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32"} if is_quantized else {"codes_ptr": dtype, "x_scale_ptr": dtype}
+    integers = dict.fromkeys(("tokens", "num_splits", "balance_blocks", "x_scale_stride", "iterations"), "i32")
     types = streams | floats | integers | {"dim": "i32:16", "norm_eps": "fp32", "hc_eps": "fp32"}
     types |= {"fn_ptr": "*bf16", "norm_ptr": "*bf16"}
     constants = {"N": num, "PADDED_ROWS": rows, "WIDTH": rows // 2, "POST": post, "NORM": num != STREAMS, "BT": plan.block, "FAST": True}
@@ -382,5 +402,7 @@ AOT = [
     *_aot("*fp32", True, 24, 1024, 300),
     *_aot("*bf16", False, 24, 4096, 8192),
     *_aot("*bf16", True, 24, 7168, 8192, more=True),
+    *_aot("*bf16", True, 24, 4096, 1, more=True, is_quantized=True),
+    *_aot("*bf16", True, 24, 7168, 8192, is_quantized=True),
     *_aot("*bf16", False, 4, 4096, 128),
 ]
