@@ -59,7 +59,7 @@ def cut_shape(folder: pathlib.Path, layers: int | None, into: pathlib.Path, is_e
 
 def new_sequence(number: int, length: int, page_ids: list[int]) -> Sequence:
     """One that has `length` tokens in its cache and one to be run."""
-    ids = tuple((number * 7919 + place * 31 + 11) % 1999 for place in range(length + 1))  # of any vocabulary, tiny ones too
+    ids = tuple((number * 7919 + place * 31 + 11) % 1999 for place in range(length + 1))  # published vocabularies are larger
     sequence = Sequence.from_request(Request(request_id=str(number), token_ids=ids, prompt_len=1, sampling=SamplingParams(max_tokens=1)))
     sequence.slot_id, sequence.page_ids, sequence.num_computed = number, page_ids, length
     return sequence

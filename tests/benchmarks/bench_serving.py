@@ -248,6 +248,10 @@ def hardware() -> str:
     return f"{os.cpu_count()} cores of {model}, Python {platform.python_version()}"
 
 
+VOCAB = (300, 1200)
+"""Ids that the demo model has."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Load a running router; report TTFT, ITL, goodput and time by stage.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
@@ -258,7 +262,7 @@ def main() -> int:
     parser.add_argument("--input-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--range-ratio", type=float, default=0.8)
-    parser.add_argument("--vocab", type=int, nargs=2, default=[300, 2000], help="range of prompt token ids")
+    parser.add_argument("--vocab", type=int, nargs=2, default=VOCAB, help="range of prompt token ids (default: %(default)s)")
     parser.add_argument("--slo-ttft-ms", type=float, default=2000.0)
     parser.add_argument("--slo-itl-ms", type=float, default=100.0)
     parser.add_argument("--timeout-s", type=float, default=600.0)
