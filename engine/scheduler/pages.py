@@ -78,7 +78,7 @@ class PageAllocator(Allocator):
         return len(self._kept)
 
     def allocate(self, owner: str, count: int) -> list[int] | None:
-        while len(self._free) < count and self._kept:
+        while len(self._free) < count <= self.num_free:
             self._free.append(self._kept.popitem(last=False)[1])
         return super().allocate(owner, count)
 

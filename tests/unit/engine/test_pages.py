@@ -96,6 +96,14 @@ def test_kept_pages_are_given_away_last_and_the_ends_of_prompts_first() -> None:
     pages.check_integrity()
 
 
+def test_a_request_for_too_many_forgets_no_kept_page() -> None:
+    pages = PageAllocator(4)
+    pages.allocate("a", 2)
+    pages.free_kept("a", [b"1", b"12"])
+    assert pages.allocate("b", 5) is None
+    assert len(pages.claim("c", [b"1", b"12"])) == 2
+
+
 def test_of_two_pages_with_one_content_one_is_kept() -> None:
     pages = PageAllocator(2)
     pages.allocate("a", 1)
