@@ -77,11 +77,10 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
     async def refused(request: Request, error: HTTPException) -> Response:
         """404 and 405 of the routing itself."""
         _count(request, error.status_code)
-        words, path = f"no route {request.method} {request.url.path[:200]}", request.url.path
-        allowed = (error.headers or {}).get("Allow")
-        response = response_of(
-            NoRoute(f"{words}; allowed: {allowed}" if allowed else words, error.status_code), anthropic=_is_anthropic(path)
-        )
+        path, allowed = request.url.path, (error.headers or {}).get("Allow")
+        remedy = f"allowed: {allowed}" if allowed else "the API is under /v1, and described at /docs"
+        shown = NoRoute(f"no route {request.method} {path[:200]}; {remedy}", error.status_code)
+        response = response_of(shown, anthropic=_is_anthropic(path))
         response.headers.update(error.headers or {})
         return response
 

@@ -92,6 +92,7 @@ def test_limits_model_and_route_are_named(client: httpx.Client, path: str) -> No
         assert message_of(path, refused).startswith("no route ")
         assert path.startswith("/v1/messages") or refused.json()["error"]["code"] == "NoRoute"
         assert (refused.headers.get("allow"), "allowed: POST" in refused.text) == (("POST", True) if status == 405 else (None, False))
+        assert ("/docs" in refused.text) is (status == 404)
 
 
 @pytest.mark.parametrize("path", BODIES)
