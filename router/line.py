@@ -1,7 +1,7 @@
 """Requests that wait for room on the decode ranks, oldest first.
 
     with line.place() as place:
-        if not line.is_empty:
+        if len(line):
             place.join()                # behind those who wait already
         await place.turn()              # then ask, but none of place.forbidden(); and
         place.refused([rank, ...])      # again from turn on, or
@@ -44,9 +44,9 @@ class Line:
         self._claimed: Rank | None = None
         """By the oldest."""
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._waiting
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
 
     @contextmanager
     def place(self) -> Iterator[Place]:

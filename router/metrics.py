@@ -43,6 +43,7 @@ class RouterMetrics:
         self.hand_ons = Counter("baton_router_hand_ons", "Computed prompts handed to a second decode rank", registry=registry)
         self.preemptions = Counter("baton_router_preemptions", "Runs repeated since a decode rank was out of pages", registry=registry)
         self.in_progress = Gauge("baton_router_requests_in_progress", "Requests admitted and not ended", registry=registry)
+        self.in_line = Gauge("baton_router_requests_in_line", "Requests that wait for room on the decode ranks", registry=registry)
         self.ignored_fields = Counter("baton_router_ignored_fields", "Unknown body fields", ["field"], registry=registry)
 
 

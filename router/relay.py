@@ -122,6 +122,11 @@ class Relay:
         self._config, self._clock = config, clock
         self._reserver = Reserver(members, config, clock)
 
+    @property
+    def num_in_line(self) -> int:
+        """Requests that wait for room on the decode ranks."""
+        return len(self._reserver.line)
+
     async def generate(self, request: Request, journey: Journey) -> AsyncGenerator[Output, None]:
         """Yield the outputs of a request until one carries a finish_reason. Raises the error that ended it, if it cannot be mended.
         Closing the generator cancels the request everywhere."""

@@ -40,7 +40,7 @@ class Reserver:
 
     def __init__(self, members: Members, config: RouterConfig, clock: Clock) -> None:
         self._members, self._config, self._clock = members, config, clock
-        self._line = Line(clock)
+        self.line = Line(clock)
         self._prefixes = PrefixIndex()
 
     def note_end(self, request: Request, decode: RankSession) -> None:
@@ -56,8 +56,8 @@ class Reserver:
         kept_until, found = self._clock.now() + KEPT_S, self._prefixes.find(request.token_ids)
         shares = {} if found is None else {found[0]: found[1]}
         full, pause_s = list[tuple[str, int]](), 0.0
-        with self._line.place() as place:
-            if keeper is None and not self._line.is_empty:
+        with self.line.place() as place:
+            if keeper is None and len(self.line):
                 place.join()
             while True:
                 if pause_s or place.is_in_line:
@@ -139,7 +139,7 @@ class Reserver:
             except Unavailable as error:
                 if self._clock.now() >= give_up:
                     raise NoMembers(str(error)) from error
-                self._line.disperse()
+                self.line.disperse()
                 await asyncio.sleep(PLACE_POLL_S)
             else:
                 return next(session for session in found if session.member is chosen)

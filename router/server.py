@@ -58,6 +58,7 @@ class Router:
         metrics = RouterMetrics(registry, self.members.router_name)
         registry.register(RankCollector(self.members))
         relay = Relay(self.members, config, clock)
+        metrics.in_line.set_function(lambda: relay.num_in_line)
         service = self._service = Service(config, self._served_name, self._max_model_len, self._codec, relay, metrics, clock)
         app = create_app(service, ChatFormat(service, config.default_thinking), self.members, registry, self._api_keys)
         self._socket = _listen(config.host, config.port, self._is_port_shared, config.request_timeout_s)

@@ -31,7 +31,7 @@ def places(line: Line) -> Iterator[list[Place]]:
         for place in found:
             place.join()
         yield found
-    assert line.is_empty
+    assert len(line) == 0
 
 
 def asking(places: list[Place]) -> list[int]:

@@ -288,7 +288,8 @@ def test_a_rank_that_does_not_answer_holds_up_who_asked_it_and_not_the_line(monk
 def test_those_in_line_wait_side_by_side_for_ranks_that_are_gone() -> None:
     async def run() -> float:
         ranks: list[FakeRank] = [FakePrefill([]), Roomy()]
-        reserver, began = new_relay(ranks, wait_for_members_s=0.1)._reserver, time.monotonic()
+        relay, began = new_relay(ranks, wait_for_members_s=0.1), time.monotonic()
+        reserver = relay._reserver
 
         async def wait(number: int) -> None:
             request = Request(request_id=str(number), token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
@@ -296,9 +297,11 @@ def test_those_in_line_wait_side_by_side_for_ranks_that_are_gone() -> None:
                 await reserver.reserve(request, asyncio.Queue(), [], SystemClock().now() + 30)
 
         tasks = [asyncio.create_task(wait(number)) for number in range(50)]
-        await asyncio.sleep(0.01)
+        while relay.num_in_line < 20:
+            await asyncio.sleep(0.001)
         del ranks[1]
         await asyncio.gather(*tasks)
+        assert relay.num_in_line == 0
         return time.monotonic() - began
 
     assert asyncio.run(run()) < 3.0, "one after the other they take 5 s"
