@@ -148,7 +148,7 @@ class PrefillLoop:
         num_tokens, seconds = sum(chunk.length for chunk in chunks), self._clock.now() - began
         self._steps += 1
         self._tokens += num_tokens
-        self._token_s += NEWEST_STEP_WEIGHT * (seconds / num_tokens - self._token_s)
+        self._token_s += (NEWEST_STEP_WEIGHT if self._token_s else 1.0) * (seconds / num_tokens - self._token_s)
         self._metrics.stepped(num_tokens, seconds)
         ids = ",".join(chunk.sequence.request_id for chunk in chunks)
         log.debug("prefill.step", request_ids=ids, num_tokens=num_tokens, seconds=seconds)

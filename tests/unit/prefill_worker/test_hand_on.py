@@ -23,7 +23,7 @@ from prefill_worker.metrics import PrefillMetrics
 from protos import prefill_pb2
 from tests.support.manual_clock import ManualClock
 
-NUM_PAGES, NUM_TOKENS = 8, 3 * PAGE_TOKENS - 10
+NUM_PAGES, NUM_TOKENS, TOKEN_S = 8, 3 * PAGE_TOKENS - 10, 0.01
 DECODE = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)
 
 
@@ -51,8 +51,10 @@ class RecordingSender:
 class Rank:
     def __init__(self) -> None:
         self.clock = ManualClock()
-        self.runner = NullRunner(num_pages=NUM_PAGES, num_slots=2, vocab_size=100, max_model_len=4096)
-        config = PrefillConfig(num_pages=NUM_PAGES, num_slots=2, chunk_tokens=PAGE_TOKENS)
+        self.runner = NullRunner(
+            num_pages=NUM_PAGES, num_slots=2, vocab_size=100, max_model_len=4096, token_s=TOKEN_S, sleep=self.clock.advance
+        )
+        config = PrefillConfig(num_pages=NUM_PAGES, num_slots=2, chunk_tokens=PAGE_TOKENS, max_waiting=1)
         self.loop = PrefillLoop(
             self.runner, config, PrefillMetrics(new_registry()), SoloSteps(PAGE_TOKENS), self.clock, on_death=pytest.fail
         )
@@ -68,7 +70,7 @@ class Rank:
         tokens = tuple(k % 100 for k in range(NUM_TOKENS))
         sampling = SamplingParams(max_tokens=9, ignore_eos=True)
         request = Request(request_id=request_id, token_ids=tokens, prompt_len=NUM_TOKENS, sampling=sampling)
-        self.loop.run(request, granted("r.1"), self.outbox)
+        self.loop.run(request, granted(request_id), self.outbox)
 
     def turns(self, count: int) -> None:
         for _ in range(count):
@@ -246,3 +248,17 @@ def test_pages_that_the_decode_rank_has_are_not_sent(rank: Rank) -> None:
     rank.loop.hand_on("r.1", granted("r.2"), rank.outbox)
     rank.turn()
     assert ("push", "r.2", 0, 3) in rank.sender.taken(), "another decode rank has nothing of it"
+
+
+def test_a_full_rank_tells_how_long_what_waits_takes_from_its_first_steps_on(rank: Rank) -> None:
+    for name in ("r.1", "r.2", "r.3"):
+        rank.run(name)
+        rank.turn()
+    assert not rank.updates().failures
+    left = rank.loop.load.waiting_tokens
+    assert rank.loop.load.num_waiting == 1 and left > NUM_TOKENS
+    rank.run("r.4")
+    rank.turn()
+    (refused,) = rank.updates().failures
+    assert (refused.request_id, refused.error.code) == ("r.4", "Overloaded")
+    assert refused.error.retry_after_s == pytest.approx(left * TOKEN_S)
