@@ -188,7 +188,9 @@ def wait_until_settled(folder: ClusterFolder, timeout_s: float, say: Say) -> Non
         while True:
             try:
                 status = client.status()
-            except Unavailable:  # a controller that is being restarted answers again in a second or two
+            except Unavailable as error:  # a controller that is being restarted answers again in a second or two
+                if not has_keeper(state):
+                    raise Unavailable(f"the keeper of {folder.name} has ended: {_last_line(folder.keeper_log)}") from error
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.3)

@@ -100,6 +100,17 @@ def test_a_cluster_whose_keeper_ends_meanwhile_has_ended(folder: ClusterFolder, 
     assert not lifecycle.is_running(folder, lambda line: None)
 
 
+def test_waiting_ends_with_the_keeper(folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write(STATE)
+    folder.keeper_log.write_text("Killed\n")
+    answers = iter([True, True, False])
+    monkeypatch.setattr(lifecycle, "has_keeper", lambda state: next(answers))
+    monkeypatch.setattr(lifecycle, "ControlClient", Controller(1_000).client)
+    monkeypatch.setattr(lifecycle.time, "sleep", lambda seconds: None)
+    with pytest.raises(Unavailable, match="the keeper of local_cpu has ended: Killed"):
+        lifecycle.wait_until_settled(folder, 900.0, lambda line: None)
+
+
 def on_no_ray(folder: ClusterFolder) -> ClusterSpec:
     """Of a cluster on a Ray that does not answer."""
     with socket.socket() as unused:
