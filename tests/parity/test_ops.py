@@ -19,6 +19,7 @@ from engine.ops.names import OP_NAMES
 from engine.ops.registry import get_op
 from tests.support.interpreted_ops import is_triton, small_cases
 from tests.support.op_outputs import compare, outputs_of
+from tests.support.patience import overload
 
 CPU_SECONDS = 240
 
@@ -44,7 +45,7 @@ def interpreted() -> dict[tuple[str, str, str], dict[str, Any]]:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "tests.support.interpreted_ops"]
     done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=CPU_SECONDS, check=False
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=CPU_SECONDS * overload(), check=False
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

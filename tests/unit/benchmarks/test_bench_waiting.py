@@ -49,4 +49,4 @@ def test_ranks_agree_and_one_that_is_held_up_keeps_the_other_waiting(tmp_path: p
     (rows, on_time), (others, waiting) = run_group(2, rank)
     assert rows == others
     assert [(row["ranks"], row["batch"]) for row in rows] == [(2, 2)]
-    assert waiting >= 1e3 * HELD_UP_S / 2 and waiting > on_time
+    assert waiting >= 1e3 * HELD_UP_S / 2 and waiting > on_time, f"{waiting:.1f} ms, and {on_time:.1f} ms on the rank that was held up"

@@ -11,6 +11,8 @@ import tomllib
 import pytest
 from setuptools import find_packages
 
+from tests.support.patience import overload
+
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 PACKAGES = ("core", "decode_worker", "deploy", "engine", "kv_transfer", "prefill_worker", "protos", "router")
 
@@ -29,5 +31,6 @@ def test_a_package_is_the_one_of_this_repository(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["deploy", "engine", "protos.generate", "deploy.reference"])
 def test_every_program_explains_itself(name: str) -> None:
-    result = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", name, "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * overload())
     assert result.returncode == 0 and result.stdout.startswith("usage: ")

@@ -14,6 +14,7 @@ import pytest
 from core.config import parse_config
 from core.errors import CheckpointError, ConfigError
 from deploy.spec import ROLES, ClusterSpec, check_files, load_spec, restart_only
+from tests.support.patience import overload
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 LOCAL_CPU = ROOT / "deploy/clusters/local_cpu.yaml"
@@ -113,7 +114,7 @@ def test_what_is_named_must_be_there(tmp_path: pathlib.Path) -> None:
 
 def test_a_file_is_checked_without_loading_torch() -> None:
     code = "import sys, deploy.cli; deploy.cli.main(['check', 'deploy/clusters/local_cpu.yaml']); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60 * overload())
 
 
 def test_a_spec_survives_its_text_and_a_pickle() -> None:
