@@ -36,8 +36,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 "decode.ranks_per_replica=4",
                 "decode.num_pages=64",
                 "decode.num_slots=8",
-                "router.wait_for_members_s=90",
-                "router.request_timeout_s=240",
+                "router.wait_for_members_s=300",
             )
         )
         yield found

@@ -47,7 +47,8 @@ class Cluster:
             "engine: {device: cpu, max_model_len: 4096}\n"
             "prefill: {num_pages: 64}\n"
             "decode: {num_pages: 128}\n"
-            f"router: {{port: {self.port}, control_address: '127.0.0.1:{self.control_port}', default_thinking: false}}\n"
+            f"router: {{port: {self.port}, control_address: '127.0.0.1:{self.control_port}', default_thinking: false, "
+            "wait_for_members_s: 120}\n"
             "placement: {cpus_per_rank: 0.2, restart_backoff_s: 0.5}\n"
         )
         self.folder = ClusterFolder(home, name)
@@ -138,7 +139,7 @@ class Cluster:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode(), headers)
         is_done = False
         try:
-            response = urllib.request.urlopen(request, timeout=timeout_s)
+            response = urllib.request.urlopen(request, timeout=timeout_s * overload())
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{error.code}: {error.read().decode(errors='replace')}") from error
         with response:
