@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import CheckpointError, ConfigError
-from engine.ops.names import OP_NAMES
+from engine.ops.names import OP_NAMES, backends_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,9 +191,11 @@ class EngineConfig:
         ):
             if value not in allowed:
                 raise ConfigError(f"engine.{key} is {value!r}; allowed: {', '.join(allowed)}")
-        for name in self.ops:
+        for name, backend in self.ops.items():
             if name not in OP_NAMES:
                 raise ConfigError(f"engine.ops names the op {name!r}, which does not exist; allowed: {', '.join(OP_NAMES)}")
+            if backend not in backends_of(name):
+                raise ConfigError(f"engine.ops.{name}: unknown backend {backend!r}; allowed: {', '.join(backends_of(name))}")
         for key in ("max_model_len", "threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"engine.{key} is {getattr(self, key)}; it must be at least 1")

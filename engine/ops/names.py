@@ -1,4 +1,4 @@
-"""The ops by name, for whoever checks a configuration without loading torch."""
+"""The ops by name and their backends, for whoever checks a configuration without loading torch."""
 
 OP_NAMES = (
     "compress_c128",
@@ -37,3 +37,20 @@ OP_NAMES = (
     "swiglu",
 )
 """Every folder beside this file, in alphabetical order (a test compares)."""
+
+_OTHERS = {
+    "expert_exchange": ("direct", "gather", "deepep"),
+    "fp8_linear": ("deep_gemm", "triton"),
+    "index_logits": ("deep_gemm", "triton"),
+    "index_topk": ("cuda", "triton"),
+    "linear": ("triton", "cublas"),
+    "moe_experts": ("deep_gemm", "triton"),
+    "sparse_attn_decode": ("flash_mla", "triton"),
+    "sparse_attn_prefill": ("flash_mla", "triton"),
+}
+"""Backends of those that have others than Triton's."""
+
+
+def backends_of(name: str) -> tuple[str, ...]:
+    """What `engine.ops` may name for an op, on whatever machine (a test compares with the ops)."""
+    return ("reference", *_OTHERS.get(name, ("triton",)))

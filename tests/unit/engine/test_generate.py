@@ -255,6 +255,6 @@ class TestMemory:
 
 def test_loading_refuses_before_reading(small_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.model.shards.Entry.read", lambda entry: pytest.fail(f"read {entry}"))
-    for config in (EngineConfig(device="cpu", max_model_len=10**7), EngineConfig(device="cpu", ops={"rms_norm": "abacus"})):
-        with pytest.raises(BatonError, match=r"max_model_len|abacus"):
+    for config in (EngineConfig(device="cpu", max_model_len=10**7), EngineConfig(device="cpu", ops={"rms_norm": "triton"})):
+        with pytest.raises(BatonError, match=r"max_model_len|rms_norm: backend"):
             LoadedModel.load(small_checkpoint, config)
