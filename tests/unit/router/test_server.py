@@ -105,3 +105,12 @@ def test_a_router_that_does_not_learn_of_ranks_any_more_ends(monkeypatch: pytest
 
     asyncio.run(live())
     assert len(reasons) == 1 and "the list is gone" in reasons[0]
+
+
+def test_a_key_file_has_comments_wherever_they_begin_and_no_bytes_that_are_no_text(tmp_path: pathlib.Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# operators\n  # night shift\n alpha \n\n")
+    assert RouterConfig(api_keys_file=str(keys)).read_api_keys() == ("alpha",)
+    keys.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ConfigError, match=r"router\.api_keys_file: .*keys: not UTF-8 text"):
+        RouterConfig(api_keys_file=str(keys)).read_api_keys()
