@@ -135,27 +135,47 @@ def processes_of(marker: str) -> list[int]:
     return found
 
 
+def started(pid: int) -> str | None:
+    """When a process began, which tells it from a later one of the same number. None: it has ended, and holds no port or memory any more.
+    A process that is killed loses its environment and command line first, and holds the rest for some time yet."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
 def has_keeper(state: ClusterState) -> bool:
     """Whether the embedded Ray's keeper is alive: without it all the rest is ending. True where the file names a Ray cluster."""
     return not state.marker or state.keeper_pid in processes_of(state.marker)
 
 
 def end_processes(marker: str, keeper_pid: int, grace_s: float) -> int:
-    """Ask the keeper to end, wait, then kill whatever still carries the marker. Returns how many had to be killed."""
-    end = time.monotonic()
-    if keeper_pid in processes_of(marker):
+    """Ask the keeper to end, wait, then kill whatever still carries the marker, and wait again, for `grace_s` at most, until what they
+    held is free. Returns how many had to be killed."""
+    end, seen = time.monotonic(), set[tuple[int, str | None]]()
+
+    def living() -> list[int]:
+        found = processes_of(marker)
+        seen.update((pid, started(pid)) for pid in found)
+        return found
+
+    if keeper_pid in living():
         os.kill(keeper_pid, signal.SIGTERM)
         end += grace_s
-    while processes_of(marker) and time.monotonic() < end:
+    while living() and time.monotonic() < end:
         time.sleep(0.1)
     killed: set[int] = set()
     num_quiet = 0
     while num_quiet < QUIET_SCANS:
-        left = processes_of(marker)
+        left = living()
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         killed |= set(left)
         num_quiet = 0 if left else num_quiet + 1
         time.sleep(0.1)
+    end = time.monotonic() + grace_s
+    while any(when is not None and started(pid) == when for pid, when in seen) and time.monotonic() < end:
+        time.sleep(0.05)
     return len(killed)

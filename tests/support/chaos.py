@@ -25,6 +25,7 @@ from random import Random
 from typing import Any
 
 from core.errors import Unavailable
+from deploy.folder import started
 from tests.support.chaos_levels import Levels, excess, measure, table
 from tests.support.chaos_traffic import Traffic, draw_scenarios, undisturbed
 from tests.support.cluster import Cluster, rank_processes_of
@@ -200,11 +201,11 @@ class Chaos:
         self._counts[f"kill {role}"] += 1
         self._doomed[pid] = "killed"
         self._say(f"kill {member} ({pid})")
-        began = time.monotonic()
+        began, living = time.monotonic(), started(pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        if role == "router":
-            await self._lose_router(pid, began)
+        if role == "router" and living is not None:
+            await self._lose_router(pid, living, began)
 
     async def _stop(self, role: str, random: Random) -> None:
         victim = await self._victim(role, random)
@@ -228,9 +229,9 @@ class Chaos:
         finally:
             self._stopped.discard(pid)
 
-    async def _lose_router(self, pid: int, began: float) -> None:
-        """Note from when to when nobody listened."""
-        while pid in await asyncio.to_thread(rank_processes_of, self._cluster.state.marker):
+    async def _lose_router(self, pid: int, living: str, began: float) -> None:
+        """Note from when to when nobody listened. `living`: when the killed one began; it listens a little longer."""
+        while started(pid) == living:
             await asyncio.sleep(0.1)
         while True:
             await asyncio.sleep(0.1)

@@ -13,10 +13,11 @@ import pytest
 
 from core.errors import ConfigError
 from core.request import Member
+from deploy import folder as cluster_folder
 from deploy import lifecycle
 from deploy.cli import main, parse_counts
 from deploy.control import misfits
-from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, new_secret, processes_of
+from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, new_secret, processes_of, started
 from deploy.local import SOCKET_PATH_BYTES, SOCKET_TAIL, choose_ray_dir
 from deploy.logs import choose, print_logs
 from deploy.ports import refuse_taken
@@ -151,6 +152,20 @@ def test_only_marked_processes_are_ended() -> None:
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
+
+
+def test_down_waits_for_what_a_process_holds_that_has_lost_its_marker_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    dying = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    scans = [[dying.pid]]  # a process that is killed has no environment any more, and its ports and memory for some time yet
+    monkeypatch.setattr(cluster_folder, "processes_of", lambda marker: scans.pop() if scans else [])
+    try:
+        began = started(dying.pid)
+        assert began is not None and end_processes("marker", 0, grace_s=20.0) == 0
+        assert started(dying.pid) is None, "it is left as a zombie, which holds nothing"
+    finally:
+        dying.kill()
+        dying.wait()
+    assert started(dying.pid) is None
 
 
 def test_ray_lives_in_the_folder_unless_sockets_would_not_fit(tmp_path: pathlib.Path) -> None:
