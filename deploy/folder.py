@@ -137,12 +137,15 @@ def processes_of(marker: str) -> list[int]:
 
 def started(pid: int) -> str | None:
     """When a process began, which tells it from a later one of the same number. None: it has ended, and holds no port or memory any more.
-    A process that is killed loses its environment and command line first, and holds the rest for some time yet."""
+    A process that is killed loses its environment and command line first. Then its first thread is a zombie while others end, with all
+    that they share."""
+    process = pathlib.Path(f"/proc/{pid}")
     try:
-        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        has_ended = fields[0] in "ZX" and len(list((process / "task").iterdir())) == 1
     except OSError:
         return None
-    return None if fields[0] in "ZX" else fields[19]
+    return None if has_ended else fields[19]
 
 
 def has_keeper(state: ClusterState) -> bool:
