@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from core.errors import ConfigError
+from core.errors import ConfigError, Unavailable
 
 MARKER = "BATON_CLUSTER"
 """Environment variable that every process of an embedded cluster inherits; its value is unique to one start."""
@@ -155,7 +155,7 @@ def has_keeper(state: ClusterState) -> bool:
 
 def end_processes(marker: str, keeper_pid: int, grace_s: float) -> int:
     """Ask the keeper to end, wait, then kill whatever still carries the marker, and wait again, for `grace_s` at most, until what they
-    held is free. Returns how many had to be killed."""
+    held is free. Returns how many had to be killed. Raises Unavailable naming those that do not end."""
     end, seen = time.monotonic(), set[tuple[int, str | None]]()
 
     def living() -> list[int]:
@@ -179,6 +179,8 @@ def end_processes(marker: str, keeper_pid: int, grace_s: float) -> int:
         num_quiet = 0 if left else num_quiet + 1
         time.sleep(0.1)
     end = time.monotonic() + grace_s
-    while any(when is not None and started(pid) == when for pid, when in seen) and time.monotonic() < end:
+    while left := [pid for pid, when in seen if when is not None and started(pid) == when]:
+        if time.monotonic() > end:
+            raise Unavailable(f"processes {left} were told to end and do not: they may hold ports and memory")
         time.sleep(0.05)
     return len(killed)

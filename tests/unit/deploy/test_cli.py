@@ -7,11 +7,12 @@ import pathlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from core.errors import ConfigError
+from core.errors import ConfigError, Unavailable
 from core.request import Member
 from deploy import folder as cluster_folder
 from deploy import lifecycle
@@ -155,13 +156,20 @@ def test_only_marked_processes_are_ended() -> None:
 
 
 def test_down_waits_for_what_a_process_holds_that_has_lost_its_marker_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    dying = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    dying = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     scans = [[dying.pid]]  # a process that is killed has no environment any more, and its ports and memory for some time yet
     monkeypatch.setattr(cluster_folder, "processes_of", lambda marker: scans.pop() if scans else [])
     try:
-        began = started(dying.pid)
-        assert began is not None and end_processes("marker", 0, grace_s=20.0) == 0
+        assert started(dying.pid) is not None
+        with pytest.raises(Unavailable, match=f"processes \\[{dying.pid}\\] were told to end and do not"):
+            end_processes("marker", 0, grace_s=0.0)
+        scans.append([dying.pid])
+        assert dying.stdin is not None
+        ending = threading.Timer(0.02, dying.stdin.close)
+        ending.start()
+        assert end_processes("marker", 0, grace_s=20.0) == 0
         assert started(dying.pid) is None, "it is left as a zombie, which holds nothing"
+        ending.join()
     finally:
         dying.kill()
         dying.wait()
