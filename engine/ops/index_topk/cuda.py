@@ -11,6 +11,8 @@ from engine.ops.cuda_source import cuda_kernel
 
 SOURCE = pathlib.Path(__file__).with_name("kernel.cu")
 THREADS = 1024
+SHORTEST, FEW_THREADS = 2048, 256
+"""Rows of at most so many scores have blocks of so many threads, several of which share a multiprocessor."""
 SHORT = 8192
 """Scores of a row that one block takes without groups."""
 LONGEST = 32 * SHORT
@@ -34,11 +36,12 @@ def run(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch.Tensor
     assert num_scores <= 1 or logits.stride(1) == 1, f"strides {logits.stride()}"
     chosen = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
     if chosen.numel():
-        kernel = cuda_kernel(SOURCE, "index_topk", logits.device, MAX_K=512 if k <= 512 else MOST)
+        threads = FEW_THREADS if num_scores <= SHORTEST else THREADS
+        kernel = cuda_kernel(SOURCE, "index_topk", logits.device, MAX_K=512 if k <= 512 else MOST, THREADS=threads)
         cluster = cluster_size(rows, num_scores, torch.cuda.get_device_properties(logits.device).multi_processor_count)
         numbers = (ctypes.c_longlong(logits.stride(0)), ctypes.c_int(num_scores), ctypes.c_int(k))
-        kernel(rows * cluster, THREADS, (logits, num_visible, chosen, *numbers), cluster)
+        kernel(rows * cluster, threads, (logits, num_visible, chosen, *numbers), cluster)
     return chosen
 
 
-CUDA_AOT = [(SOURCE, "index_topk", {"MAX_K": 512}), (SOURCE, "index_topk", {"MAX_K": MOST})]
+CUDA_AOT = [(SOURCE, "index_topk", {"MAX_K": most, "THREADS": threads}) for most in (512, MOST) for threads in (FEW_THREADS, THREADS)]

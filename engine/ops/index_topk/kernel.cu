@@ -7,16 +7,23 @@
 //   2. reads them again (k * 128 bytes), and radix-selects among their scores that are not below the k-th maximum: as a rule hardly
 //      more than k.
 // Rows of at most 8,192 scores skip the groups. A radix pass takes the highest bits in which the keys differ; there are three at most.
+//
+// Compiled with THREADS=256 it is for rows of at most 2,048 scores only, in up to four passes: several such blocks share a
+// multiprocessor, and wait at their barriers in turns.
 
 namespace {
 
-constexpr int THREADS = 1024;
-constexpr int WARPS = THREADS / 32;          // 32, too: one lane a warp sums over them
+#ifndef THREADS
+#define THREADS 1024
+#endif
+constexpr bool HAS_GROUPS = THREADS == 1024;
+constexpr int WARPS = THREADS / 32;          // 32 at most: one lane a warp sums over them
 constexpr int GROUP = 32;
 constexpr int KEYS = 8;                      // maxima, or scores of a short row, a thread
 constexpr int MAX_GROUPS = THREADS * KEYS;   // and the longest row without groups
-constexpr int DIGIT_BITS = 11;
-constexpr int BINS = 1 << DIGIT_BITS;        // two a thread
+constexpr int BINS = 2 * THREADS;            // two a thread
+constexpr int DIGIT_BITS = HAS_GROUPS ? 11 : 9;
+static_assert(BINS == 1 << DIGIT_BITS);
 #ifndef MAX_K
 #define MAX_K 1024                           // 512 or 1024; k may be less
 #endif
@@ -299,8 +306,8 @@ __device__ void select_in_groups(const Row& row, int num_groups, int k, Range ra
 
 }  // namespace
 
-// scores: [rows, row_stride]; num_visible: [rows]; chosen: [rows, k]. Grid: cluster size * rows blocks of 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024, 1) index_topk(
+// scores: [rows, row_stride]; num_visible: [rows]; chosen: [rows, k]. Grid: cluster size * rows blocks.
+extern "C" __global__ void __launch_bounds__(THREADS, HAS_GROUPS ? 1 : 6) index_topk(
     const float* scores, const long long* num_visible, int* chosen, long long row_stride, int num_scores, int k) {
   __shared__ Shared shared;
   const long long row_number = blockIdx.x / cluster_size();
@@ -315,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_topk(
   }
   const float* start = scores + row_number * row_stride;
   const Row row = {start, count, reinterpret_cast<unsigned long long>(start) % 16 == 0};
-  const bool in_groups = count > MAX_GROUPS;
+  const bool in_groups = HAS_GROUPS && count > MAX_GROUPS;
   if (!in_groups && !is_first) return;
   if (is_first) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) shared.histogram[i] = 0;
