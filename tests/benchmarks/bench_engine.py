@@ -137,7 +137,7 @@ def bench_decode(
             "floor ms": round(floor, 3), "share": round(floor / median, 3), "bytes": parts,
         }  # fmt: skip
         if profile:
-            row["profile us"] = profile_step(graph)
+            row["profile us"] = profile_step(graph, group.barrier if group else lambda: None)
         del graphs, graph, logits
         yield row
 
@@ -180,7 +180,14 @@ def prefill_flops(model: ModelConfig, tokens: int) -> float:
     return total
 
 
-def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: float, profile: bool) -> Iterator[dict[str, Any]]:
+def of_ranks(group: Group | None, mine: float) -> list[float]:
+    """Everybody's number."""
+    return [mine] if group is None else [float(number) for number in group.gather_bytes("numbers", str(mine).encode())]
+
+
+def bench_prefill(
+    loaded: LoadedModel, prompts: list[int], chunk: int, group: Group | None, rate: float, profile: bool
+) -> Iterator[dict[str, Any]]:
     """As many prompts at a time as fill a chunk, at least one."""
     numbers = {prompt: max(1, chunk // prompt) for prompt in prompts}
     caches = loaded.new_caches(max(number * -(-prompt // 256) for prompt, number in numbers.items()), max(2, *numbers.values()))
@@ -200,7 +207,7 @@ def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: flo
                     loaded.share.begin_step(len(sequences) * length)  # all ranks take the same chunks
                 loaded.network.forward(build_batch([Chunk(sequence, length) for sequence in sequences], loaded.device), caches)
 
-        for _ in range(3):
+        for _ in range(6 if prompt <= chunk else 3):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             start.record()
@@ -212,11 +219,14 @@ def bench_prefill(loaded: LoadedModel, prompts: list[int], chunk: int, rate: flo
         flops = number * prefill_flops(loaded.model, prompt)
         row: dict[str, Any] = {
             "prompt": prompt, "prompts": number, "chunk": chunk, "ms": round(median, 1),
+            "all ms": [round(time, 1) for time in times],
             "tokens/s": round(number * prompt * 1e3 / median),
             "TFLOP/s": round(flops / median / 1e9, 1), "share of the fp8 rate": round(flops / rate * 1e3 / median, 3),
         }  # fmt: skip
         if profile:
-            row["profile us"] = profile_step(run)
+            spent = row["profile us"] = profile_step(run, group.barrier if group else lambda: None)
+            busy = sum(us for name, us in spent.items() if name != "idle" and "nccl" not in name)
+            row["kernels but NCCL's, by rank, ms"] = of_ranks(group, round(busy / 1e3, 1))
         yield row
 
 
@@ -250,6 +260,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         "routing": arguments.routing,
         "layers": loaded.model.num_hidden_layers, "widened layers": loaded.network.num_widened,
         "copy bandwidth TB/s": round(bandwidth / 1e12, 3), "fp8 rate TFLOP/s": round(rate / 1e12, 1),
+        "fp8 rate by rank": of_ranks(group, round(rate / 1e12, 1)),
         "weights GB": round(tensor_bytes(loaded.network) / 1e9, 2), "ops": {choice.op: choice.backend for choice in loaded.ops.choices},
         "decode": [], "prefill": [],
     }  # fmt: skip
@@ -259,7 +270,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
     if arguments.prompts:
-        for row in bench_prefill(loaded, arguments.prompts, arguments.chunk, rate, arguments.profile):
+        for row in bench_prefill(loaded, arguments.prompts, arguments.chunk, group, rate, arguments.profile):
             report["prefill"].append(row)
             if rank == 0:
                 show(row)

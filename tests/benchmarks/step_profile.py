@@ -9,11 +9,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def kernel_spans(run: Callable[[], object]) -> list[tuple[float, float, str]]:
-    """(start, end, name) of each kernel of a second run, microseconds, in order of start."""
+def kernel_spans(run: Callable[[], object], meet: Callable[[], None] = lambda: None) -> list[tuple[float, float, str]]:
+    """(start, end, name) of each kernel of a second run, microseconds, in order of start. `meet` waits for the other ranks, so that none
+    waits for another's profiler."""
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        meet()
         run()
         torch.cuda.synchronize()
     return sorted(
@@ -23,9 +25,9 @@ def kernel_spans(run: Callable[[], object]) -> list[tuple[float, float, str]]:
     )
 
 
-def profile_step(step: torch.cuda.CUDAGraph | Callable[[], None]) -> dict[str, float]:
+def profile_step(step: torch.cuda.CUDAGraph | Callable[[], None], meet: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Microseconds of device time by kernel ("calls x name"), most first; "idle" is what no kernel covers between first and last."""
-    spans = kernel_spans(step.replay if isinstance(step, torch.cuda.CUDAGraph) else step)
+    spans = kernel_spans(step.replay if isinstance(step, torch.cuda.CUDAGraph) else step, meet)
     spent: collections.Counter[str] = collections.Counter()
     calls: collections.Counter[str] = collections.Counter()
     idle, last = 0.0, spans[0][0] if spans else 0.0
