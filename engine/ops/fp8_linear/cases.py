@@ -65,6 +65,7 @@ CASES = (
     _case("three dims", _batched, small=True),
     _case("no rows, quantised", _quantized(0, 256, 256), small=True),
     _case("one row, quantised", _quantized(1, 128, 1024), small=True),
+    _case("one row, quantised, channels in turns", _quantized(1, 128, 3072), small=True),
     _case("few rows, quantised", _quantized(5, 128, 1024), small=True),
     _case("odd sizes, quantised", _quantized(3, 100, 200), small=True),
     _case("many rows, quantised", _quantized(70, 100, 200), small=True),
@@ -72,6 +73,9 @@ CASES = (
     _case("few rows, quantised, laid out by rows", _quantized(5, 128, 1024, is_laid_out=False), small=True),
     _case("wq_b batch 32, quantised", _quantized(32, 32768, 1024)),
     _case("wq_b batch 129, quantised", _quantized(129, 32768, 1024)),
+    _case("wq_a and wkv one row, quantised", _quantized(1, 1536, 4096)),
+    _case("wq_b one row, quantised", _quantized(1, 32768, 1024)),
+    _case("shared w1_w3 one row, quantised", _quantized(1, 4096, 4096)),
     _case("shared w2 one row, quantised", _quantized(1, 4096, 2048)),
     _case("shared w2 chunk, quantised", _quantized(1023, 4096, 2048)),
     _case("wq_a", _draw(1, 1024, 4096)),
@@ -91,8 +95,9 @@ CASES = (
 )
 
 
-def _bench(name: str, rows: int, n: int, k: int) -> Bench:
-    return Bench(f"{name} [{n}, {k}] T={rows}", _draw(rows, n, k), n * k + rows * (n + k) * 2, 2 * rows * n * k, "fp8")
+def _bench(name: str, rows: int, n: int, k: int, is_quantized: bool = False) -> Bench:
+    draw, label = (_quantized, ", quantised") if is_quantized else (_draw, "")
+    return Bench(f"{name} [{n}, {k}] T={rows}{label}", draw(rows, n, k), n * k + rows * (n + k) * 2, 2 * rows * n * k, "fp8")
 
 
 BENCH = (
@@ -102,6 +107,11 @@ BENCH = (
     *(_bench("w2 shared", rows, 4096, 2048) for rows in (1, 32)),
     *(_bench("wo_b", rows, 4096, 8192) for rows in (256, 512, 1024, 2048, 8192)),
     _bench("wq_b", 8192, 32768, 1024),
+    _bench("wq_a | wkv", 1, 1536, 4096, is_quantized=True),
+    _bench("wq_b", 1, 32768, 1024, is_quantized=True),
+    _bench("indexer's wq_b", 1, 8192, 1024, is_quantized=True),
+    _bench("w1 | w3 shared", 1, 4096, 4096, is_quantized=True),
+    _bench("w2 shared", 1, 4096, 2048, is_quantized=True),
     *(_bench("wq_a | wkv", rows, 1536, 4096) for rows in (1, 32, 8192)),
     *(_bench("w1 | w3 shared", rows, 4096, 4096) for rows in (1, 32, 8192)),
     *(_bench("Pro wq_b", rows, 65536, 1536) for rows in (1, 32, 8192)),

@@ -22,8 +22,9 @@ from engine.ops.triton_splits import is_last, sum_parts
 
 BLOCK = tl.constexpr(FP8_BLOCK)
 FEW_ROWS = 64
-MOST_OF_ONE_ROW = 1 << 24
-"""Codes of a weight that one row is multiplied with outside the matrix units: large ones stream as fast with them."""
+MOST_OF_ONE_ROW, MOST_OF_ONE_QUANTIZED_ROW = 1 << 24, 1 << 25
+"""Codes of a weight that one row is multiplied with outside the matrix units: large ones stream as fast with them, the sooner if the row
+is to be quantised by each program."""
 SMALLEST_N = 64
 """Rows of the weight in a tile: the matrix unit's 64 at least."""
 
@@ -199,7 +200,8 @@ def run(x: torch.Tensor | QuantizedRows, weight: PackedWeight) -> torch.Tensor:
 def run_few(x: torch.Tensor | QuantizedRows, weight: PackedWeight, out: torch.Tensor, config: FewConfig | None = None) -> None:
     """x: [M <= 64, K], as `flat_rows` has it; out: [M, N]."""
     codes, scale, scale_stride = (x, x, 0) if isinstance(x, torch.Tensor) else (x.codes, x.scale, x.scale.stride(1))
-    if config is None and len(x) == 1 and weight.codes.numel() <= MOST_OF_ONE_ROW:
+    most = MOST_OF_ONE_ROW if isinstance(x, torch.Tensor) else MOST_OF_ONE_QUANTIZED_ROW
+    if config is None and len(x) == 1 and weight.codes.numel() <= most:
         x_scale = None if isinstance(x, torch.Tensor) else scale
         triton_vector.multiply(codes, weight.codes, weight.scale, out, x_scale=x_scale, is_quantised=True)
         return
