@@ -28,6 +28,12 @@ from router.refusals import REFUSED, refusal, refuse_unenforceable, refuse_unser
 from router.sampling import boolean, number, sampling_params
 from router.service import Service
 
+_ENDINGS = {
+    # The token that ends an answer is no text, and is counted: as in completions, and as other servers of open models do.
+    FinishReason.STOP: (recipe.InferenceChunk.text("", 1), recipe.InferenceChunk.finish(recipe.InferenceFinishReason.Stop)),
+    FinishReason.LENGTH: (recipe.InferenceChunk.finish(recipe.InferenceFinishReason.Length),),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
@@ -134,7 +140,7 @@ class Chat:
                 opening = []
                 ids, logprobs = list(output.token_ids), None
                 if output.finish_reason is FinishReason.STOP:
-                    ids = ids[:-1]  # the token that ends it is no text
+                    ids = ids[:-1]
                 if self._request.converted.inference_options.logprobs:
                     found = output.logprobs[: len(ids)]
                     logprobs = [(l.logprob, list(zip(l.top_ids, l.top_logprobs, strict=True))) for l in found]
@@ -145,10 +151,9 @@ class Chat:
                     journey.finish_reason = FinishReason.STOP  # at a stop sequence
                     return
                 if output.finish_reason is not None:
-                    is_stop = output.finish_reason is FinishReason.STOP
-                    reason = recipe.InferenceFinishReason.Stop if is_stop else recipe.InferenceFinishReason.Length
-                    for chunk in processor.push(recipe.InferenceChunk.finish(reason)):
-                        yield chunk
+                    for ending in _ENDINGS[output.finish_reason]:
+                        for chunk in processor.push(ending):
+                            yield chunk
         for chunk in processor.finish():
             yield chunk
 
