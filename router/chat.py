@@ -24,9 +24,12 @@ from core.errors import InvalidRequest, ModelNotFound
 from core.request import FinishReason, SamplingParams
 from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect
 from router.interleave import interleaved
-from router.refusals import REFUSED, refusal, refuse_unenforceable, refuse_unservable
+from router.refusals import REFUSED, must_call, refusal, refuse_unenforceable, refuse_unservable
 from router.sampling import boolean, number, sampling_params
 from router.service import Service
+
+MAX_TOKENS = 2**31
+"""What a client may ask for, before it is looked at how long a sequence may be."""
 
 _ENDINGS = {
     # The token that ends an answer is no text, and is counted: as in completions, and as other servers of open models do.
@@ -38,6 +41,7 @@ _ENDINGS = {
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     converted: recipe.ConversationRequest
+    parsing: recipe.ParsingOptions
     prompt: tuple[int, ...]
     sampling: SamplingParams
     n: int
@@ -64,7 +68,7 @@ class ChatFormat:
         if body["model"] != service.model:
             raise ModelNotFound(f"the model {body['model'][:100]!r} does not exist; this server has {service.model!r}", param="model")
         max_tokens_key = next((key for key in dialect.max_tokens_keys if body.get(key) is not None), dialect.max_tokens_keys[0])
-        max_tokens = number(body, max_tokens_key, 1, 2**31, None, integer=True)
+        max_tokens = number(body, max_tokens_key, 1, MAX_TOKENS, None, integer=True)
         n = number(body, "n", 1, service.config.max_n if dialect is CHAT else 1, 1, integer=True)
         sampling = sampling_params(
             body, max_tokens=max_tokens or 1, num_logprobs=None, num_prompt_logprobs=None, vocab_size=service.codec.vocab_size
@@ -77,17 +81,24 @@ class ChatFormat:
             rest["max_tokens"] = max_tokens or 1
         if dialect is RESPONSES and max_tokens is not None:
             rest["max_output_tokens"] = max_tokens  # the answer repeats it
-        options = recipe.ConversionOptions(default_thinking_mode=self._wants_thinking(body))
+        options = recipe.ConversionOptions(
+            default_thinking_mode=self._wants_thinking(body),
+            thinking_max_tokens_upper_bound=MAX_TOKENS,  # the longest sequence is the limit
+            non_thinking_max_tokens_upper_bound=MAX_TOKENS,
+        )
         options = options.with_model_versions_by_name({service.model: recipe.ModelVersion.DeepseekV4Pro})
         try:
             request = dialect.request(orjson.dumps(rest))
             echo = request.echo() if dialect is RESPONSES else None
             names = request.namespace_tool_map(options) if dialect is RESPONSES else None
             converted = request.convert(options)
-            refuse_unenforceable(converted)
-            rendered = self._encoding.render_conversation(converted.conversation).prompt
+            conversation, parsing = converted.conversation, converted.parsing_options
+            if dialect is MESSAGES and must_call(body) and conversation.tool_choice == "auto":  # "any": the library takes it for "auto"
+                conversation, parsing.starts_in_tool_calls = _with_call(conversation), True
+            refuse_unenforceable(conversation, body, dialect)
+            rendered = self._encoding.render_conversation(conversation).prompt
             service.codec.refuse_overlong(rendered, service.longest(), dialect.prompt_key)
-            prompt = tuple(self._encoding.encode(converted.conversation))
+            prompt = tuple(self._encoding.encode(conversation))
         except REFUSED as error:
             raise refusal(error, rest, dialect, options) from error
         inference = converted.inference_options
@@ -96,19 +107,28 @@ class ChatFormat:
             max_tokens=service.check_length(len(prompt), max_tokens, dialect.prompt_key, max_tokens_key),
             num_logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
         )
-        stream_options = body.get("stream_options") or {}
-        if not isinstance(stream_options, dict):
-            raise InvalidRequest("stream_options must be an object", param="stream_options")
-        return ChatRequest(converted, prompt, sampling, n, converted.stream, boolean(stream_options, "include_usage", False), echo, names)
+        include_usage = dialect is CHAT and bool((body.get("stream_options") or {}).get("include_usage"))  # the library looked at both
+        return ChatRequest(converted, parsing, prompt, sampling, n, converted.stream, include_usage, echo, names)
 
     def _wants_thinking(self, body: Mapping[str, Any]) -> bool:
-        """`chat_template_kwargs: {thinking: bool}` is how open-model servers are told; the dialects' own fields win over the default."""
-        extra = body.get("chat_template_kwargs")
+        """`chat_template_kwargs: {thinking: bool}` is how open-model servers are told; the dialects' own fields win over the default. An
+        answer that must begin with a call cannot begin with a thought."""
+        default, extra = self._default_thinking and not must_call(body), body.get("chat_template_kwargs")
         if extra is None:
-            return self._default_thinking
+            return default
         if not isinstance(extra, dict):
             raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
-        return boolean(extra, "thinking", boolean(extra, "enable_thinking", self._default_thinking))
+        return boolean(extra, "thinking", boolean(extra, "enable_thinking", default))
+
+
+def _with_call(conversation: recipe.Conversation) -> recipe.Conversation:
+    """The conversation, to be answered with a call of any of its tools. Raises InvalidRequest in thinking mode."""
+    if conversation.thinking_mode:
+        raise InvalidRequest(
+            "tool_choice asks for a tool, which is not possible in thinking mode; allowed: auto, none", param="tool_choice"
+        )
+    tools, messages, effort = conversation.tools, conversation.messages, conversation.reasoning_effort
+    return recipe.Conversation(messages, thinking_mode=False, tools=tools, tool_choice="required", reasoning_effort=effort)
 
 
 class Chat:
@@ -124,7 +144,7 @@ class Chat:
         generator = self._dialect.request.chunk_generator(self._request.converted, self.id, self._service.model)
         if self._dialect is RESPONSES:
             generator = generator.with_echo(self._request.echo).with_namespace_tool_map(self._request.namespace_tools or {})
-        return recipe.StreamProcessor(generator, self._request.converted.parsing_options, self._form.tokenizer)
+        return recipe.StreamProcessor(generator, self._request.parsing, self._form.tokenizer)
 
     async def _chunks(self, index: int) -> AsyncGenerator[Any, None]:
         """The library's chunks of one choice."""
@@ -168,7 +188,7 @@ class Chat:
                 text = self._event_text(index, chunk)
                 if text is not None:
                     yield sse(text, response.sse_event_name(chunk))
-        if self._dialect is CHAT and request.include_usage:
+        if request.include_usage:
             yield sse(orjson.dumps({**self._last_envelope(), "choices": [], "usage": total_usage(self._usage)}))
         done = response.sse_done_data()
         if done is not None:

@@ -92,3 +92,10 @@ def test_usage_counts_every_token_of_the_answer_the_one_that_ends_it_too_in_all_
         options = {"stream_options": {"include_usage": True}} if dialect is CHAT else {}
         streamed = [event.get("response", event).get("usage") for event in events(model, dialect, **thinking, **options)]
         assert [found for found in streamed if found][-1] == usage, dialect.id_prefix
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize(("dialect", "key"), [(CHAT, "max_tokens"), (RESPONSES, "max_output_tokens"), (MESSAGES, "max_tokens")])
+def test_an_answer_may_be_as_long_as_a_sequence_has_room(dialect: Dialect, key: str, thinking: bool) -> None:
+    form = ChatFormat(new_service(Model(" ", FinishReason.STOP), max_model_len=2**20), default_thinking=thinking)
+    assert form.parse({"model": "demo", **BODIES[dialect], key: 1_000_000}, dialect).sampling.max_tokens == 1_000_000

@@ -64,13 +64,65 @@ def form() -> Iterator[ChatFormat]:
         (MESSAGES, "stop_sequences", ["a"] * 17, "at most 16"),
         (MESSAGES, "tool_choice", {"type": "any"}, "has no tools"),
         (MESSAGES, "thinking", "x", "an object"),
+        (MESSAGES, "output_config", {"format": {"type": "json_schema", "schema": {}}}, "cannot be enforced"),
+        (CHAT, "messages", [{"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]}], "files"),
+        (RESPONSES, "input", [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}], "files"),
+        (RESPONSES, "input", [{"type": "item_reference", "id": "msg_1"}], "item itself"),
+        (MESSAGES, "messages", [{"role": "user", "content": [{"type": "document", "source": {"type": "text"}}]}], "documents"),
+        (RESPONSES, "prompt", {"id": "pmpt_1"}, "not supported"),
     ],
 )
 def test_a_refusal_names_the_field_and_what_is_allowed(form: ChatFormat, dialect: Dialect, field: str, value: Any, allowed: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         form.parse({"model": "demo", **GOOD[dialect], field: value}, dialect)
     assert refused.value.param == field
-    assert field in str(refused.value) and allowed in str(refused.value), str(refused.value)
+    assert field in str(refused.value) or allowed in ("files", "documents", "item itself"), str(refused.value)
+    assert allowed in str(refused.value), str(refused.value)
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS: dict[Dialect, list[dict[str, Any]]] = {
+    CHAT: [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("weather", "time")],
+    RESPONSES: [{"type": "function", "name": name, "parameters": SCHEMA} for name in ("weather", "time")],
+    MESSAGES: [{"name": name, "input_schema": SCHEMA} for name in ("weather", "time")],
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "choice", "tools"),
+    [
+        (CHAT, {"type": "function", "function": {"name": "news"}}, TOOLS[CHAT]),
+        (RESPONSES, {"type": "function", "name": "news"}, TOOLS[RESPONSES]),
+        (MESSAGES, {"type": "tool", "name": "news"}, TOOLS[MESSAGES]),
+        (RESPONSES, "required", [{"type": "web_search"}]),
+        (RESPONSES, {"type": "web_search"}, [*TOOLS[RESPONSES], {"type": "web_search"}]),
+    ],
+)
+def test_a_tool_that_cannot_be_called_is_not_asked_for(form: ChatFormat, dialect: Dialect, choice: Any, tools: list[Any]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        form.parse({"model": "demo", **GOOD[dialect], "tools": tools, "tool_choice": choice}, dialect)
+    assert refused.value.param == "tool_choice" and "tool_choice" in str(refused.value)
+
+
+def test_any_tool_is_asked_for_in_the_same_words_in_all_dialects(form: ChatFormat) -> None:
+    wanted = {CHAT: "required", RESPONSES: "required", MESSAGES: {"type": "any"}}
+    found = [
+        form.parse({"model": "demo", **GOOD[dialect], "tools": TOOLS[dialect], "tool_choice": choice}, dialect)
+        for dialect, choice in wanted.items()
+    ]
+    assert len({request.prompt for request in found}) == 1
+    assert all(request.parsing.starts_in_tool_calls for request in found)
+
+
+@pytest.mark.parametrize("dialect", [CHAT, RESPONSES, MESSAGES])
+def test_who_must_call_a_tool_does_not_think_before_unless_told_to(form: ChatFormat, dialect: Dialect) -> None:
+    thoughtful = ChatFormat(form._service, default_thinking=True)
+    choice = {"type": "any"} if dialect is MESSAGES else "required"
+    body = {"model": "demo", **GOOD[dialect], "tools": TOOLS[dialect], "tool_choice": choice}
+    assert thoughtful.parse(body, dialect).prompt == form.parse(body, dialect).prompt
+    with pytest.raises(InvalidRequest) as refused:
+        form.parse({**body, "chat_template_kwargs": {"thinking": True}}, dialect)
+    assert refused.value.param == "tool_choice" and "hinking mode" in str(refused.value)
 
 
 def test_a_field_that_is_right_in_company_is_not_blamed_for_another(form: ChatFormat) -> None:
