@@ -11,10 +11,10 @@ import triton.language as tl
 
 
 @triton.jit
-def is_last(arrived_ptr, SPLITS: tl.constexpr):
-    """Whether all other programs of a tile have stored their part; the last one sets the count back to zero."""
+def is_last(arrived_ptr, splits):
+    """Whether all other programs of a tile, of `splits`, have stored their part; the last one sets the count back to zero."""
     tl.debug_barrier()
-    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLITS - 1
+    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == splits - 1
     if last:
         tl.store(arrived_ptr, 0)
     return last

@@ -30,9 +30,11 @@ def pool(device: torch.device, seed: int, units: int, rows: int, form: RowFormat
     return RowPool(form, memory[:, :split].unflatten(1, (rows, form.data_bytes)), scales)
 
 
-def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv_format: str = "fp8", is_alone: bool = False) -> Draw:
+def decode(
+    lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv_format: str = "fp8", is_alone: bool = False, places: int = 0
+) -> Draw:
     """Sequences of these lengths (0: a filler row) in a layer of this ratio. `is_alone`: its units lie side by side, not in pages and
-    slots of all layers."""
+    slots of all layers. `places`: for entries, if there are more than the longest list has."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         form, count = kv_rows(kv_format, 512, 64), len(lengths)
@@ -58,6 +60,7 @@ def decode(lengths: tuple[int, ...], heads: int, ratio: int, topk: int = 512, kv
         order = torch.rand(count, max(widest, 1), generator=generator(device, seed + 5), device=device)
         order = order.masked_fill(torch.arange(max(widest, 1), device=device) >= seen[:, None], 2.0).argsort(1)[:, :most]
         rows = torch.where(torch.arange(most, device=device) < used[:, None], first[:, None] + order, -1).int()
+        rows = torch.nn.functional.pad(rows, (0, max(0, places - most)), value=-1)
         return q, window, window_rows, entries, rows, used.int(), sink, SCALE, *turned, {}
 
     return draw
@@ -80,9 +83,15 @@ CASES = (
     _case("sequences for the kernel of long lists", decode((1, 0, 3, 4, 5, 127, 128, 129, 300), 4, 4, topk=64), small=True),
     _case("few sequences of window alone", decode((0, 5, 200), 4, 0), small=True),
     _case("four sequences", decode((0, 7, 130, 300), 4, 4, topk=40), small=True),
+    _case("one sequence, entries in shares", decode((1000,), 4, 4, topk=250), small=True),
+    _case("one sequence, fewer entries than places", decode((300,), 20, 4, topk=70, places=300), small=True),
+    _case("one sequence without entries, many places", decode((3,), 4, 128, places=250), small=True),
     _case("one sequence", decode((8192,), 64, 4)),
     _case("eight sequences, some short", decode((8192, 1, 0, 3000, 130, 127, 8000, 512), 64, 4)),
     _case("one sequence of many entries", decode((131000,), 64, 128)),
+    _case("one sequence of 900K tokens", decode((921600,), 64, 128, places=7232)),
+    _case("one short sequence in a bucket for long ones", decode((8192,), 64, 128, places=8192)),
+    _case("one sequence of many entries, bf16 rows", decode((400_000,), 64, 128, kv_format="bf16"), kv_format="bf16"),
     _case("sequences without entries beside ones with", decode((3, 4, 5, 127, 2500), 64, 4)),
     _case("fillers", decode((0, 700, 0), 64, 4)),
     _case("ratio 4, selected", decode((8192, 4096, 2047, 2049), 64, 4)),
@@ -123,4 +132,7 @@ def _bench(batch: int, context: int, ratio: int, heads: int = 64) -> Bench:
     )
 
 
-BENCH = tuple(_bench(batch, context, ratio) for batch in (1, 8, 32, 128) for context, ratio in ((8192, 0), (8192, 4), (131072, 128)))
+BENCH = (
+    *(_bench(batch, context, ratio) for batch in (1, 8, 32, 128) for context, ratio in ((8192, 0), (8192, 4), (131072, 128))),
+    *(_bench(batch, 921_600, 128) for batch in (1, 2, 8)),
+)

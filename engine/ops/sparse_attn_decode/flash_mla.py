@@ -1,5 +1,6 @@
-"""FlashMLA's sparse decode kernel over the pools where they lie: window and entries in one call. Few rows go to triton_few.py: FlashMLA
-gives a sequence of 640 to two multiprocessors, and takes launches to put the halves together and to turn the result back.
+"""FlashMLA's sparse decode kernel over the pools where they lie: window and entries in one call. Few rows, and one sequence, go to
+triton_few.py: FlashMLA gives a sequence of 640 to two multiprocessors, one of 7,200 to all, and takes launches to put the parts together
+and to turn the result back.
 
 Its tile schedule depends on the lengths alone, so it is worked out in the step's first layer of each kind and kept in the memo.
 """
@@ -20,7 +21,7 @@ HEADS = (64, 128)
 ROWS = 64
 """It takes rows by so many."""
 MOST_FEW_ROWS, MOST_FEW_ENTRIES = 2048, 512
-"""Rows of all sequences, and entries of one, up to which triton_few.py is faster on an H200."""
+"""Rows of all sequences, and entries of one among several, up to which triton_few.py is faster on an H200."""
 
 
 def run(
@@ -41,8 +42,9 @@ def run(
         return torch.empty_like(q)
     most = entry_rows.shape[1]
     is_few = most <= MOST_FEW_ENTRIES and sequences * (window_rows.shape[1] + most) <= MOST_FEW_ROWS
-    if is_few and triton_few.takes(sequences, most):
-        return triton_few.run_few(q.contiguous(), window, window_rows.contiguous(), entries, entry_rows, num_entries, sink, scale, cos, sin)
+    if (is_few or sequences == 1) and triton_few.takes(sequences, most):
+        few = q.contiguous(), window, window_rows.contiguous(), entries, entry_rows, num_entries, sink, scale, cos, sin
+        return triton_few.run_few(*few, memo)
     missing = next(known for known in HEADS if known >= heads) - heads
     if missing:
         q, sink = torch.nn.functional.pad(q, (0, 0, 0, missing)), torch.nn.functional.pad(sink, (0, missing))

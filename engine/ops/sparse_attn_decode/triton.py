@@ -134,7 +134,7 @@ def run(
     if not sequences:
         return out
     if takes(sequences, entry_rows.shape[1]):
-        return run_few(q.contiguous(), window, window_rows.contiguous(), entries, entry_rows, num_entries, sink, scale, cos, sin)
+        return run_few(q.contiguous(), window, window_rows.contiguous(), entries, entry_rows, num_entries, sink, scale, cos, sin, memo)
     if entries is None or not entry_rows.shape[1]:
         entries, num_entries = window, torch.zeros_like(num_entries)
     block = max(16, min(64, triton.next_power_of_2(heads)))
