@@ -10,7 +10,8 @@ from engine.ops.registry import Impl, Op
 
 
 def q_norm_rope(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
-    """q: [T, H, D] bf16 or fp32; cos, sin: fp32 [T, rope / 2]. Returns q's shape and dtype, rounded once at the end."""
+    """q: [T, H, D] bf16 or fp32; cos, sin: fp32 [T, rope / 2]. Returns q's shape and dtype, rounded once at the end. The caller
+    gives q up: a backend may change it in place and return it."""
     q64 = q.double()
     return rotate(q64 * torch.rsqrt(q64.square().mean(-1, keepdim=True) + eps), cos, sin).to(q.dtype)
 
