@@ -62,7 +62,7 @@ class MoE:
         if self._share is None:
             routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
         else:
-            arrived = self._share.dispatch(x, ids, weights, positions)
+            arrived = self._share.dispatch(x, ids, weights, positions, quantized)
             rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit, arrived.sum_dtype)
             routed = self._share.exchange.combine(rows, arrived)
         return routed, shared()

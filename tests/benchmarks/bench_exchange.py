@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
+from engine.model.quantized import FP8_BLOCK
 from engine.ops.exchange_pack_fp8 import row_words
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.expert_exchange.gather import GatherExchange
@@ -78,10 +79,11 @@ def ours(exchange: ExpertExchange, load: Load, group: Group, device: torch.devic
     positions = torch.arange(load.tokens, device=device)
     choice = SlotChoice(even_placement(load.experts, group.size), group.rank, device)
     exchange.rows = load.tokens
-    first = exchange.dispatch(x, ids, weights, positions, choice)
+    quantized = quantize_rows(x) if load.is_decode and load.hidden % FP8_BLOCK == 0 else None  # at hand, in a model's step
+    first = exchange.dispatch(x, ids, weights, positions, choice, quantized)
     rows = results_for(first, load.hidden)
     exchange.combine(rows, first)
-    return lambda: exchange.combine(rows, exchange.dispatch(x, ids, weights, positions, choice))
+    return lambda: exchange.combine(rows, exchange.dispatch(x, ids, weights, positions, choice, quantized))
 
 
 def results_for(arrived: Arrived, hidden: int) -> torch.Tensor:

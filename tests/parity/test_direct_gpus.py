@@ -15,7 +15,9 @@ import torch
 from core.clock import SystemClock
 from core.errors import GroupLost
 from engine.config import EngineConfig
+from engine.model.quantized import QuantizedRows
 from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.fp8_linear import quantize_rows
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, balanced_placement
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
@@ -46,17 +48,18 @@ def joined(rank: int, size: int, rendezvous: str, step_s: float) -> tuple[Group,
 
 
 class Step:
-    """A graph for so many tokens: their experts multiply by a number of their rank's."""
+    """A graph for so many tokens, in bf16 or FP8: their experts multiply by a number of their rank's."""
 
-    def __init__(self, exchange: Any, choice: SlotChoice, rank: int, tokens: int) -> None:
+    def __init__(self, exchange: Any, choice: SlotChoice, rank: int, tokens: int, is_quantized: bool = False) -> None:
         self.x = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
         self.ids = torch.zeros(tokens, TOP_K, dtype=torch.int64, device="cuda")
         self.weights = torch.zeros(tokens, TOP_K, device="cuda")
         self.positions = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        self.quantized = QuantizedRows.empty(tokens, HIDDEN, torch.bfloat16, self.x.device) if is_quantized else None
 
         def body() -> torch.Tensor:
-            arrived = exchange.dispatch(self.x, self.ids, self.weights, self.positions, choice)
-            rows = arrived.x.float() * (arrived.weights * (arrived.ids >= 0)).sum(1, keepdim=True) * (1.0 + rank / 3)
+            arrived = exchange.dispatch(self.x, self.ids, self.weights, self.positions, choice, self.quantized)
+            rows = wide(arrived.x) * (arrived.weights * (arrived.ids >= 0)).sum(1, keepdim=True) * (1.0 + rank / 3)
             return exchange.combine(rows, arrived)
 
         self.body = body
@@ -71,6 +74,10 @@ class Step:
     def draw(self, is_idle: bool) -> None:
         """On the device; weights are multiples of 1/64, so that their sums are exact."""
         self.x.normal_()
+        if self.quantized is not None:
+            rows = quantize_rows(self.x)
+            self.quantized.codes.copy_(rows.codes)
+            self.quantized.scale.copy_(rows.scale)
         self.ids.copy_(torch.rand(len(self.x), EXPERTS, device="cuda").argsort(1)[:, :TOP_K])
         self.weights.copy_(torch.randint(1, 64, self.weights.shape, device="cuda") / 64)
         self.positions.copy_(torch.arange(len(self.x), device="cuda") if not is_idle else -1)
@@ -79,11 +86,15 @@ class Step:
 
     def expected(self, choice: SlotChoice, size: int) -> torch.Tensor:
         slots = torch.where(self.positions[:, None] >= 0, choice(self.ids), -1)
-        total = torch.zeros(len(self.x), HIDDEN, device="cuda")
+        total, x = torch.zeros(len(self.x), HIDDEN, device="cuda"), wide(self.x if self.quantized is None else self.quantized)
         for rank in range(size):
             is_there = (slots >= 0) & (slots // PLACEMENT_OF[size].slots_per_rank == rank)
-            total += self.x.float() * (self.weights * is_there).sum(1, keepdim=True) * (1.0 + rank / 3)
+            total += x * (self.weights * is_there).sum(1, keepdim=True) * (1.0 + rank / 3)
         return total
+
+
+def wide(x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+    return x.float() if isinstance(x, torch.Tensor) else x.double().float()
 
 
 def take_streams_in_turn(step: Step, choice: SlotChoice, size: int) -> None:
@@ -101,7 +112,7 @@ def take_streams_in_turn(step: Step, choice: SlotChoice, size: int) -> None:
 
 def replay(rank: int, size: int, rendezvous: str) -> None:
     group, exchange, choice = joined(rank, size, rendezvous, 60.0)
-    steps = [Step(exchange, choice, rank, tokens) for tokens in reversed(SIZES)]
+    steps = [Step(exchange, choice, rank, tokens, is_quantized) for tokens in reversed(SIZES) for is_quantized in (False, True)]
     order, pace = random.Random(7), random.Random(rank)
     torch.manual_seed(rank)
     for step in steps:

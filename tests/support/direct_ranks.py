@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=1 python -m tests.support.direct_ranks RANKS HIDDEN
 
-Each rank takes COUNTS steps, one after the other, at its own pace, and compares what it gets with what all ranks' tokens say. Then rank 1
-falls silent between a dispatch and its combine. Prints a JSON line a rank: {"rank", "problem": null or text, "is_empty": all inboxes,
-before that step; "lost": what was raised then, "nan": whether what the step made is all NaN}.
+Each rank takes COUNTS steps, one after the other, at its own pace, tokens in FP8 in odd ones, and compares what it gets with what all
+ranks' tokens say. Then rank 1 falls silent between a dispatch and its combine. Prints a JSON line a rank: {"rank", "problem": null or
+text, "is_empty": all inboxes, before that step; "lost": what was raised then, "nan": whether what the step made is all NaN}.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from typing import Any
 import torch
 
 from core.errors import GroupLost
+from engine.model.quantized import QuantizedRows
 from engine.ops.exchange_unpack import places_here
 from engine.ops.expert_exchange import ExchangeShape, triton_direct
 from engine.ops.expert_exchange.direct import DirectExchange, Inbox
+from engine.ops.fp8_linear import quantize_rows
+from engine.ops.moe_experts import Rooms
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, balanced_placement
 from engine.parallel.group import Limits, Seat
 
@@ -62,6 +65,18 @@ def tokens_of(rank: int, step: int, hidden: int) -> tuple[torch.Tensor, torch.Te
     return x, ids, torch.rand(count, TOP_K, generator=draw), positions
 
 
+def quantized_of(x: torch.Tensor) -> QuantizedRows:
+    """With a word that looks EMPTY."""
+    rows = quantize_rows(x.nan_to_num(9.0))
+    rows.codes.view(torch.int32)[:1, :1] = -1
+    return rows
+
+
+def values(x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+    """fp32, with scales if there are; NaN is 9."""
+    return torch.cat((x.codes.float(), x.scale), dim=1).nan_to_num(9.0) if isinstance(x, QuantizedRows) else x.float().nan_to_num(9.0)
+
+
 def sums_of(rank: int, step: int, size: int, hidden: int) -> torch.Tensor:
     """fp32: what a rank's experts make of the rows of all ranks; magnitudes differ, so that the order of additions tells."""
     draw = torch.Generator().manual_seed(5000 + 1000 * step + rank)
@@ -74,12 +89,15 @@ def take_steps(exchange: DirectExchange, rank: int, size: int, hidden: int, plac
     pace = random.Random(rank)
     for step, count in enumerate(COUNTS):
         time.sleep(pace.choice((0, 0, 0.002)))
-        arrived = exchange.dispatch(*tokens_of(rank, step, hidden), choices[rank])
+        mine = tokens_of(rank, step, hidden)
+        arrived = exchange.dispatch(*mine, choices[rank], quantized_of(mine[0]) if step % 2 else None)
         drawn = [tokens_of(other, step, hidden) for other in range(size)]
         slots = torch.cat([torch.where(one[3][:, None] >= 0, choice(one[1]), -1) for one, choice in zip(drawn, choices, strict=True)])
         exchange.check()
-        expected = torch.cat([one[0] for one in drawn])
-        assert torch.equal(arrived.x.nan_to_num(9.0), expected.nan_to_num(9.0)), f"step {step}: values"
+        expected = [quantized_of(one[0]) if step % 2 else one[0] for one in drawn]
+        assert isinstance(arrived.x, type(expected[0])) and not isinstance(arrived.x, Rooms), f"step {step}: {type(arrived.x)}"
+        assert arrived.ids is not None and arrived.weights is not None
+        assert torch.equal(values(arrived.x), torch.cat([values(one) for one in expected])), f"step {step}: values"
         assert torch.equal(arrived.ids, places_here(slots, rank, placement.slots_per_rank)), f"step {step}: slots"
         assert torch.equal(arrived.weights, torch.cat([one[2] for one in drawn])), f"step {step}: weights"
         time.sleep(pace.choice((0, 0, 0.002)))
@@ -103,9 +121,11 @@ def lose_a_rank(exchange: DirectExchange, rank: int, hidden: int, placement: Exp
     arrived = exchange.dispatch(*tokens, choice)
     if rank == 1:
         return "", False
-    is_nan = bool(exchange.combine(torch.ones(arrived.x.shape), arrived).isnan().all())
+    assert isinstance(arrived.x, torch.Tensor)
+    sums = torch.ones(arrived.x.shape)
+    is_nan = bool(exchange.combine(sums, arrived).isnan().all())
     exchange._patience = 2**31 - 1
-    later = exchange.combine(torch.ones(arrived.x.shape), exchange.dispatch(*tokens, choice))
+    later = exchange.combine(sums, exchange.dispatch(*tokens, choice))
     try:
         exchange.check()
     except GroupLost as error:

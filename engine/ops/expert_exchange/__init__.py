@@ -59,9 +59,18 @@ class ExpertExchange(Protocol):
     rows: int
     """Set before a step: how many rows the ranks bring at most, where they have agreed on it; 0 where they have not."""
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        positions: torch.Tensor,
+        choice: SlotChoice,
+        quantized: QuantizedRows | None = None,
+    ) -> Arrived:
         """x: [T, d]; ids: int64 [T, k], the experts; weights: fp32 [T, k]; positions: int64 [T], -1 for rows that only fill up and
-        whose results nobody reads; choice: which copy of an expert to use, and where tokens are counted."""
+        whose results nobody reads; choice: which copy of an expert to use, and where tokens are counted; quantized: x in FP8, if it is
+        at hand, which may be sent in its place."""
         ...
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
@@ -99,7 +108,15 @@ class RowExchange:
         assert shape.num_slots % group.size == 0, f"{shape.num_slots} slots on {group.size} ranks"
         self._group, self._slots_per_rank = group, shape.num_slots // group.size
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        positions: torch.Tensor,
+        choice: SlotChoice,
+        quantized: QuantizedRows | None = None,
+    ) -> Arrived:
         (num_tokens, top_k), slots = ids.shape, choice.counted(ids, positions)
         by_slot = torch.sort(slots.flatten(), stable=True).indices
         token = by_slot // top_k

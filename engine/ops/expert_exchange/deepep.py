@@ -99,7 +99,15 @@ class NormalExchange(_Buffer):
             max(config.get_rdma_buffer_size_hint(row_bytes, group.size) for config in configs),
         )
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        positions: torch.Tensor,
+        choice: SlotChoice,
+        quantized: QuantizedRows | None = None,
+    ) -> Arrived:
         codes, scale, slots = self._ops.exchange_slots_fp8(x, ids, positions, choice.table, choice.turns, choice.load)
         per_rank, per_rdma_rank, per_slot, is_in_rank, _ = self._buffer.get_dispatch_layout(slots, self._num_slots)
         (rows, row_scales), places, row_weights, _, handle, _ = self._buffer.dispatch(
@@ -135,7 +143,15 @@ class LowLatencyExchange(_Buffer):
         hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(self._max_tokens, shape.hidden_size, group.size, shape.num_slots)
         super().__init__(group, 0, hint, low_latency_mode=True, num_qps_per_rank=self._experts, allow_mnnvl=True)
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        positions: torch.Tensor,
+        choice: SlotChoice,
+        quantized: QuantizedRows | None = None,
+    ) -> Arrived:
         """weights stay at home: `combine` applies them. Rows that only fill up go nowhere."""
         assert len(x) <= self._max_tokens, f"{len(x)} tokens; the buffers are for {self._max_tokens}"
         slots = self._ops.exchange_slots(ids, positions, choice.table, choice.turns, choice.load)

@@ -21,6 +21,7 @@ import torch
 
 from core.errors import ConfigError, GroupLost
 from core.log import get_logger
+from engine.model.quantized import FP8_BLOCK, QuantizedRows
 from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
 from engine.ops.expert_exchange.gather import GatherExchange, PaddedGatherExchange
 from engine.ops.expert_exchange.triton_direct import TICK_BITS, TOLD, combine, dispatch
@@ -95,15 +96,24 @@ class DirectExchange:
         self._patience = ticks_of(group.limits.step_s)
         group.when_lost(self.give_up)
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        positions: torch.Tensor,
+        choice: SlotChoice,
+        quantized: QuantizedRows | None = None,
+    ) -> Arrived:
         if len(x) > self._inbox.tokens:
-            arrived = self._others.dispatch(x, ids, weights, positions, choice)
+            arrived = self._others.dispatch(x, ids, weights, positions, choice, quantized)
             return dataclasses.replace(arrived, way_back=arrived)
         self._order.join()
         assert ids.shape[1] <= MOST_EXPERTS, f"{ids.shape[1]} experts a token; there is room for {MOST_EXPERTS}"
         dispatched, combined = self._lost
+        sent = x if quantized is None or x.shape[1] % FP8_BLOCK else quantized
         rows = dispatch(
-            x, ids, weights, positions, (choice.table, choice.turns, choice.load), self._inboxes, self._inbox.labels_at,
+            sent, ids, weights, positions, (choice.table, choice.turns, choice.load), self._inboxes, self._inbox.labels_at,
             (combined, dispatched, self._told), self._rank, self._slots_per_rank, self._patience,
         )  # fmt: skip
         return Arrived(*rows, None)

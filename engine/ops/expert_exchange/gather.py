@@ -26,7 +26,15 @@ class GatherExchange:
     def __init__(self, group: Group, shape: ExchangeShape, ops: BoundOps) -> None:
         self._group, self._ops, self._slots_per_rank = group, ops, shape.num_slots // group.size
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        positions: torch.Tensor,
+        choice: SlotChoice,
+        quantized: QuantizedRows | None = None,
+    ) -> Arrived:
         message = self._ops.exchange_pack(x, ids, weights, positions, choice.table, choice.turns, choice.load)
         every = message.new_empty(self._group.size * len(x), message.shape[1])
         with self._group.working("the gathering of tokens"):
@@ -54,7 +62,15 @@ class PaddedGatherExchange:
         self._group, self._ops, self._slots_per_rank = group, ops, shape.num_slots // group.size
         self.rows = 0
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, choice: SlotChoice) -> Arrived:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        positions: torch.Tensor,
+        choice: SlotChoice,
+        quantized: QuantizedRows | None = None,
+    ) -> Arrived:
         rows = self.rows or self._most(len(x))
         assert len(x) <= rows, f"{len(x)} rows in a step of {rows}"
         tokens = x, ids, weights, positions, choice.table, choice.turns, choice.load

@@ -2,17 +2,18 @@
 
 Every rank has an inbox that all ranks have mapped:
 
-    values   [ranks, tokens, words of x]    int32
+    values   [ranks, tokens, words of x]    int32: x as it is, or its FP8 codes and then their scales
     labels   [ranks, tokens, k]             int64: slot << 32 | bits of the weight
     sums     [ranks, tokens, d]             int32: bits of fp32
 
 A word of an inbox that is EMPTY (all bits set) has not arrived. Its sender stores another value there, once; its owner reads it until it
 is another one, and makes it EMPTY again. So there are no flags, no fences between data and flags, and no counters that a replayed graph
 had to advance: a store of 32 or 64 aligned bits is seen whole or not at all, whatever order words travel in. Values that look EMPTY
-are NaN, of bf16 twice or of fp32, and are sent as another NaN. Slots are sent as -2 where there is none.
+are NaN, of bf16 twice, of fp32 or of FP8 four times, and are sent as another NaN. Slots are sent as -2 where there is none. What a rank
+has for itself stays out of its inbox.
 
 Why one inbox is enough, and nothing is stored over what is not read yet. Take ranks p and r, whose exchanges are dispatch 1, combine 1,
-dispatch 2, ..., each with at least one word from every rank to every rank. Each is a kernel, in this order on its rank's stream, and
+dispatch 2, ..., each with at least one word from every rank to every other. Each is a kernel, in this order on its rank's stream, and
 does nothing before the one before it has ended.
 
 values, labels   p stores those of dispatch n + 1 after its combine n, which ended when it had r's sums n. r sent these in its combine n,
@@ -32,16 +33,20 @@ same. For the same reason words are looked at in blocks that leave no two thread
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
+from engine.model.quantized import QuantizedRows
 from engine.ops.triton_rounding import INTERPRETED
 
 PART = 512
-"""Words of a row that a program moves at a time."""
+"""Words of a row that a program moves at a time, if there are few."""
 MOST_PROGRAMS = 256
-"""Of a kernel: fewer than two a multiprocessor on the smallest GPU (132 of them), where four find room."""
+"""Of a kernel: fewer than two a multiprocessor on the smallest GPU (132 of them), where two find room."""
 LOOKS = 1024
 """At an inbox, between two at the clock and at what the host says, which is across PCIe."""
 THREADS = tl.constexpr(128)
@@ -101,31 +106,38 @@ def _take(pointers, mask, now_ptr, told_ptr, patience, LOOKS: tl.constexpr, TOLD
 
 @triton.jit(do_not_specialize=["tokens", "copies", "first_slot", "num_slots", "me", "patience"])
 def direct_dispatch_kernel(
-    x_ptr, ids_ptr, weights_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, inboxes_ptr, before_ptr, now_ptr, told_ptr,
-    out_x_ptr, out_ids_ptr, out_weights_ptr, labels_at, width, tokens, copies, first_slot, num_slots, me, patience,
-    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, TOP_K: tl.constexpr, PADDED_K: tl.constexpr, PART: tl.constexpr,
-    LOOKS: tl.constexpr, TOLD: tl.constexpr,
+    x_ptr, scales_ptr, ids_ptr, weights_ptr, positions_ptr, table_ptr, turns_ptr, load_ptr, inboxes_ptr, before_ptr, now_ptr, told_ptr,
+    out_x_ptr, out_scales_ptr, out_ids_ptr, out_weights_ptr, labels_at, width, groups, scale_row_stride, scale_group_stride,
+    tokens, copies, first_slot, num_slots, me, patience,
+    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, TOP_K: tl.constexpr, PADDED_K: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    PART: tl.constexpr, LOOKS: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
-    """x and the weights are 32-bit words, `width` of x in a row. The last part of a token is its labels."""
+    """x, the scales and the weights are 32-bit words, `width` of x in a row, and `groups` scales, behind it in an inbox, or 0.
+    The last parts of a token are its labels, and its scales."""
     parts = tl.cdiv(width, PART)
-    items = tokens * (parts + 1)
+    per_token = parts + 1 + tl.minimum(groups, 1)
+    items = tokens * per_token
+    row_words = width + groups
     source = tl.expand_dims(tl.arange(0, PADDED_SIZE), 1)
     word = tl.expand_dims(tl.arange(0, PART), 0)
     place = tl.expand_dims(tl.arange(0, PADDED_K), 0)
+    group = tl.expand_dims(tl.arange(0, PADDED_GROUPS), 0)
     values = _boxes(inboxes_ptr, 0, SIZE, PADDED_SIZE, tl.int32)
     labels = _boxes(inboxes_ptr, labels_at, SIZE, PADDED_SIZE, tl.int64)
     is_alive = tl.load(before_ptr) == 0
     tl.store(now_ptr, 1, mask=is_alive == 0)
     patience = tl.where(is_alive, patience, 0)
+    goes = (source < SIZE) & (source != me) & is_alive
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        token, part = item // (parts + 1), item % (parts + 1)
+        token, part = item // per_token, item % per_token
         row = me * tokens + token
         if part < parts:
             at = part * PART + word
             words = tl.load(x_ptr + token * width + at, mask=at < width, other=0)
             words = tl.where(words == -1, 0x7FFF7FFF, words)
-            tl.store(values + row * width + at, tl.broadcast_to(words, [PADDED_SIZE, PART]), mask=(source < SIZE) & (at < width) & is_alive)
-        else:
+            tl.store(values + row * row_words + at, tl.broadcast_to(words, [PADDED_SIZE, PART]), mask=goes & (at < width))
+            tl.store(out_x_ptr + row * width + at, words, mask=at < width)
+        if part == parts:
             there = place < TOP_K
             expert = tl.load(ids_ptr + token * TOP_K + place, mask=there, other=0)
             weight = tl.load(weights_ptr + token * TOP_K + place, mask=there, other=0)
@@ -133,28 +145,41 @@ def direct_dispatch_kernel(
             slot = tl.load(table_ptr + expert * copies + turn, mask=there, other=0)
             counts = there & (tl.load(positions_ptr + token) >= 0)
             label = (tl.where(counts, slot, -2) << 32) | (weight.to(tl.int64) & 0xFFFFFFFF)
-            goes = (source < SIZE) & there & is_alive
-            tl.store(labels + row * TOP_K + place, tl.broadcast_to(label, [PADDED_SIZE, PADDED_K]), mask=goes)
+            tl.store(labels + row * TOP_K + place, tl.broadcast_to(label, [PADDED_SIZE, PADDED_K]), mask=goes & there)
+            here = counts & (slot >= first_slot) & (slot < first_slot + num_slots)
+            tl.store(out_ids_ptr + row * TOP_K + place, tl.where(here, slot - first_slot, -1), mask=there)
+            tl.store(out_weights_ptr + row * TOP_K + place, weight, mask=there)
             tl.atomic_add(load_ptr + expert, tl.full([1, PADDED_K], 1, tl.int64), mask=counts, sem="relaxed")
+        if part > parts:
+            words = tl.load(scales_ptr + token * scale_row_stride + group * scale_group_stride, mask=group < groups, other=0)
+            words = tl.where(words == -1, 0x7FFF7FFF, words)
+            into = values + row * row_words + width + group
+            tl.store(into, tl.broadcast_to(words, [PADDED_SIZE, PADDED_GROUPS]), mask=goes & (group < groups))
+            tl.store(out_scales_ptr + row * groups + group, words, mask=group < groups)
     tl.debug_barrier()
     inbox = tl.load(inboxes_ptr + me)
     my_values = tl.multiple_of(inbox.to(tl.pointer_type(tl.int32)), 16)
     my_labels = tl.multiple_of((inbox + labels_at).to(tl.pointer_type(tl.int64)), 16)
+    comes = (source < SIZE) & (source != me)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        token, part = item // (parts + 1), item % (parts + 1)
+        token, part = item // per_token, item % per_token
         row = source * tokens + token
         if part < parts:
             at = part * PART + word
-            mask = (source < SIZE) & (at < width)
-            words = _take(my_values + row * width + at, mask, now_ptr, told_ptr, patience, LOOKS, TOLD)
+            mask = comes & (at < width)
+            words = _take(my_values + row * row_words + at, mask, now_ptr, told_ptr, patience, LOOKS, TOLD)
             tl.store(out_x_ptr + row * width + at, words, mask=mask)
-        else:
-            there = (source < SIZE) & (place < TOP_K)
+        if part == parts:
+            there = comes & (place < TOP_K)
             label = _take(my_labels + row * TOP_K + place, there, now_ptr, told_ptr, patience, LOOKS, TOLD)
             slot = label >> 32
             here = (slot >= first_slot) & (slot < first_slot + num_slots)
             tl.store(out_ids_ptr + row * TOP_K + place, tl.where(here, slot - first_slot, -1), mask=there)
             tl.store(out_weights_ptr + row * TOP_K + place, label.to(tl.int32), mask=there)
+        if part > parts:
+            mask = comes & (group < groups)
+            words = _take(my_values + row * row_words + width + group, mask, now_ptr, told_ptr, patience, LOOKS, TOLD)
+            tl.store(out_scales_ptr + row * groups + group, words, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "me", "patience"])
@@ -171,9 +196,10 @@ def direct_combine_kernel(
     is_alive = tl.load(before_ptr) == 0
     tl.store(now_ptr, 1, mask=is_alive == 0)
     patience = tl.where(is_alive, patience, 0)
+    comes = (source < SIZE) & (source != me)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         token, at = item // parts, (item % parts) * PART + word
-        mask = (source < SIZE) & (at < width)
+        mask = comes & (at < width)
         words = tl.load(rows_ptr + (source * tokens + token) * width + at, mask=mask, other=0)
         words = tl.where(words == -1, 0x7FFF7FFF, words)
         tl.store(sums + (me * tokens + token) * width + at, words, mask=mask & is_alive)
@@ -181,9 +207,10 @@ def direct_combine_kernel(
     my_sums = tl.multiple_of((tl.load(inboxes_ptr + me) + sums_at).to(tl.pointer_type(tl.int32)), 16)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         token, at = item // parts, (item % parts) * PART + word
-        mask = (source < SIZE) & (at < width)
+        mine = tl.load(rows_ptr + (me * tokens + token) * width + at, mask=at < width, other=0)
+        mask = comes & (at < width)
         words = _take(my_sums + (source * tokens + token) * width + at, mask, now_ptr, told_ptr, patience, LOOKS, TOLD)
-        found = words.to(tl.float32, bitcast=True)
+        found = tl.where(source == me, mine, words).to(tl.float32, bitcast=True)
         total = tl.sum(tl.where(source == 0, found, 0.0), 0)
         for rank in tl.static_range(1, SIZE):
             total += tl.sum(tl.where(source == rank, found, 0.0), 0)
@@ -191,12 +218,27 @@ def direct_combine_kernel(
         tl.store(out_ptr + token * width + at_1, total, mask=at_1 < width)
 
 
-def _programs(items: int) -> tuple[int]:
-    return (min(items, MOST_PROGRAMS),)
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a kernel's words are cut into items."""
+
+    part: int
+    warps: int
+
+    def programs(self, tokens: int, width: int, others: int) -> tuple[int]:
+        """For rows of `width` words, and so many items of each token besides."""
+        return (min(tokens * (triton.cdiv(width, self.part) + others), MOST_PROGRAMS),)
+
+
+def cut(tokens: int, width: int, size: int) -> Cut:
+    """Long parts where programs have several: more is under way at a time."""
+    if tokens * triton.cdiv(width, PART) < 4 * MOST_PROGRAMS:
+        return Cut(PART, 4)
+    return Cut(max(PART, min(triton.next_power_of_2(width), 4096 // triton.next_power_of_2(size))), 8)
 
 
 def dispatch(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     ids: torch.Tensor,
     weights: torch.Tensor,
     positions: torch.Tensor,
@@ -207,25 +249,30 @@ def dispatch(
     rank: int,
     slots_per_rank: int,
     patience: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor, torch.Tensor]:
     """x, ids, weights, positions and choice (table, turns, load) as `exchange_pack` takes them, the results as those of `exchange_unpack`:
-    rows of rank 0, then 1, ... inboxes: int64 [ranks], addresses; labels_at: bytes from there; flags: int32 [1], [1] and [TOLD]
-    (before, now, told)."""
-    assert all(one.is_contiguous() for one in (x, ids, weights, positions, *choice)), f"{x.stride()=} {ids.stride()=}"
-    words, (tokens, top_k), size = x.view(torch.int32), ids.shape, len(inboxes)
-    out = torch.empty(size * tokens, words.shape[1], dtype=torch.int32, device=x.device)
+    rows of rank 0, then 1, ..., in FP8 if x is. inboxes: int64 [ranks], addresses; labels_at: bytes from there; flags: int32 [1], [1] and
+    [TOLD] (before, now, told)."""
+    values, scale = (x, None) if isinstance(x, torch.Tensor) else (x.codes, x.scale)
+    assert all(one.is_contiguous() for one in (values, ids, weights, positions, *choice)), f"{values.stride()=} {ids.stride()=}"
+    words, (tokens, top_k), size = values.view(torch.int32), ids.shape, len(inboxes)
+    width, groups = words.shape[1], 0 if scale is None else scale.shape[1]
+    out = torch.empty(size * tokens, width, dtype=torch.int32, device=x.device)
+    out_scale = out if scale is None else torch.empty(size * tokens, groups, dtype=torch.float32, device=x.device)
     out_ids = torch.empty(size * tokens, top_k, dtype=torch.int64, device=x.device)
     out_weights = torch.empty(size * tokens, top_k, dtype=torch.float32, device=x.device)
     if tokens:
-        parts = triton.cdiv(words.shape[1], PART)
-        direct_dispatch_kernel[_programs(tokens * (parts + 1))](
-            words, ids, weights.view(torch.int32), positions, *choice, inboxes, *flags,
-            out, out_ids, out_weights.view(torch.int32),
-            labels_at, words.shape[1], tokens, choice[0].shape[1], rank * slots_per_rank, slots_per_rank, rank, patience,
+        plan, strides = cut(tokens, width, size), (0, 0) if scale is None else scale.stride()
+        direct_dispatch_kernel[plan.programs(tokens, width, 2 if groups else 1)](
+            words, words if scale is None else scale.view(torch.int32), ids, weights.view(torch.int32), positions, *choice, inboxes, *flags,
+            out, out_scale.view(torch.int32), out_ids, out_weights.view(torch.int32),
+            labels_at, width, groups, *strides, tokens, choice[0].shape[1], rank * slots_per_rank, slots_per_rank, rank, patience,
             SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), TOP_K=top_k, PADDED_K=max(LEAST_BLOCK, triton.next_power_of_2(top_k)),
-            PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4,
+            PADDED_GROUPS=max(LEAST_BLOCK, triton.next_power_of_2(groups)),
+            PART=plan.part, LOOKS=LOOKS, TOLD=TOLD, num_warps=plan.warps,
         )  # fmt: skip
-    return out.view(x.dtype), out_ids, out_weights
+    rows = out.view(values.dtype)
+    return rows if isinstance(x, torch.Tensor) else QuantizedRows(rows, out_scale, x.dtype), out_ids, out_weights
 
 
 def combine(
@@ -242,26 +289,37 @@ def combine(
     tokens = len(rows) // size
     out = torch.empty(tokens, width, dtype=torch.float32, device=rows.device)
     if tokens:
-        direct_combine_kernel[_programs(tokens * triton.cdiv(width, PART))](
+        plan = cut(tokens, width, size)
+        direct_combine_kernel[plan.programs(tokens, width, 0)](
             rows.view(torch.int32), inboxes, *flags, out, sums_at, width, tokens, rank, patience,
-            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), PART=PART, LOOKS=LOOKS, TOLD=TOLD, num_warps=4,
+            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), PART=plan.part, LOOKS=LOOKS, TOLD=TOLD, num_warps=plan.warps,
         )  # fmt: skip
     return out
 
 
-_SIZES = [{"SIZE": size, "PADDED_SIZE": triton.next_power_of_2(size), "PART": PART, "LOOKS": LOOKS, "TOLD": TOLD} for size in (2, 3, 4, 8)]
 _FLAGS = dict.fromkeys(("before_ptr", "now_ptr", "told_ptr"), "*i32")
 _NUMBERS = dict.fromkeys(("tokens", "copies", "first_slot", "num_slots", "me", "patience"), "i32") | {"width": "i32:16"}
+_SCALES = {"groups": "i32:16", "scale_row_stride": "i32", "scale_group_stride": "i32"}
 _LONGS = ("ids_ptr", "positions_ptr", "table_ptr", "turns_ptr", "load_ptr", "inboxes_ptr", "out_ids_ptr")
-_WORDS = ("x_ptr", "weights_ptr", "out_x_ptr", "out_weights_ptr")
+_WORDS = ("x_ptr", "scales_ptr", "weights_ptr", "out_x_ptr", "out_scales_ptr", "out_weights_ptr")
+
+
+def _sizes(tokens: int, width: int) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    for size in (2, 3, 4, 8):
+        plan = cut(tokens, width, size)
+        constants = {"SIZE": size, "PADDED_SIZE": triton.next_power_of_2(size), "PART": plan.part, "LOOKS": LOOKS, "TOLD": TOLD}
+        yield constants, {"num_warps": plan.warps}
+
+
 AOT = [
     (
         direct_dispatch_kernel,
-        dict.fromkeys(_LONGS, "*i64") | dict.fromkeys(_WORDS, "*i32") | _FLAGS | _NUMBERS | {"labels_at": "i32:16"},
-        sizes | {"TOP_K": 6, "PADDED_K": LEAST_BLOCK},
-        {"num_warps": 4},
+        dict.fromkeys(_LONGS, "*i64") | dict.fromkeys(_WORDS, "*i32") | _FLAGS | _NUMBERS | _SCALES | {"labels_at": "i32:16"},
+        sizes | {"TOP_K": 6, "PADDED_K": LEAST_BLOCK, "PADDED_GROUPS": LEAST_BLOCK},
+        options,
     )
-    for sizes in _SIZES
+    for tokens, width in ((1, 1024), (256, 1792))
+    for sizes, options in _sizes(tokens, width)
 ] + [
     (
         direct_combine_kernel,
@@ -269,7 +327,8 @@ AOT = [
         | _FLAGS
         | {name: _NUMBERS[name] for name in ("width", "tokens", "me", "patience")},
         sizes,
-        {"num_warps": 4},
+        options,
     )
-    for sizes in _SIZES
+    for tokens in (1, 256)
+    for sizes, options in _sizes(tokens, 4096)
 ]  # fmt: skip

@@ -28,7 +28,7 @@ CONTEXT = 0x5EED
 
 def test_tokens_arrive_and_sums_return_while_ranks_run_apart_until_one_falls_silent() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "tests.support.direct_ranks", str(RANKS), "600"]
+    command = [sys.executable, "-m", "tests.support.direct_ranks", str(RANKS), "640"]
     environment, timeout_s = {**os.environ, "TRITON_INTERPRET": "1"}, 120 * overload()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr
