@@ -128,7 +128,7 @@ class Controller:
 
     def _start(self, role: str, index: int) -> None:
         life = self.lives[role, index] = self._life(role, index)
-        life.begin(lambda ranks: self._plan(life, ranks))
+        life.begin(lambda ranks: self._plan(life, ranks), self._is_there)
 
     def _life(self, role: str, index: int) -> ReplicaLife:
         return ReplicaLife(self.spec, role, index, self.logs, self.token, self.fleet, self.clock)
@@ -139,6 +139,9 @@ class Controller:
         others = (other.plan for other in self.lives.values() if other is not life and other.role != "router")
         used = collections.Counter(node for plan in others if plan is not None for node in plan.nodes)
         return plan_replica(self.spec.placement, ranks, self._nodes, used)
+
+    def _is_there(self, plan: Plan) -> bool:
+        return {node.node_id for node in self._nodes} >= set(plan.nodes)
 
     async def _stop(self, role: str, index: int) -> None:
         await self.lives[role, index].stop()

@@ -64,9 +64,9 @@ class ReplicaLife:
         """Its ranks as the routers are to know them."""
         return [dataclasses.replace(report.member, state=state) for report in self.reports if report.member is not None]
 
-    def begin(self, make_plan: Callable[[int], Plan]) -> None:
-        """Place and start it. `make_plan(ranks)` raises Unplaceable while there is no room."""
-        self._task = asyncio.create_task(self._guard(self._start(make_plan)))
+    def begin(self, make_plan: Callable[[int], Plan], is_there: Callable[[Plan], bool]) -> None:
+        """Place and start it. `make_plan(ranks)` raises Unplaceable while there is no room; `is_there`: whether a plan's nodes live."""
+        self._task = asyncio.create_task(self._guard(self._start(make_plan, is_there)))
 
     async def adopt(self) -> bool:
         """Take over running actors of this name. False if one is missing or not ready; then `stop` ends what is there."""
@@ -114,8 +114,8 @@ class ReplicaLife:
             self._failed = True
             self._fleet.failed(self.role, self.index, reason_of(error), self._clock.now())
 
-    async def _start(self, make_plan: Callable[[int], Plan]) -> None:
-        self.plan = await self._place(make_plan)
+    async def _start(self, make_plan: Callable[[int], Plan], is_there: Callable[[Plan], bool]) -> None:
+        self.plan = await self._place(make_plan, is_there)
         self._fleet.placed(self.role, self.index, self._clock.now())
         for rank, node in enumerate(self.plan.nodes):
             assignment = self._assignment(rank)
@@ -125,21 +125,27 @@ class ReplicaLife:
         self._fleet.ready(self.role, self.index, self._clock.now())
         await self._watch()
 
-    async def _place(self, make_plan: Callable[[int], Plan]) -> Plan:
+    async def _place(self, make_plan: Callable[[int], Plan], is_there: Callable[[Plan], bool]) -> Plan:
         """Choose nodes and wait for Ray to set the resources aside. Ends only with a place: the Fleet watches the time."""
         while True:
             try:
                 plan = make_plan(self._spec.ranks_per_replica(self.role))
-                break
             except Unplaceable as error:
                 self._fleet.unplaced(self.role, self.index, str(error))
                 await asyncio.sleep(1.0)
-        if self.role == "router":
-            return plan
+                continue
+            if self.role == "router":
+                return plan
+            self.plan = plan
+            if await self._set_aside(plan, is_there):
+                return plan
+            log.info("placement.lost", replica=self.name, nodes=",".join(plan.nodes))
+
+    async def _set_aside(self, plan: Plan, is_there: Callable[[Plan], bool]) -> bool:
+        """Returns when Ray has set the resources aside; False if a node of the plan is gone, for which Ray would wait for ever."""
         bundle: dict[str, float] = {"CPU": self._spec.placement.cpus_per_rank}
         if self._spec.placement.gpus_per_rank:
             bundle["GPU"] = self._spec.placement.gpus_per_rank
-        self.plan = plan
         asked = f"Ray has not set aside {_resources(bundle)} for each of {len(plan.nodes)} ranks on the nodes chosen"
         self._fleet.placing(self.role, self.index, asked)
         self._remove_leftover()
@@ -152,11 +158,15 @@ class ReplicaLife:
         )
         patient_until = self._clock.now() + PLACEMENT_PATIENCE_S
         while not await asyncio.to_thread(self._group.wait, 0.01):
+            if not is_there(plan):
+                remove_placement_group(self._group)
+                self._group = None
+                return False
             if self._clock.now() > patient_until:
                 why = f"{asked}: something else on this Ray cluster uses them, or Ray is slow on a busy machine"
                 self._fleet.unplaced(self.role, self.index, why)
             await asyncio.sleep(PLACEMENT_POLL_S)
-        return plan
+        return True
 
     def _remove_leftover(self) -> None:
         """The group of a replica that was being placed when the last controller died."""

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from core.clock import SystemClock
+from deploy import replica_life as module
+from deploy.placement import Plan
 from deploy.reconcile import Fleet
 from deploy.replica_life import ReplicaLife, died_of
 from deploy.spec import load_spec
@@ -67,3 +69,34 @@ def test_a_rank_that_does_not_answer_in_time_is_said_so_and_one_that_died_in_its
 
     with pytest.raises(ConnectionError, match="End of file"):
         look(died)
+
+
+def test_a_replica_whose_node_is_lost_before_ray_has_set_its_place_aside_is_placed_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    live, removed = {"dead", "spare"}, list[str]()
+
+    class Group:
+        """Of a node that is gone Ray says nothing: it waits for it to come back."""
+
+        def __init__(self, node: str) -> None:
+            self.node = node
+
+        def wait(self, timeout_s: float) -> bool:
+            return self.node == "spare"
+
+    def set_aside(bundles: list[Any], bundle_label_selector: list[dict[str, str]], **_: Any) -> Group:
+        live.discard("dead")
+        return Group(bundle_label_selector[0]["ray.io/node-id"])
+
+    monkeypatch.setattr(module, "placement_group", set_aside)
+    monkeypatch.setattr(module, "remove_placement_group", lambda group: removed.append(group.node))
+    monkeypatch.setattr(module, "PLACEMENT_POLL_S", 0.001)
+    monkeypatch.setattr(ReplicaLife, "_remove_leftover", lambda self: None)
+    spec = load_spec(FILE)
+    life = ReplicaLife(spec, "decode", 0, pathlib.Path("none"), "", Fleet(spec.placement), SystemClock())
+
+    async def place() -> Plan:
+        async with asyncio.timeout(5):
+            return await life._place(lambda ranks: Plan(nodes=(min(live),) * ranks, domain=""), lambda plan: live >= set(plan.nodes))
+
+    assert asyncio.run(place()).nodes == ("spare",)
+    assert removed == ["dead"]
