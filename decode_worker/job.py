@@ -26,6 +26,8 @@ class Job:
     """When its first step began; None before that has ended."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by stage, those that are over."""
+    is_suspect: bool = False
+    """It came to nothing in a step."""
 
     def receive(self, held: Held, now: float) -> Sequence:
         """Its pages, slot and first token are here: the sequence that goes on from there."""

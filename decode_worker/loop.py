@@ -296,6 +296,7 @@ class DecodeLoop:
         job = self._jobs.get(request_id)
         if job is not None:
             log.warning("decode.failed", request_id=request_id, error=str(error))
+            job.is_suspect = isinstance(error, InternalError)
             job.outbox.post(decode_pb2.DecodeUpdate(failures=[encode_failure(request_id, error)]))
             self._end(request_id, "failed")
 
@@ -324,7 +325,7 @@ class DecodeLoop:
             self._give_back(job)
 
     def _give_back(self, job: Job) -> None:
-        held = self._reservations.end(job.request.request_id)
+        held = self._reservations.end(job.request.request_id, is_suspect=job.is_suspect)
         assert held is not None, f"{job.request.request_id} had a job and no reservation"
         if job.started is None:
             self._receiver.revoke(held.epoch)

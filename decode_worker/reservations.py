@@ -6,7 +6,8 @@
                     QUARANTINED --quiesced--> (gone)        only if a write may still land; else gone at once
 
 Pages that a sender has filled are kept when their sequence ends: the next turn of the conversation finds them, and only the missing ones
-travel (delta hand-off). Pages that decode has filled are not: another rank's prefill may differ from them in the last bit.
+travel (delta hand-off). Pages that decode has filled are not: another rank's prefill may differ from them in the last bit. Nor are those
+of a sequence that came to nothing in a step: they may be why, and another try is to have new ones.
 
 Pages and a slot belong to the request id while it lives and to "quarantine/<epoch>" afterwards, so a page has one owner at any time.
 """
@@ -64,7 +65,8 @@ class Reservations:
         self._next_epoch = first_epoch
         self._held: dict[str, Held] = {}
         self._by_epoch: dict[int, Held] = {}
-        self._quarantined: set[int] = set()
+        self._quarantined: dict[int, list[bytes]] = {}
+        """Epoch -> what its first pages hold, whatever may still be written to the others."""
 
     @property
     def num_quarantined(self) -> int:
@@ -136,27 +138,29 @@ class Reservations:
         held.state = State.RUNNING
         self._by_epoch.pop(held.epoch, None)
 
-    def end(self, request_id: str) -> Held | None:
+    def end(self, request_id: str, *, is_suspect: bool = False) -> Held | None:
         """Finished or aborted, from any state. Before RUNNING the pages go into quarantine: the caller has the receiver revoke the
-        epoch and calls `quiesced` when it says so. None if unknown."""
+        epoch and calls `quiesced` when it says so. `is_suspect`: what the pages hold is not to be kept. None if unknown."""
         held = self._held.pop(request_id, None)
         if held is None:
             return None
+        filled = held.digests if held.state in (State.READY, State.RUNNING) else held.digests[: held.num_kept_pages]
+        kept = [] if is_suspect else filled
         if held.state is State.RUNNING:
-            self.pages.free_kept(request_id, held.digests)
+            self.pages.free_kept(request_id, kept)
             self.slots.free(request_id)
         else:
             del self._by_epoch[held.epoch]
-            self._quarantined.add(held.epoch)
+            self._quarantined[held.epoch] = kept
             self.pages.rename(request_id, _quarantine(held.epoch))
             self.slots.rename(request_id, _quarantine(held.epoch))
         return held
 
     def quiesced(self, epoch: int) -> None:
         """No write for this epoch can land any more."""
-        if epoch in self._quarantined:
-            self._quarantined.remove(epoch)
-            self.pages.free(_quarantine(epoch))
+        kept = self._quarantined.pop(epoch, None)
+        if kept is not None:
+            self.pages.free_kept(_quarantine(epoch), kept)
             self.slots.free(_quarantine(epoch))
 
     def expired(self, now: float) -> list[Expired]:

@@ -37,8 +37,8 @@ def drop_quarantine(patch: pytest.MonkeyPatch) -> None:
     """Pages of an aborted reservation are free at once."""
     true_end = Reservations.end
 
-    def end(self: Reservations, request_id: str) -> Held | None:
-        held = true_end(self, request_id)
+    def end(self: Reservations, request_id: str, *, is_suspect: bool = False) -> Held | None:
+        held = true_end(self, request_id, is_suspect=is_suspect)
         if held is not None:
             self.quiesced(held.epoch)
         return held
@@ -188,22 +188,15 @@ def name_pages_by_their_first_token(patch: pytest.MonkeyPatch) -> None:
 
 def keep_pages_that_never_came(patch: pytest.MonkeyPatch) -> None:
     """Pages of a reservation that was aborted are taken for filled."""
-    true_end, aborted = Reservations.end, dict[tuple[Reservations, int], list[bytes]]()
+    true_end = Reservations.end
 
-    def end(self: Reservations, request_id: str) -> Held | None:
-        held = true_end(self, request_id)
-        if held is not None:
-            aborted[self, held.epoch] = held.digests
+    def end(self: Reservations, request_id: str, *, is_suspect: bool = False) -> Held | None:
+        held = true_end(self, request_id, is_suspect=is_suspect)
+        if held is not None and held.epoch in self._quarantined:
+            self._quarantined[held.epoch] = held.digests
         return held
 
-    def quiesced(self: Reservations, epoch: int) -> None:
-        if epoch in self._quarantined:
-            self._quarantined.remove(epoch)
-            self.pages.free_kept(f"quarantine/{epoch}", aborted[self, epoch])
-            self.slots.free(f"quarantine/{epoch}")
-
     patch.setattr(Reservations, "end", end)
-    patch.setattr(Reservations, "quiesced", quiesced)
 
 
 def give_back_under_a_step(patch: pytest.MonkeyPatch) -> None:

@@ -32,11 +32,14 @@ PROMPT = (5, 6, 7)
 
 
 class LosingRunner(NullRunner):
-    """Requests whose name begins with "bad" get no token."""
+    """Requests whose name begins with "bad" get no token, nor do those that are `lost`."""
+
+    lost = ""
 
     def _run(self, chunk: Chunk) -> ChunkResult | None:
         name = chunk.sequence.request_id
-        return ChunkResult(chunk.sequence, error=InternalError(f"{name} is lost")) if name.startswith("bad") else super()._run(chunk)
+        is_lost = name.startswith("bad") or name == self.lost
+        return ChunkResult(chunk.sequence, error=InternalError(f"{name} is lost")) if is_lost else super()._run(chunk)
 
 
 class Recorder:
@@ -53,8 +56,8 @@ def new_runner(overlap: bool = False) -> LosingRunner:
     return LosingRunner(num_pages=16, num_slots=8, vocab_size=100, max_model_len=1024, overlap=overlap)
 
 
-def request_of(name: str) -> Request:
-    return Request(request_id=name, token_ids=PROMPT, prompt_len=3, sampling=SamplingParams(max_tokens=9, ignore_eos=True))
+def request_of(name: str, prompt: tuple[int, ...] = PROMPT) -> Request:
+    return Request(request_id=name, token_ids=prompt, prompt_len=len(prompt), sampling=SamplingParams(max_tokens=9, ignore_eos=True))
 
 
 @pytest.fixture
@@ -73,17 +76,19 @@ class DecodeRank:
         self.loop._receiver = self.receiver  # type: ignore[assignment]
         self.outbox = Outbox(decode_pb2.DecodeUpdate, event_loop)
 
-    def begin(self, *names: str) -> None:
+    def begin(self, *names: str, prompt: tuple[int, ...] = PROMPT) -> None:
         """They have arrived from a prefill rank."""
         for name in names:
-            self.loop._reserve(request_of(name), self.outbox)
+            request = request_of(name, prompt)
+            self.loop._reserve(request, self.outbox)
             held = self.loop._reservations.get(name)
             assert held is not None
-            first = self.runner.next_token(list(PROMPT), request_of(name).sampling)
-            hashes = prefix_hashes(0, list(PROMPT))
-            self.runner._pages[held.page_ids[0], :3] = self.runner._rows(hashes[1:])
-            self.runner._write_slot(held.slot_id, 3, hashes[3])
-            self.loop._transfer_event(Committed(held.epoch, first))
+            hashes = prefix_hashes(0, list(prompt))
+            for number, page in enumerate(held.page_ids):
+                rows = self.runner._rows(hashes[1:])[256 * number : 256 * (number + 1)]
+                self.runner._pages[page, : len(rows)] = rows
+            self.runner._write_slot(held.slot_id, len(prompt), hashes[len(prompt)])
+            self.loop._transfer_event(Committed(held.epoch, self.runner.next_token(list(prompt), request.sampling)))
 
     def turns(self, count: int) -> None:
         for _ in range(count):
@@ -110,6 +115,24 @@ def test_decode_fails_the_one_and_the_others_run_to_their_ends(event_loop: async
         rank.loop._reservations.quiesced(epoch)
     rank.loop._reservations.check_integrity()
     assert rank.loop._reservations.pages.num_free == 16
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_the_pages_of_one_that_failed_are_not_kept_for_its_next_try(event_loop: asyncio.AbstractEventLoop, num_steps: int) -> None:
+    """What lies in them may be why its logits are not finite. Those of the others of the step are kept."""
+    rank = DecodeRank(event_loop, overlap=False)
+    rank.begin("good", prompt=(5,) * 600)
+    rank.begin("late", prompt=(6,) * 600)
+    rank.turns(num_steps)
+    rank.runner.lost = "late"
+    rank.turns(12)
+    assert rank.told() == ({"late"}, {"good": 8} | ({"late": num_steps} if num_steps else {}))
+    reservations = rank.loop._reservations
+    for epoch in list(reservations._quarantined):
+        reservations.quiesced(epoch)
+    assert reservations.pages.num_free == 16 and reservations.pages.num_kept == 2
+    again = [reservations.reserve(request_of(f"{prompt[0]}", prompt), 0.0) for prompt in ((5,) * 600, (6,) * 600)]
+    assert [held.num_kept_pages for held in again] == [2, 0]
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -131,6 +131,46 @@ def test_pages_that_may_never_have_been_filled_are_not_kept() -> None:
     assert reservations.pages.num_kept == 0 and reservations.pages.num_free == 12
 
 
+def test_a_turn_that_is_given_up_before_its_pages_are_here_leaves_those_that_were() -> None:
+    """The client leaves during the prefill, or the prefill rank dies: its next try need not send the conversation anew."""
+    reservations = new_reservations(num_pages=12)
+    first = tuple(range(700))
+    run_through(reservations, turn("a", first))
+    second = (*first, *range(500))
+    for name in ("b", "c"):
+        held = reservations.reserve(turn(name, second), 1.0)
+        assert held.num_kept_pages == 2
+        reservations.renewed(held.epoch, 1.0)
+        reservations.end(name)
+        assert reservations.pages.num_kept == 0, "all of it is in quarantine"
+        reservations.quiesced(held.epoch)
+        assert reservations.pages.num_kept == 2
+    reservations.check_integrity()
+
+
+def test_a_prompt_that_has_arrived_is_kept_though_it_was_given_up_before_its_first_step() -> None:
+    reservations = new_reservations(num_pages=12)
+    held = reservations.reserve(turn("a", tuple(range(700))), 0.0)
+    reservations.committed(held.epoch, 3)
+    reservations.end("a")
+    reservations.quiesced(held.epoch)
+    assert reservations.reserve(turn("b", tuple(range(700))), 1.0).num_kept_pages == 2
+
+
+@pytest.mark.parametrize("has_started", [False, True])
+def test_pages_of_what_came_to_nothing_in_a_step_are_not_given_to_its_next_try(has_started: bool) -> None:
+    reservations = new_reservations(num_pages=12)
+    run_through(reservations, turn("before", tuple(range(300))))
+    held = reservations.reserve(turn("a", tuple(range(700))), 0.0)
+    reservations.committed(held.epoch, 3)
+    if has_started:
+        reservations.started("a")
+    reservations.end("a", is_suspect=True)
+    reservations.quiesced(held.epoch)
+    assert reservations.pages.num_kept == 0 and reservations.pages.num_free == 12
+    reservations.check_integrity()
+
+
 def test_kept_pages_give_way_to_those_in_need() -> None:
     reservations = new_reservations(num_pages=4)
     run_through(reservations, turn("a", tuple(range(700))))
