@@ -28,7 +28,7 @@ from deploy.actor import send_output_to
 from deploy.control import ControlService
 from deploy.placement import Node, Plan, plan_replica
 from deploy.reconcile import Desired, Drain, Fleet, Phase, Start
-from deploy.replica_life import ReplicaLife, living_actors, reason_of
+from deploy.replica_life import ReplicaLife, living_actors, reason_of, remove_groups
 from deploy.spec import ROLES, ClusterSpec
 
 log = get_logger("controller")
@@ -160,6 +160,8 @@ class Controller:
                 self.fleet.adopt(role, int(index), phase, life.reports[0].revision, self.clock.now())
             else:
                 await life.stop()
+        # Of replicas that the last controller was starting or ending when it died, or that died with it.
+        remove_groups(but=[life.name for life in self.lives.values()])
 
     async def _look_at_nodes(self) -> None:
         nodes = [

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 
 import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
-from ray.util import get_placement_group, placement_group_table, remove_placement_group
 
 from core.config import load_config, parse_config
 from core.errors import ConfigError, Unavailable
 from deploy.controller import ACTOR_NAME, spec_key, start_controller
 from deploy.folder import ClusterFolder, ClusterState, new_secret
-from deploy.replica_life import living_actors
+from deploy.replica_life import living_actors, remove_groups
 from deploy.spec import ClusterSpec
 
 ANSWER_TIMEOUT_S = 5.0
@@ -76,8 +75,6 @@ def _end_all(namespace: str) -> int:
     for name in names:
         with contextlib.suppress(ValueError):  # ended meanwhile
             ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
-    for group in {group["name"] for group in placement_group_table().values()}:
-        with contextlib.suppress(ValueError):  # of another namespace, or removed
-            remove_placement_group(get_placement_group(group))
+    remove_groups()
     _internal_kv_del(spec_key(namespace))
     return len(names)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util import placement_group, remove_placement_group
+from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -70,12 +71,16 @@ class ReplicaLife:
 
     async def adopt(self) -> bool:
         """Take over running actors of this name. False if one is missing or not ready; then `stop` ends what is there."""
-        try:
-            for rank in range(self._spec.ranks_per_replica(self.role)):
+        ranks = range(self._spec.ranks_per_replica(self.role))
+        for rank in ranks:
+            with contextlib.suppress(ValueError):  # gone; `stop` ends the others
                 self._actors.append(ray.get_actor(self._assignment(rank).name, namespace=self._spec.namespace))
+        if len(self._actors) < len(ranks):
+            return False
+        try:
             await self._look()
             if self.role != "router":
-                self._group = ray.util.get_placement_group(self.name)
+                self._group = get_placement_group(self.name)
         except (ValueError, RayError, TimeoutError) as error:
             log.warning("adoption.failed", replica=self.name, error=error)
             return False
@@ -148,7 +153,6 @@ class ReplicaLife:
             bundle["GPU"] = self._spec.placement.gpus_per_rank
         asked = f"Ray has not set aside {_resources(bundle)} for each of {len(plan.nodes)} ranks on the nodes chosen"
         self._fleet.placing(self.role, self.index, asked)
-        self._remove_leftover()
         self._group = placement_group(
             [dict(bundle) for _ in plan.nodes],
             strategy="PACK",
@@ -167,14 +171,6 @@ class ReplicaLife:
                 self._fleet.unplaced(self.role, self.index, why)
             await asyncio.sleep(PLACEMENT_POLL_S)
         return True
-
-    def _remove_leftover(self) -> None:
-        """The group of a replica that was being placed when the last controller died."""
-        try:
-            remove_placement_group(ray.util.get_placement_group(self.name))
-        except ValueError:
-            return
-        log.info("group.removed", replica=self.name)
 
     def _options(self, rank: int, node: str) -> dict[str, Any]:
         common: dict[str, Any] = {"lifetime": "detached", "namespace": self._spec.namespace, "max_restarts": 0, "max_task_retries": 0}
@@ -235,6 +231,16 @@ class ReplicaLife:
 
 def _resources(bundle: dict[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+
+
+def remove_groups(but: Collection[str] = ()) -> None:
+    """Give back the resources of all replicas of this process's namespace but those of these names."""
+    for name in {group["name"] for group in placement_group_table().values()} - set(but):
+        try:
+            remove_placement_group(get_placement_group(name))
+        except ValueError:  # of another namespace, or removed
+            continue
+        log.info("group.removed", replica=name)
 
 
 def living_actors(namespace: str) -> list[dict[str, str]]:

@@ -14,6 +14,7 @@ from core.clock import SystemClock
 from core.errors import ConfigError
 from core.request import Member
 from deploy import controller as module
+from deploy import replica_life
 from deploy.control import ControlService
 from deploy.controller import Controller
 from deploy.reconcile import Fleet
@@ -115,3 +116,34 @@ def test_a_full_disk_does_not_end_the_controller(tmp_path: pathlib.Path, monkeyp
         assert "a:2" in (tmp_path / "metrics_targets.json").read_text()
 
     asyncio.run(run())
+
+
+def test_what_was_set_aside_for_replicas_that_died_with_the_last_controller_is_given_back(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {"1": {"name": "decode/0"}, "2": {"name": "decode/1"}, "3": {"name": "of another namespace"}}
+    removed = list[str]()
+
+    def get_placement_group(name: str) -> str:
+        if "/" not in name:
+            raise ValueError(f"no group {name}")
+        return name
+
+    async def adopt(self: replica_life.ReplicaLife) -> bool:
+        self.reports = [types.SimpleNamespace(is_draining=False, revision="a")]  # type: ignore[list-item]
+        return True
+
+    monkeypatch.setattr(replica_life, "placement_group_table", lambda: groups)
+    monkeypatch.setattr(replica_life, "get_placement_group", get_placement_group)
+    monkeypatch.setattr(replica_life, "remove_placement_group", removed.append)
+    monkeypatch.setattr(replica_life.ReplicaLife, "adopt", adopt)
+    monkeypatch.setattr(module, "living_actors", lambda namespace: [{"name": "controller"}, {"name": "decode/0.0"}])
+
+    async def run() -> None:
+        controller = Lifeless(tmp_path, monkeypatch)
+        controller.token = ""
+        await controller._adopt()
+        assert set(controller.lives) == {("decode", 0)}
+
+    asyncio.run(run())
+    assert removed == ["decode/1"]

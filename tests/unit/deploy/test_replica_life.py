@@ -90,7 +90,6 @@ def test_a_replica_whose_node_is_lost_before_ray_has_set_its_place_aside_is_plac
     monkeypatch.setattr(module, "placement_group", set_aside)
     monkeypatch.setattr(module, "remove_placement_group", lambda group: removed.append(group.node))
     monkeypatch.setattr(module, "PLACEMENT_POLL_S", 0.001)
-    monkeypatch.setattr(ReplicaLife, "_remove_leftover", lambda self: None)
     spec = load_spec(FILE)
     life = ReplicaLife(spec, "decode", 0, pathlib.Path("none"), "", Fleet(spec.placement), SystemClock())
 
@@ -100,3 +99,27 @@ def test_a_replica_whose_node_is_lost_before_ray_has_set_its_place_aside_is_plac
 
     assert asyncio.run(place()).nodes == ("spare",)
     assert removed == ["dead"]
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_what_is_left_of_a_group_that_lost_a_rank_while_nobody_controlled_it_is_ended(monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    living = {f"decode/0.{rank}" for rank in range(3) if rank != lost}
+
+    def get_actor(name: str, namespace: str) -> str:
+        if name not in living:
+            raise ValueError(f"no actor {name}")
+        return name
+
+    monkeypatch.setattr(module.ray, "get_actor", get_actor)
+    monkeypatch.setattr(module.ray, "kill", lambda actor, no_restart: living.discard(actor))
+    monkeypatch.setattr(module, "living_actors", lambda namespace: [{"name": name} for name in living])
+    monkeypatch.setattr(module, "END_TIMEOUT_S", 0.2)
+    spec = load_spec(FILE, ["decode.ranks_per_replica=3"])
+    life = ReplicaLife(spec, "decode", 0, pathlib.Path("none"), "", Fleet(spec.placement), SystemClock())
+
+    async def end() -> None:
+        assert not await life.adopt()
+        await life.stop()
+
+    asyncio.run(end())
+    assert not living
