@@ -89,6 +89,11 @@ class Bench:
             width = -(-pages // PAGES_STEP) * PAGES_STEP
             self._graphs = DecodeGraphs(loaded.network, caches, [batch], [width])
 
+    def feed(self, token_ids: list[int]) -> None:
+        """Other tokens for the next `step`, one a sequence."""
+        for chunk, token in zip(self._chunks, token_ids, strict=True):
+            chunk.sequence.token_ids[-1] = token
+
     def step(self, is_idle: bool) -> Step:
         """A decode step; an idle rank's has no sequences."""
         network = self.loaded.network
