@@ -4,7 +4,7 @@ engine = RankEngine.join(work, seat, rendezvous, config, clock)     # collective
 runner = engine.load(folder, registry, on_death)
 engine.start()          # when the loop runs
 engine.leave()          # before the loop ends: take no further step; the peers are told
-engine.close()          # after it: peers that are in the midst of a step raise GroupLost
+engine.close()          # after it, or in place of both: peers that are in the midst of a step raise GroupLost
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 
 from core.clock import Clock
-from core.errors import ConfigError
+from core.errors import ConfigError, GroupLost
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.parallel.experts import Sharing
@@ -58,7 +58,11 @@ class RankEngine:
         if seat is None:
             return RankEngine(work, config, None, SoloSteps(work.max_tokens))
         group = Group.join(seat, Limits(start_s=config.group_start_timeout_s, step_s=config.group_step_timeout_s), rendezvous)
-        return RankEngine(work, config, group, GroupSteps(group, lambda wanted: work.budget_of(wanted, work.max_tokens), clock))
+        try:
+            return RankEngine(work, config, group, GroupSteps(group, lambda wanted: work.budget_of(wanted, work.max_tokens), clock))
+        except GroupLost:
+            group.close()
+            raise
 
     def load(self, folder: pathlib.Path, registry: CollectorRegistry, on_death: Callable[[str], None]) -> Runner:
         """Read the model, and take memory for its caches. `on_death(reason)`: the rank cannot go on. Raises CheckpointError, ConfigError

@@ -101,7 +101,7 @@ class GroupSteps:
     is_shared = True
 
     def __init__(self, group: Group, budget_of: Callable[[Sequence[int]], int], clock: Clock) -> None:
-        """Connects; collective. Raises GroupLost."""
+        """Connects; collective. Raises GroupLost. What it opens is closed with the group, at the latest."""
         self._seat, self._limit_s, self._clock, self._lose = group.seat, group.limits.step_s, clock, group.lose
         self._lock = threading.Lock()
         self._step = 0
@@ -117,14 +117,15 @@ class GroupSteps:
         self._is_change_wanted = False
         self._board = StepBoard(group.size, budget_of) if group.rank == 0 else None
         self._links: dict[int, socket.socket] = {}
-        with group.working("the connection for votes"):
-            self._connect(group)
         self._selector = selectors.DefaultSelector()
-        for peer, link in self._links.items():
-            self._selector.register(link, selectors.EVENT_READ, peer)
         self._stop_sender, self._stop_receiver = socket.socketpair()
         self._selector.register(self._stop_receiver, selectors.EVENT_READ, None)
         self._thread: threading.Thread | None = None
+        group.before_close(self._hang_up)
+        with group.working("the connection for votes"):
+            self._connect(group)
+        for peer, link in self._links.items():
+            self._selector.register(link, selectors.EVENT_READ, peer)
 
     def start(self, wake: Callable[[], None], stuck: Callable[[str], None]) -> None:
         self._thread = threading.Thread(target=self._read, args=(wake, stuck), name="votes", daemon=True)
@@ -175,6 +176,10 @@ class GroupSteps:
             self.is_ending = True
             self._send_all(_Kind.BYE, 0, self._seat.rank)
         self._lose()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Without a word, unless `close` has said it: for the peers this rank is gone."""
         self._stop_sender.close()
         if self._thread is not None:
             self._thread.join()

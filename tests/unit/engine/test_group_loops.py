@@ -182,7 +182,13 @@ def votes_of(role: str, size: int, clock: ManualClock, monkeypatch: pytest.Monke
     for rank in range(size):
         seat = SimpleNamespace(rank=rank, member=f"{role}/0.{rank}", member_of=lambda other: f"{role}/0.{other}")
         group: Any = SimpleNamespace(
-            seat=seat, rank=rank, size=size, limits=SimpleNamespace(step_s=20.0), lose=ignore, working=lambda _: nullcontext()
+            seat=seat,
+            rank=rank,
+            size=size,
+            limits=SimpleNamespace(step_s=20.0),
+            lose=ignore,
+            working=lambda _: nullcontext(),
+            before_close=ignore,
         )
         found.append(GroupSteps(group, budget_of, clock))
     return found

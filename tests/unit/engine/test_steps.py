@@ -13,11 +13,13 @@ import pytest
 
 from core.clock import Clock, SystemClock
 from core.errors import GroupLost
+from engine.config import EngineConfig
 from engine.parallel.group import Group, Limits
 from engine.parallel.lockstep import GroupSteps, SoloSteps
 from engine.parallel.steps import Go, StepBoard, batch_bucket, even_budget
+from engine.rank_engine import RankEngine, Work
 from tests.support.manual_clock import ManualClock
-from tests.support.ranks import run_group
+from tests.support.ranks import run_group, seats
 
 LIMIT_S = 5.0
 
@@ -220,6 +222,49 @@ def test_a_dead_rank_is_named_on_every_other_rank_and_what_waits_on_a_device_is_
         return "noticed"
 
     assert run_group(3, rank) == ["noticed", "dead", "noticed"]
+
+
+def test_a_rank_whose_start_fails_hangs_up_and_the_others_know() -> None:
+    """Its process may live on for a while: the model did not fit, say."""
+
+    def rank(group: Group) -> list[int]:
+        steps = GroupSteps(group, max, SystemClock())
+        if group.rank == 1:
+            group.close()  # it never came to `start`
+            return [link.fileno() for link in (*steps._links.values(), steps._stop_sender, steps._stop_receiver)]
+        woken = threading.Event()
+        steps.start(woken.set, pytest.fail)
+        with pytest.raises(GroupLost, match=r"decode/0\.1 of its group is gone or stuck"):
+            follow(steps, woken, 0)
+        steps.close()
+        group.close()
+        return []
+
+    assert run_group(2, rank) == [[], [-1, -1, -1]]
+
+
+def test_a_rank_that_does_not_get_its_connection_for_votes_leaves_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    true_close = Group.close
+    monkeypatch.setattr(Group, "close", lambda group: (closed.append(group.rank), true_close(group))[0])
+
+    def connect(steps: GroupSteps, group: Group) -> None:
+        raise ConnectionRefusedError(111, "nobody listens")
+
+    monkeypatch.setattr(GroupSteps, "_connect", connect)
+    rendezvous, places = seats(1)
+    work = Work(
+        role="decode",
+        ranks_per_replica=2,
+        redundant_experts=0,
+        max_tokens=4,
+        budget_of=batch_bucket,
+        is_latency_bound=True,
+        new_runner=pytest.fail,
+    )
+    with pytest.raises(GroupLost, match=r"connection for votes.*nobody listens"):
+        RankEngine.join(work, places[0], rendezvous, EngineConfig(), SystemClock())
+    assert closed == [0]
 
 
 def test_a_stuck_rank_is_named_after_the_deadline() -> None:
