@@ -48,16 +48,20 @@ class RouterMetrics:
 
 
 class RankCollector(Collector):
-    """Collects in the thread of whoever asks. Each rank's last report as gauges with the labels role and rank."""
+    """Collects in the thread of whoever asks: how many ranks of each role there are, and each one's last report."""
 
     def __init__(self, members: Members) -> None:
         self._members = members
 
     def collect(self) -> Iterator[Metric]:
         sessions = [session for role in ("prefill", "decode") for session in self._members.sessions(role)]
+        ready = GaugeMetricFamily("baton_router_ranks_ready", "Ranks that this router sends requests to", labels=["role"])
+        for role in ("prefill", "decode"):  # 0 where there is none
+            ready.add_metric([role], float(len(self._members.ready(role))))
+        yield ready
         up = GaugeMetricFamily("baton_rank_up", "1 if this router has a session with the rank", labels=["role", "rank"])
         for session in sessions:
-            up.add_metric([session.member.role, session.member.name], float(session.is_ready))
+            up.add_metric([session.member.role, session.member.name], float(session.is_connected))
         yield up
         for name in Load.__slots__:
             family = GaugeMetricFamily(f"baton_rank_{name.removesuffix('_total')}", f"Rank's {name}", labels=["role", "rank"])

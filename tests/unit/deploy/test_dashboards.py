@@ -11,11 +11,11 @@ import yaml
 from prometheus_client import generate_latest
 
 from core.metrics import new_registry
-from core.request import Load
 from decode_worker.metrics import DecodeMetrics
 from kv_transfer.metrics import ReceiverMetrics, SenderMetrics
 from prefill_worker.metrics import PrefillMetrics
-from router.metrics import RouterMetrics
+from router.members import Members
+from router.metrics import RankCollector, RouterMetrics
 
 GRAFANA = pathlib.Path(__file__).resolve().parents[3] / "deploy/grafana"
 
@@ -24,6 +24,7 @@ def exported() -> set[str]:
     """Names of all series that routers and ranks export."""
     registry = new_registry()
     RouterMetrics(registry, "r")
+    registry.register(RankCollector(Members(1.0)))
     PrefillMetrics(registry)
     DecodeMetrics(registry)
     SenderMetrics(registry)
@@ -31,7 +32,7 @@ def exported() -> set[str]:
     families = re.findall(r"^# TYPE (\S+) (\S+)", generate_latest(registry).decode(), re.MULTILINE)
     names = {name for name, _ in families}
     names |= {f"{name}_{part}" for name, kind in families if kind == "histogram" for part in ("bucket", "sum", "count")}
-    return names | {"baton_rank_up"} | {f"baton_rank_{name.removesuffix('_total')}" for name in Load.__slots__}
+    return names
 
 
 @pytest.mark.parametrize("name", ["baton.json", "alerts.yaml"])
