@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
 
+from core.rpc import address_of
+
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0, 120.0)
 """Seconds; also for the stages that make up time to first token."""
 
@@ -29,7 +31,7 @@ class MetricsEndpoint:
 
     def __init__(self, registry: CollectorRegistry, host: str) -> None:
         self._server, self._thread = start_http_server(0, host, registry)
-        self.address = f"{host}:{self._server.server_port}"
+        self.address = address_of(host, self._server.server_port)
 
     def close(self) -> None:
         self._server.shutdown()

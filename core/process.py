@@ -73,7 +73,7 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
 
 def place_of(options: argparse.Namespace) -> Place:
     """What `add_rank_arguments` asked for."""
-    return Place(host=options.host, port=options.port, replica=options.replica)
+    return Place(host=options.host.strip("[]"), port=options.port, replica=options.replica)
 
 
 async def serve(part: Part) -> None:

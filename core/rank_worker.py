@@ -14,7 +14,7 @@ from core.kv_layout import KVLayout
 from core.log import get_logger
 from core.metrics import MetricsEndpoint, new_registry
 from core.request import Load, Member
-from core.rpc import Listener
+from core.rpc import Listener, address_of
 from core.session import Outbox
 
 log = get_logger("rank")
@@ -56,7 +56,7 @@ class Place:
             role=role,
             replica=self.replica,
             rank=self.rank,
-            address=f"{self.host}:{port}",
+            address=address_of(self.host, port),
             incarnation=new_incarnation(),
             fingerprint=layout.fingerprint(),
             max_model_len=max_model_len,

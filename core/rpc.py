@@ -73,16 +73,21 @@ def new_server(token: str = "") -> grpc.aio.Server:
     return grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, ("grpc.so_reuseport", 0)))
 
 
+def address_of(host: str, port: int) -> str:
+    """host:port as gRPC and URLs want it: an IPv6 address goes in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Listener:
     """A server whose port is taken from the beginning, so that a taken one is known before a model is loaded."""
 
     def __init__(self, host: str, port: int) -> None:
         """Port 0: any free one. Raises ConfigError if the address cannot be had."""
-        self.server = new_server()
+        self.server, address = new_server(), address_of(host, port)
         try:
-            self.port: int = self.server.add_insecure_port(f"{host}:{port}")
+            self.port: int = self.server.add_insecure_port(address)
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: the port is taken, or the address is not of this machine") from error
+            raise ConfigError(f"cannot listen on {address}: the port is taken, or the address is not of this machine") from error
         self._is_started = False
 
     async def start(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from core.config import differences, parse_config
 from core.errors import ConfigError, DeadlineExceeded, Unavailable
+from core.rpc import address_of
 from deploy.client import ControlClient, NotOurs, open_url
 from deploy.folder import ClusterFolder, ClusterState, end_processes, has_keeper, processes_of
 from deploy.local import choose_ray_dir, launch
@@ -248,7 +249,7 @@ def base_url(spec: ClusterSpec) -> str:
     host = spec.router.host
     if host in ("0.0.0.0", "::"):  # routers live where the controller does
         host = spec.router.control_address.rpartition(":")[0].strip("[]")
-    return f"http://[{host}]:{spec.router.port}" if ":" in host else f"http://{host}:{spec.router.port}"
+    return f"http://{address_of(host, spec.router.port)}"
 
 
 def curl_line(spec: ClusterSpec) -> str:

@@ -7,6 +7,7 @@ import asyncio
 from core.clock import new_incarnation
 from core.metrics import MetricsEndpoint
 from core.request import Load, Member
+from core.rpc import address_of
 from deploy.spec import ClusterSpec
 from router.members import watch_controller
 from router.server import Router
@@ -36,7 +37,7 @@ class RouterWorker:
             role="router",
             replica=self._index,
             rank=0,
-            address=f"{spec.router.host}:{self._router.port}",
+            address=address_of(spec.router.host, self._router.port),
             incarnation=new_incarnation(),
             metrics_address=self._endpoint.address,
         )

@@ -16,6 +16,7 @@ from core.log import get_logger
 from core.metrics import new_registry
 from core.process import die
 from core.request import Member
+from core.rpc import address_of
 from router.app import create_app
 from router.chat import ChatFormat
 from router.config import RouterConfig
@@ -84,7 +85,7 @@ class Router:
             if self._serving.done():
                 raise ConfigError(f"the HTTP server did not start: {self._serving.exception()}")
             await asyncio.sleep(0.01)
-        log.info("router.ready", address=f"{config.host}:{self.port}", name=self.members.router_name)
+        log.info("router.ready", address=address_of(config.host, self.port), name=self.members.router_name)
 
     def learn_max_model_len(self, num_tokens: int) -> None:
         """What the ranks say, where nobody knew it before them; after `start`."""
@@ -127,6 +128,6 @@ def _listen(host: str, port: int, is_shared: bool, unread_s: float) -> socket.so
         found.bind((host, port))
     except OSError as error:
         found.close()
-        raise ConfigError(f"router.port: cannot listen on {host}:{port}: {error.strerror}") from error
+        raise ConfigError(f"router.port: cannot listen on {address_of(host, port)}: {error.strerror}") from error
     found.listen(2048)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import pathlib
+import socket
 import threading
 import time
 import urllib.request
@@ -15,7 +16,7 @@ import pytest
 
 from core.errors import CheckpointError, ConfigError
 from core.rank_worker import Place
-from core.rpc import Listener
+from core.rpc import Listener, new_channel
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
 from engine.config import EngineConfig
@@ -33,12 +34,14 @@ ROLES: dict[str, Callable[..., PrefillWorker | DecodeWorker]] = {
 }
 
 
-def new_worker(role: str, port: int, new_runner: Callable[[], Runner] = lambda: NullRunner(num_pages=8, num_slots=2)) -> Any:
+def new_worker(
+    role: str, port: int, new_runner: Callable[[], Runner] = lambda: NullRunner(num_pages=8, num_slots=2), host: str = "127.0.0.1"
+) -> Any:
     return ROLES[role](
         model_path=pathlib.Path("none"),
         engine=EngineConfig(),
         transfer=TransferConfig(transport="memory"),
-        place=Place(port=port),
+        place=Place(host=host, port=port),
         on_death=pytest.fail,
         new_runner=new_runner,
     )
@@ -102,6 +105,29 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_nothing_behind(role: str) 
 
     asyncio.run(live())
     assert threads_since(before) == []
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("role", ROLES)
+def test_a_rank_lives_at_an_ipv6_address_as_others_can_reach_it(role: str) -> None:
+    async def live() -> None:
+        worker = new_worker(role, 0, host="::1")
+        member = await worker.start()
+        assert member.address.startswith("[::1]:") and member.metrics_address.startswith("[::1]:")
+        assert b"baton_" in await asyncio.to_thread(fetch, f"http://{member.metrics_address}/metrics")
+        async with new_channel(member.address) as channel:
+            await asyncio.wait_for(channel.channel_ready(), 10)
+        await worker.stop()
+
+    asyncio.run(live())
 
 
 def test_a_prefill_rank_writes_no_more_when_its_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
