@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.bench_moves [--ranks 2] [--device cuda] [--model deploy/model_shapes/v4_flash] [--layers N]
     [--skew 1.0] [--together 16] [--batches 32,128] [--context 4096] [--prompts 8192] [--widened-layers N] [--steps N]
-    [--while-s 10] [--ops OP=BACKEND ...] [--out FILE.json]
+    [--settle-s 60] [--ops OP=BACKEND ...] [--out FILE.json]
 
 Dummy weights, experts chosen by token id in all layers: the n-th most popular has weight n^-SKEW, and the TOGETHER most popular
 of each layer lie on rank 0 at the start (0: anywhere, as drawn; over two ranks chance alone evens that out to 1.17 at skew 1).
@@ -12,8 +12,7 @@ ExpertShare, Rebalancer). A step is the forward pass, sampling aside, on GPUs in
 the one before it has ended.
 
     before experts move, again    each load, the second time with the same tokens: what differs is luck
-    while they move               the last load, from the first step with a plan to the one with the last move, WHILE_S at most
-    with pauses                   the rest of the moves, if any: so that it is soon done, each step waits for PAUSE_S
+    while they move               the last load, from the first step with a plan to the one with the last move, SETTLE_S at most
     after                         each load, with the tokens of the first time
 
 Milliseconds of a step on the slowest rank (median, mean, worst), tokens/s a GPU by the mean; rows of the busiest rank over the
@@ -51,10 +50,7 @@ from tests.benchmarks.bench_exchange import publish, run_ranks, slowest_of
 from tests.benchmarks.bench_waiting import Bench
 from tests.benchmarks.timeline_parts import visible_gpu
 
-BEFORE, AGAIN, MOVING, PAUSING, AFTER = "before experts move", "again", "while they move", "with pauses", "after"
-PAUSE_S = 0.3
-SETTLE_S = 60.0
-"""For the rest of the moves."""
+BEFORE, AGAIN, MOVING, AFTER = "before experts move", "again", "while they move", "after"
 WARM_UP = 3
 """Steps of a load that are not timed; new placements have kernels of their own."""
 
@@ -111,26 +107,21 @@ class MovingRank:
         rebalancer = new_rebalancer(loaded, group, self._steps, self._troubles.append)
         assert rebalancer is not None, "engine.rebalance_interval_s is 0"
         self._rebalancer = rebalancer
-        self._is_settled, self._next = False, 1 << 20  # numbers of steps while experts move: of other tokens
 
     def close(self) -> None:
         self._rebalancer.close()
         self._group.barrier()
         self._steps.close()
 
-    def measure(self, loads: list[Load], num_steps: int | None, while_s: float) -> Iterator[dict[str, Any]]:
+    def measure(self, loads: list[Load], num_steps: int | None, settle_s: float) -> Iterator[dict[str, Any]]:
         """Rows, equal on all ranks."""
-        for stage in (BEFORE, AGAIN):
-            yield from (self._row(stage, load, self._timed(load, num_steps)) for load in loads)
-        self._rebalancer.start()
-        yield self._row(MOVING, loads[-1], lambda: self._until_settled(loads[-1], while_s))
-        if not self._is_settled:
-            yield self._row(PAUSING, loads[-1], lambda: self._until_settled(loads[-1], SETTLE_S, PAUSE_S))
-        self._rebalancer.close()
-        yield from (self._row(AFTER, load, self._timed(load, num_steps)) for load in loads)
-
-    def _timed(self, load: Load, num_steps: int | None) -> Callable[[], list[float]]:
-        return lambda: list(self._take(load, range(WARM_UP + (num_steps or load.steps))))[WARM_UP:]
+        for stage in (BEFORE, AGAIN, MOVING, AFTER):
+            if stage == MOVING:
+                yield self._row(stage, loads[-1], lambda: self._while_moving(loads[-1], settle_s))
+                continue
+            for load in loads:
+                numbers = range(WARM_UP + (num_steps or load.steps))
+                yield self._row(stage, load, lambda load=load, numbers=numbers: list(self._take(load, numbers))[WARM_UP:])
 
     def _row(self, stage: str, load: Load, run: Callable[[], list[float]]) -> dict[str, Any]:
         counted, held = self._share.load(), [layer.held for layer in self._share.layers.values()]
@@ -154,34 +145,31 @@ class MovingRank:
             self._group.backend(counts.device).allreduce([counts]).wait()
         return counts
 
-    def _until_settled(self, load: Load, limit_s: float, pause_s: float = 0.0) -> list[float]:
-        """Milliseconds of the steps in which experts moved; of all, if none did within the limit."""
+    def _while_moving(self, load: Load, settle_s: float) -> list[float]:
+        """Milliseconds of the steps in which experts moved; of all, if none did."""
         ms, moving = list[float](), list[int]()
-        moved, block, end = self._num_moves(), 16 if load.leads else 4, time.monotonic() + limit_s
+        number, block, moved, end = 1 << 20, 16 if load.leads else 4, 0, time.monotonic() + settle_s
+        self._rebalancer.start()
         is_over = False
         while not is_over:
-            for one in self._take(load, range(self._next, self._next + block), pause_s):
+            for one in self._take(load, range(number, number + block)):
                 ms.append(one)
-                moved, before = self._num_moves(), moved
+                moved, before = sum(layer.num_moves for layer in self._share.layers.values()), moved
                 if self._share.num_awaited or moved > before:
                     moving.append(len(ms))
-            self._next += block
-            is_settled = moved > 0 and self._share.num_awaited == 0
-            self._is_settled = slowest_of(self._group, float(not is_settled)) == 0
-            is_over = self._is_settled or slowest_of(self._group, float(time.monotonic() < end)) == 0
+            number += block
+            is_settled = (moved > 0 and self._share.num_awaited == 0) or time.monotonic() > end
+            is_over = slowest_of(self._group, float(not is_settled)) == 0
+        self._rebalancer.close()
         return ms[moving[0] - 1 : moving[-1]] if moving else ms
 
-    def _num_moves(self) -> int:
-        return sum(layer.num_moves for layer in self._share.layers.values())
-
-    def _take(self, load: Load, numbers: Iterable[int], pause_s: float = 0.0) -> Iterator[float]:
+    def _take(self, load: Load, numbers: Iterable[int]) -> Iterator[float]:
         """Milliseconds of each step, from the end of the one before it to its own. `numbers` say which tokens they have."""
         drawn = [self._drawn(number, load.tokens) for number in numbers]
         self._group.barrier()
         before: Callable[[], None] | None = None
         last = time.perf_counter()
         for place, token_ids in enumerate(drawn):
-            time.sleep(pause_s)
             self._agree(load.tokens)
             load.launch(token_ids)
             now = mark(self._loaded.device)
@@ -254,7 +242,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         "widened layers": loaded.network.num_widened, "weights GB": round(tensor_bytes(loaded.network) / 1e9, 2),
         "ops": {choice.op: choice.backend for choice in loaded.ops.choices},
     }  # fmt: skip
-    publish(one.measure(loads, arguments.steps, arguments.while_s), group, arguments, said)
+    publish(one.measure(loads, arguments.steps, arguments.settle_s), group, arguments, said)
     one.close()
     group.close()
 
@@ -276,7 +264,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--widened-layers", type=int, default=0, help="with experts as FP8 in place of MXFP4 (prefill.widened_layers)")
     parser.add_argument("--steps", type=int, default=None, help="of each load and stage; 40 in decode, 6 in prefill")
     parser.add_argument("--interval-s", type=float, default=1.5, help="engine.rebalance_interval_s")
-    parser.add_argument("--while-s", type=float, default=10.0, help="of steps without pauses while experts move")
+    parser.add_argument("--settle-s", type=float, default=60.0, help="for experts to move in")
     parser.add_argument("--ops", nargs="*", default=[], metavar="OP=BACKEND")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     return parser.parse_args()

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Group
-from tests.benchmarks.bench_moves import AFTER, AGAIN, BEFORE, MOVING, PAUSING, DecodeLoad, MovingRank, PromptLoad, gather_popular
+from tests.benchmarks.bench_moves import AFTER, AGAIN, BEFORE, MOVING, DecodeLoad, MovingRank, PromptLoad, gather_popular
 from tests.support.checkpoints import SMALL
 from tests.support.ranks import run_group
 
@@ -31,7 +31,6 @@ def skewed_rank(folder: pathlib.Path, group: Group) -> LoadedModel:
 
 def test_a_skewed_group_is_even_after_its_experts_have_moved(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.benchmarks.bench_moves.WARM_UP", 1)
-    monkeypatch.setattr("tests.benchmarks.bench_moves.PAUSE_S", 0.01)
     monkeypatch.setattr("engine.parallel.rebalance.LEAST_LOAD", 100)
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
 
@@ -40,7 +39,7 @@ def test_a_skewed_group_is_even_after_its_experts_have_moved(tmp_path: pathlib.P
         decode, prompts = DecodeLoad(loaded, group, 2, 512), PromptLoad(loaded, 64)
         decode.leads = True  # as on a GPU: as many steps are timed
         one = MovingRank(loaded, group)
-        rows = list(one.measure([prompts, decode], 3, 0.0))
+        rows = list(one.measure([prompts, decode], 3, 20.0))
         one.close()
         group.close()
         return rows
@@ -48,11 +47,10 @@ def test_a_skewed_group_is_even_after_its_experts_have_moved(tmp_path: pathlib.P
     torch.set_num_threads(1)
     rows, others = run_group(2, rank)
     assert rows == others
-    stages = [row["stage"] for row in rows]
-    assert stages == [BEFORE, BEFORE, AGAIN, AGAIN, MOVING, *([PAUSING] if PAUSING in stages else []), AFTER, AFTER]
-    still = [row for row in rows if row["stage"] not in (MOVING, PAUSING)]
+    assert [row["stage"] for row in rows] == [BEFORE, BEFORE, AGAIN, AGAIN, MOVING, AFTER, AFTER]
+    still = [row for row in rows if row["stage"] != MOVING]
     assert [row["steps"] for row in still] == [3] * 6
-    assert [row["experts"] for row in still] == [0] * 6 and sum(row["experts"] for row in rows) >= 2
+    assert [row["experts"] for row in still] == [0] * 6 and rows[4]["experts"] >= 2
     before, again, after = (float(still[place]["imbalance"]) for place in (0, 2, 4))
     assert before == again > 1.2 > after, still
 
