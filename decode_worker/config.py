@@ -20,7 +20,7 @@ class DecodeConfig:
     num_slots: int = 24
     """Sequences on each rank at once: running and arriving."""
     max_running: int = 16
-    """Sequences in one step."""
+    """Sequences in one step, each of which has a slot: no more than num_slots."""
     expected_output: float = 1.0
     """Share of max_tokens that a sequence is expected to produce, (0, 1]. Below 1 pages are overcommitted, and the youngest
     sequences are given up and run again when they run out."""
@@ -44,3 +44,8 @@ class DecodeConfig:
             raise ConfigError(f"decode.expected_output is {self.expected_output}; it must be in (0, 1]")
         if self.liveness_timeout_s <= 0:
             raise ConfigError(f"decode.liveness_timeout_s is {self.liveness_timeout_s}; it must be above 0")
+
+    @property
+    def most_running(self) -> int:
+        """Sequences that a step can have."""
+        return min(self.max_running, self.num_slots)

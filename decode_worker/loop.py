@@ -60,11 +60,11 @@ class DecodeLoop:
     ) -> None:
         """`on_death(reason)` is called when the loop cannot go on. `steps` is the caller's to close, before `stop`."""
         self._runner, self._metrics, self._member, self._clock, self._on_death = runner, metrics, member, clock, on_death
-        self._lease_s, self._group_steps, self._max_running = lease_s, steps, config.max_running
+        self._lease_s, self._group_steps, self._max_running = lease_s, steps, config.most_running
         self._reservations = Reservations(
             num_pages=len(runner.arena.pages), num_slots=config.num_slots, lease_s=lease_s, expected_output=config.expected_output
         )
-        self._planner = DecodePlanner(max_running=config.max_running)
+        self._planner = DecodePlanner(max_running=config.most_running)
         self._jobs: dict[str, Job] = {}
         self._running: dict[str, Sequence] = {}
         """In the order in which they became ready."""

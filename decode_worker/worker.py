@@ -10,6 +10,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 
 from core.clock import SystemClock
+from core.log import get_logger
 from core.rank_worker import Place, RankWorker
 from core.rpc import Listener
 from decode_worker.config import DecodeConfig
@@ -26,6 +27,8 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.metrics import ReceiverMetrics
 from kv_transfer.receiving import KVReceiver
 from protos import decode_pb2_grpc
+
+log = get_logger("decode")
 
 
 class DecodeWorker(RankWorker):
@@ -50,6 +53,8 @@ class DecodeWorker(RankWorker):
 
     async def _open(self, listener: Listener, registry: CollectorRegistry, metrics_address: str) -> None:
         config, clock, parts = self._config, SystemClock(), self._parts
+        if config.most_running < config.max_running:
+            log.warning("decode.max_running_lowered", max_running=config.max_running, num_slots=config.num_slots)
         engine = await asyncio.to_thread(RankEngine.join, self._work(), self._seat, self._rendezvous, self._engine, clock)
         parts.push_async_callback(asyncio.to_thread, engine.close)
         runner = await asyncio.to_thread(self._new_runner or partial(engine.load, self._model_path, registry, self._on_death))
@@ -83,8 +88,8 @@ class DecodeWorker(RankWorker):
             role="decode",
             ranks_per_replica=config.ranks_per_replica,
             redundant_experts=config.redundant_experts,
-            max_tokens=config.max_running,
+            max_tokens=config.most_running,
             budget_of=batch_bucket,
             is_latency_bound=True,
-            new_runner=lambda loaded: ModelRunner(loaded, config.num_pages, config.num_slots, max_decode=config.max_running),
+            new_runner=lambda loaded: ModelRunner(loaded, config.num_pages, config.num_slots, max_decode=config.most_running),
         )

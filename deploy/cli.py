@@ -102,10 +102,13 @@ def run_up(options: argparse.Namespace) -> None:
     lifecycle.up(ClusterFolder(options.home, spec.name), spec, say)
     say(f"ready in {time.monotonic() - began:.1f} s; try:")
     print(f"\n  {lifecycle.curl_line(spec)}\n", flush=True)
-    say_idle(spec)
+    say_remarks(spec)
 
 
-def say_idle(spec: ClusterSpec) -> None:
+def say_remarks(spec: ClusterSpec) -> None:
+    decode = spec.decode
+    if decode.most_running < decode.max_running:
+        say(f"decode.max_running is {decode.max_running}, of which decode.num_slots lets {decode.most_running} be in a step")
     for role in ROLES:
         if not spec.replicas(role):
             say(f"no {role} replica is wanted: requests get 503 until `baton scale {role}=1`")
@@ -116,7 +119,7 @@ def run_check(options: argparse.Namespace) -> None:
     model = check_files(spec)
     counts = ", ".join(f"{spec.replicas(role)} {role}" for role in ROLES)
     say(f"{options.file} is good: {spec.name} serves {spec.served_name} ({model.num_hidden_layers} layers) with {counts}")
-    say_idle(spec)
+    say_remarks(spec)
 
 
 def run_apply(options: argparse.Namespace) -> None:

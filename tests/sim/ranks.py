@@ -154,7 +154,7 @@ class DecodeRank(Rank):
         super().__init__(world, "decode", replica, address, incarnation, config.num_pages, config.num_slots)
         world.current = self
         clock: Any = self
-        steps = SoloSteps(config.max_running)
+        steps = SoloSteps(config.most_running)
         self.engine = DecodeLoop(cast(Any, self.runner), config, TRANSFER.lease_s, NOTHING, self.member, steps, clock, self._on_death)
         event = self.engine.transfer_event
         self.receiver = SimKVReceiver(

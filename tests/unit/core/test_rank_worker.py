@@ -21,6 +21,7 @@ from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
 from engine.config import EngineConfig
 from engine.null import NullRunner
+from engine.rank_engine import RankEngine
 from engine.runner import Runner
 from kv_transfer.config import TransferConfig
 from kv_transfer.own_transport import OwnTransport
@@ -82,6 +83,31 @@ def test_a_stopped_rank_leaves_no_thread_and_its_port_can_be_taken_again(role: s
 
     asyncio.run(live())
     assert threads_since(before) == []
+
+
+def test_a_decode_rank_makes_no_steps_larger_than_it_has_slots_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Graphs, and memory for steps, would be for nothing."""
+    sizes: list[int] = []
+
+    def new_runner(loaded: object, num_pages: int, num_slots: int, *, max_decode: int) -> Runner:
+        sizes.append(max_decode)
+        return NullRunner(num_pages=num_pages, num_slots=num_slots)
+
+    monkeypatch.setattr("decode_worker.worker.ModelRunner", new_runner)
+    monkeypatch.setattr(RankEngine, "load", lambda engine, *_: engine._work.new_runner(None))
+
+    async def live() -> None:
+        worker = new_worker("decode", 0)
+        worker._new_runner = None
+        await worker.start()
+        sizes.append(worker._work().max_tokens)
+        await worker.stop()
+
+    asyncio.run(live())
+    assert sizes == [2, 2]
+    assert "decode.max_running_lowered max_running=16 num_slots=2" in caplog.text
 
 
 @pytest.mark.parametrize("role", ROLES)

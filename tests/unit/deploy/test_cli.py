@@ -216,6 +216,13 @@ def test_a_role_without_replicas_is_pointed_out(capsys: pytest.CaptureFixture[st
     assert "no prefill replica is wanted" in said and "no decode" not in said
 
 
+def test_more_running_sequences_than_slots_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for num_slots, is_said in ((12, True), (16, False)):
+        assert main(["check", str(LOCAL_CPU), "decode.max_running=16", f"decode.num_slots={num_slots}"]) == 0
+        said = "decode.max_running is 16, of which decode.num_slots lets 12 be in a step"
+        assert (said in capsys.readouterr().out) == is_said
+
+
 def test_the_curl_line_asks_for_a_key_only_if_there_are_keys() -> None:
     assert "Bearer" not in lifecycle.curl_line(load_spec(LOCAL_CPU))
     line = lifecycle.curl_line(load_spec(LOCAL_CPU, ["router.api_keys_env=KEYS", "router.host=0.0.0.0"]))
