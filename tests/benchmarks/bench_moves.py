@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -120,8 +121,10 @@ class MovingRank:
                 yield self._row(stage, loads[-1], lambda: self._while_moving(loads[-1], settle_s))
                 continue
             for load in loads:
-                numbers = range(WARM_UP + (num_steps or load.steps))
-                yield self._row(stage, load, lambda load=load, numbers=numbers: list(self._take(load, numbers))[WARM_UP:])
+                yield self._row(stage, load, partial(self._timed, load, num_steps or load.steps))
+
+    def _timed(self, load: Load, num_steps: int) -> list[float]:
+        return list(self._take(load, range(WARM_UP + num_steps)))[WARM_UP:]
 
     def _row(self, stage: str, load: Load, run: Callable[[], list[float]]) -> dict[str, Any]:
         counted, held = self._share.load(), [layer.held for layer in self._share.layers.values()]
