@@ -125,12 +125,17 @@ class Fleet:
     # Events
 
     def set_desired(self, desired: Mapping[str, Desired], now: float) -> None:
-        """A new file, new counts. What was given up is tried again."""
+        """A new file, new counts. What was given up is tried again, and what failed under another revision as if it never had."""
         self._desired = dict(desired)
+        for replica in self.replicas.values():
+            if replica.role in desired and replica.revision != desired[replica.role].revision:
+                replica.num_failures, replica.retry_at, replica.note = 0, now, ""
         self.nodes_changed(now)
 
     def nodes_changed(self, now: float) -> None:
         for replica in self.replicas.values():
+            if replica.after is After.GIVE_UP:
+                replica.after = After.RESTART
             if replica.phase is Phase.GIVEN_UP:
                 self._enter(replica, Phase.BACKOFF, now)
                 replica.retry_at = now

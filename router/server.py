@@ -28,6 +28,9 @@ from router.tokens import TextCodec
 
 log = get_logger("router")
 
+MAX_UNREAD_MS = 2**31 - 1
+"""What the kernel takes: 24 days."""
+
 
 class Router:
     def __init__(
@@ -123,11 +126,11 @@ def _listen(host: str, port: int, is_shared: bool, unread_s: float) -> socket.so
     if is_shared:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     # Accepted connections inherit it. Else who stops reading, and leaves the connection open, holds its place in the router for ever.
-    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(round(unread_s * 1000), 1))
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(round(unread_s * 1000), 1), MAX_UNREAD_MS))
     try:
         found.bind((host, port))
+        found.listen(2048)
     except OSError as error:
         found.close()
         raise ConfigError(f"router.port: cannot listen on {address_of(host, port)}: {error.strerror}") from error
-    found.listen(2048)
     return found

@@ -232,6 +232,32 @@ def test_a_bad_revision_stops_at_its_first_replica() -> None:
     assert set(world.phases().values()) == {"ready"}
 
 
+def test_a_mended_file_is_tried_at_once_and_is_not_blamed_for_the_one_before() -> None:
+    world = World()
+    world.broken = {"decode/0": "bad option"}
+    world.fleet.set_desired(want("b", decode=1), world.now)
+    for _ in range(12):
+        world.step()
+    assert world.phases() == {"decode/0": "backoff"} and world.fleet.problems() == ["decode/0: bad option"]
+    world.fleet.set_desired(want("b", decode=1), world.now)
+    assert world.fleet.problems() == ["decode/0: bad option"], "nothing has changed"
+    world.broken.clear()
+    world.fleet.set_desired(want("c", decode=1), world.now)
+    assert world.fleet.problems() == []
+    world.step(0.1)
+    assert world.phases() == {"decode/0": "ready"} and world.fleet.replicas["decode", 0].num_failures == 0
+
+
+def test_who_is_being_given_up_when_a_node_joins_is_tried_again() -> None:
+    fleet = Fleet(CONFIG)
+    fleet.set_desired(want(prefill=1), 0.0)
+    assert fleet.decide(0.0) == [Start("prefill", 0)]
+    assert fleet.decide(CONFIG.placement_timeout_s) == [Stop("prefill", 0)]
+    fleet.nodes_changed(61.0)
+    fleet.gone("prefill", 0, 62.0)
+    assert fleet.decide(62.0) == [Start("prefill", 0)]
+
+
 def test_a_replica_can_be_asked_to_restart() -> None:
     world = World()
     world.settle(want(decode=2))

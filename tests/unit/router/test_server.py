@@ -114,3 +114,13 @@ def test_a_key_file_has_comments_wherever_they_begin_and_no_bytes_that_are_no_te
     keys.write_bytes(b"\xff\xfe\n")
     with pytest.raises(ConfigError, match=r"router\.api_keys_file: .*keys: not UTF-8 text"):
         RouterConfig(api_keys_file=str(keys)).read_api_keys()
+
+
+def test_a_request_may_be_given_more_time_than_the_kernel_can_count() -> None:
+    async def live() -> None:
+        config = RouterConfig(port=0, request_timeout_s=1e12, drain_timeout_s=1e12)
+        router = Router(config=config, served_name="demo", tokenizer_folder=MODEL, max_model_len=512)
+        await router.start()
+        await router.stop()
+
+    asyncio.run(live())
