@@ -77,12 +77,18 @@ def place_of(options: argparse.Namespace) -> Place:
 
 
 async def serve(part: Part) -> None:
-    """Run the part until SIGTERM or SIGINT."""
+    """Run the part until SIGTERM or SIGINT. One that is still starting ends the process at once: a thread that reads a model for minutes
+    cannot be told to stop, and nobody is served yet."""
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    await part.start()
-    await told.wait()
+    starting, ending = asyncio.ensure_future(part.start()), asyncio.ensure_future(told.wait())
+    await asyncio.wait((starting, ending), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        log.warning("process.stopping", pid=os.getpid(), reason="a signal, before it was ready")
+        os._exit(0)
+    await starting
+    await ending
     log.info("process.stopping", pid=os.getpid())
     await part.stop()
 
