@@ -175,7 +175,7 @@ class WeightSource(Mapping[str, Weight]):
         self._names, self._read, self._device = dict.fromkeys(names), read, device
 
     def only(self, wanted: Callable[[str], bool]) -> WeightSource:
-        """Those with a wanted name."""
+        """Those with a wanted name: an expert-parallel rank leaves out the other ranks' experts."""
         return WeightSource(filter(wanted, self._names), self._read, self._device)
 
     def __getitem__(self, name: str) -> Weight:
@@ -193,19 +193,17 @@ class WeightSource(Mapping[str, Weight]):
 CPU = torch.device("cpu")
 
 
-def open_weights(
-    folder: pathlib.Path, model: ModelConfig, device: torch.device = CPU, wanted: Callable[[str], bool] = lambda name: True
-) -> WeightSource:
-    """Check the whole checkpoint; then the tensors whose published name is `wanted` (an expert-parallel rank leaves out the other
-    ranks' experts) can be read, in the order of the shards if iterated. Raises CheckpointError, for all that headers can tell."""
+def open_weights(folder: pathlib.Path, model: ModelConfig, device: torch.device = CPU) -> WeightSource:
+    """Check the whole checkpoint; then its tensors can be read, in the order of the shards if iterated. Raises CheckpointError, for all
+    that headers can tell."""
     found = check_checkpoint(folder, model)
-    names = sorted(filter(wanted, expected_tensors(model)), key=lambda name: (found[name].path, found[name].start))
+    names = sorted(expected_tensors(model), key=lambda name: (found[name].path, found[name].start))
     return WeightSource(names, lambda name: _read(name, found, model), device)
 
 
-def load_weights(folder: pathlib.Path, model: ModelConfig, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Weight]:
+def load_weights(folder: pathlib.Path, model: ModelConfig) -> dict[str, Weight]:
     """`open_weights`, all read, on the CPU."""
-    return dict(open_weights(folder, model, CPU, wanted))
+    return dict(open_weights(folder, model))
 
 
 def _read(name: str, found: Mapping[str, Entry], model: ModelConfig) -> Weight:
@@ -221,13 +219,11 @@ def _read(name: str, found: Mapping[str, Entry], model: ModelConfig) -> Weight:
     return QuantizedWeight("fp8" if entry.dtype == "F8_E4M3" else "mxfp4", value, scale)
 
 
-def dummy_weights(
-    model: ModelConfig, device: torch.device = CPU, seed: int = 0, wanted: Callable[[str], bool] = lambda name: True, skew: float = 0.0
-) -> WeightSource:
+def dummy_weights(model: ModelConfig, device: torch.device = CPU, seed: int = 0, skew: float = 0.0) -> WeightSource:
     """Random weights in the formats of the published checkpoints, drawn on the device: MXFP4 routed experts, FP8 linears, the rest bf16
     or fp32. Each tensor depends on its name, the seed and the kind of device alone. `skew`: as EngineConfig.dummy_skew."""
     specs = expected_tensors(model)
-    return WeightSource(filter(wanted, specs), lambda name: _dummy(name, specs[name].shape, model, device, seed, skew), device)
+    return WeightSource(specs, lambda name: _dummy(name, specs[name].shape, model, device, seed, skew), device)
 
 
 def _dummy(name: str, shape: tuple[int, ...], model: ModelConfig, device: torch.device, seed: int, skew: float) -> Weight:
