@@ -16,6 +16,8 @@ from core.metrics import DURATION_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS
 from core.request import Load
 from router.members import Members
 
+MAX_FIELDS = 64
+
 
 class RouterMetrics:
     def __init__(self, registry: CollectorRegistry, router_name: str) -> None:
@@ -44,7 +46,14 @@ class RouterMetrics:
         self.preemptions = Counter("baton_router_preemptions", "Runs repeated since a decode rank was out of pages", registry=registry)
         self.in_progress = Gauge("baton_router_requests_in_progress", "Requests admitted and not ended", registry=registry)
         self.in_line = Gauge("baton_router_requests_in_line", "Requests that wait for room on the decode ranks", registry=registry)
-        self.ignored_fields = Counter("baton_router_ignored_fields", "Unknown body fields", ["field"], registry=registry)
+        self._ignored = Counter("baton_router_ignored_fields", "Unknown body fields", ["field"], registry=registry)
+        self._fields: set[str] = set()
+
+    def ignore(self, field: str) -> None:
+        """Count an unknown field of a body. Clients choose the names, so only the first MAX_FIELDS are kept apart."""
+        if len(self._fields) < MAX_FIELDS and len(field) <= 40 and field.isidentifier():
+            self._fields.add(field)
+        self._ignored.labels(field if field in self._fields else "other").inc()
 
 
 class RankCollector(Collector):

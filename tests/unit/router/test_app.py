@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from router.config import RouterConfig
+from router.metrics import MAX_FIELDS
 from router.server import Router
 
 MODEL = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "demo_model" / "checkpoint"
@@ -192,6 +193,15 @@ def test_health_ready_models_and_metrics(client: httpx.Client) -> None:
     assert "_created" not in page
     families = {family.name: family for family in text_string_to_metric_families(page)}
     assert any(s.labels == {"route": "/v1/completions", "status": "503"} for s in families["baton_router_requests"].samples)
+
+
+def test_names_that_clients_make_up_do_not_fill_the_metrics(client: httpx.Client) -> None:
+    body = {"model": "demo", "prompt": "a"}
+    for part in range(3):
+        client.post("/v1/completions", json=body | {f"made_up_{part}_{number}": 1 for number in range(100)})
+    families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    counts = {s.labels["field"]: s.value for s in families["baton_router_ignored_fields"].samples}
+    assert len(counts) <= MAX_FIELDS + 1 and sum(counts.values()) >= 300 and counts["other"] >= 200
 
 
 def answered(client: httpx.Client, path: str) -> dict[str, float]:
