@@ -31,6 +31,8 @@ class Few:
     stages: int
     hidden_splits: int = 1
     out_splits: int = 1
+    out_tiles: int = 1
+    """Of 128 channels, of a program of `out`: 2 where K is not split, of experts at 4 bits with an even number of them."""
     warps: int = 4
     registers: int | None = None
     """The most a thread takes."""
@@ -147,6 +149,7 @@ def _multiply(
     hidden = torch.empty(len(blocks.pairs), w13.num_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
     hidden_scales = torch.empty(len(blocks.pairs), w13.num_tiles, dtype=torch.float32, device=device)
     splits = config.hidden_splits, config.out_splits
+    assert config.out_splits == 1 or config.out_tiles == 1, f"{config} shares K between programs of several tiles"
     assert max(splits) == 1 or programs <= MOST_SPLIT_BLOCKS, f"{programs} blocks cannot share K"
     parts = [count * part for count, part in zip(splits, (2 * w13.num_tiles, w2.num_tiles), strict=True) if count > 1]
     scratch = torch.empty(max(parts, default=0) * programs * FP8_BLOCK * config.block_m, dtype=torch.float32, device=device)
@@ -177,7 +180,8 @@ def _multiply(
         WEIGHTED=weights is not None,
         **options,
     )
-    moe_out_kernel[(programs * w2.num_tiles, splits[1])](
+    out_tiles = config.out_tiles if experts.fp4 and w2.num_tiles % config.out_tiles == 0 else 1
+    moe_out_kernel[(programs * (w2.num_tiles // out_tiles), splits[1])](
         hidden,
         hidden_scales,
         w2.codes,
@@ -194,6 +198,7 @@ def _multiply(
         experts.width,
         out.stride(-2),
         **tiles,
+        TILES=out_tiles,
         SPLITS=splits[1],
         **options,
     )

@@ -50,7 +50,7 @@ FEW_PAIRS = 4096
 """Rows an expert, or pairs in all, up to which tiles are of 16 rows. In a group of ranks most pairs' experts are elsewhere: 4,096 pairs are
 16 rows of each of 256 experts, wherever these are."""
 
-BLOCKS_OF_16, BLOCKS_OF_32 = Few(16, 1, 3, registers=128), Few(32, 4, 3)
+BLOCKS_OF_16, BLOCKS_OF_32 = Few(16, 1, 3, out_tiles=2, registers=128), Few(32, 4, 3)
 
 
 def choose(num_pairs: int, experts: PackedExperts) -> Few | Many:

@@ -218,10 +218,12 @@ def moe_out_kernel(
     SPLITS: tl.constexpr,
     FP4: tl.constexpr,
     LOOPS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """out[pair] = w2 hidden[slot], bf16, for one block of slots and 128 channels. Slots without a pair read the first of their block.
-    SPLITS, LOOPS: as in moe_hidden_kernel."""
-    first, tile = place_of(num_blocks, num_tiles, GROUP_BLOCKS)
+    """out[pair] = w2 hidden[slot], bf16, for one block of slots and TILES times 128 channels, which take x once. Slots without a pair read
+    the first of their block. SPLITS, LOOPS: as in moe_hidden_kernel; TILES is 1 or 2, 1 where SPLITS is not."""
+    first, tile = place_of(num_blocks, num_tiles // TILES, GROUP_BLOCKS)
+    tile *= TILES
     if not LOOPS:
         expert = tl.load(block_expert_ptr + first)
         if expert < 0:
@@ -235,6 +237,7 @@ def moe_out_kernel(
         pairs = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
         row = block.to(tl.int64) * BLOCK_M + tl.where(pairs >= 0, tl.arange(0, BLOCK_M), 0)
         total = tl.zeros([BLOCK, BLOCK_M], tl.float32)
+        second = tl.zeros([BLOCK, BLOCK_M], tl.float32)
         split = tl.program_id(1)
         scale = tl.load(hidden_scales_ptr + row * k_tiles + k_tiles * split // SPLITS)
         for k in tl.range(k_tiles * split // SPLITS, k_tiles * (split + 1) // SPLITS, num_stages=NUM_STAGES):
@@ -242,6 +245,8 @@ def moe_out_kernel(
             next_scale = tl.load(hidden_scales_ptr + row * k_tiles + tl.minimum(k + 1, k_tiles - 1))
             part = partial(tiles_ptr, words_ptr, expert, 0, tile, k, x, num_tiles, k_tiles, 1, FP4)
             total += part * scale[None, :]
+            if TILES == 2:
+                second += partial(tiles_ptr, words_ptr, expert, 0, tile + 1, k, x, num_tiles, k_tiles, 1, FP4) * scale[None, :]
             scale = next_scale
         real = pairs >= 0
         if SPLITS > 1:
@@ -257,6 +262,9 @@ def moe_out_kernel(
         out = tl.trans(to_bf16(total))
         out_row = out_ptr + tl.maximum(pairs, 0).to(tl.int64)[:, None] * out_stride
         tl.store(out_row + channel[None, :], out, mask=real[:, None] & (channel[None, :] < width))
+        if TILES == 2:
+            channel += BLOCK
+            tl.store(out_row + channel[None, :], tl.trans(to_bf16(second)), mask=real[:, None] & (channel[None, :] < width))
 
 
 _FP8, _I32, _WIDE = "*fp8e4nv", "*i32", "i32:16"
@@ -281,6 +289,7 @@ def _variants(kernel, signature, kinds=_KINDS, **form):
 AOT = [
     *_variants(moe_hidden_kernel, _HIDDEN, WEIGHTED=True, LOOPS=False, scale_group_stride=1),
     *_variants(moe_hidden_kernel, _HIDDEN, _KINDS[:1], WEIGHTED=False, LOOPS=True, scale_row_stride=1, top_k=1),
-    *_variants(moe_out_kernel, _OUT, LOOPS=False),
-    *_variants(moe_out_kernel, _OUT, _KINDS[2:3], LOOPS=True),
+    *_variants(moe_out_kernel, _OUT, LOOPS=False, TILES=1),
+    *_variants(moe_out_kernel, _OUT, _KINDS[:1], LOOPS=False, TILES=2),
+    *_variants(moe_out_kernel, _OUT, _KINDS[2:3], LOOPS=True, TILES=1),
 ]
