@@ -91,6 +91,8 @@ def results_for(arrived: Arrived, hidden: int) -> torch.Tensor:
     if isinstance(arrived.x, Rooms):
         return arrived.x.out
     assert arrived.ids is not None
+    if arrived.sum_dtype is None:
+        return torch.ones(*arrived.ids.shape, hidden, dtype=torch.bfloat16, device=arrived.ids.device)
     return torch.ones(len(arrived.ids), hidden, dtype=arrived.sum_dtype, device=arrived.ids.device)
 
 

@@ -59,7 +59,7 @@ class Step:
 
         def body() -> torch.Tensor:
             arrived = exchange.dispatch(self.x, self.ids, self.weights, self.positions, choice, self.quantized)
-            rows = wide(arrived.x) * (arrived.weights * (arrived.ids >= 0)).sum(1, keepdim=True) * (1.0 + rank / 3)
+            rows = wide(arrived.x).unsqueeze(1) * arrived.weights.unsqueeze(2) * (1.0 + rank / 3)
             return exchange.combine(rows, arrived)
 
         self.body = body
@@ -89,7 +89,10 @@ class Step:
         total, x = torch.zeros(len(self.x), HIDDEN, device="cuda"), wide(self.x if self.quantized is None else self.quantized)
         for rank in range(size):
             is_there = (slots >= 0) & (slots // PLACEMENT_OF[size].slots_per_rank == rank)
-            total += x * (self.weights * is_there).sum(1, keepdim=True) * (1.0 + rank / 3)
+            part = torch.zeros_like(total)
+            for place in range(TOP_K):
+                part += (x * self.weights[:, place, None] * (1.0 + rank / 3)).masked_fill(~is_there[:, place, None], 0.0)
+            total += part
         return total
 
 

@@ -77,10 +77,11 @@ def values(x: torch.Tensor | QuantizedRows) -> torch.Tensor:
     return torch.cat((x.codes.float(), x.scale), dim=1).nan_to_num(9.0) if isinstance(x, QuantizedRows) else x.float().nan_to_num(9.0)
 
 
-def sums_of(rank: int, step: int, size: int, hidden: int) -> torch.Tensor:
-    """fp32: what a rank's experts make of the rows of all ranks; magnitudes differ, so that the order of additions tells."""
+def rows_of(rank: int, step: int, size: int, hidden: int) -> torch.Tensor:
+    """bf16: what a rank's experts make of the rows of all ranks; magnitudes differ, so that the order of additions tells."""
     draw = torch.Generator().manual_seed(5000 + 1000 * step + rank)
-    return torch.randn(size * COUNTS[step], hidden, generator=draw) * 10.0 ** (rank % 3)
+    rows = torch.randn(size * COUNTS[step], TOP_K, hidden, generator=draw) * 10.0 ** (rank % 3)
+    return (rows * 7.0 ** torch.arange(TOP_K)[:, None]).bfloat16()
 
 
 def take_steps(exchange: DirectExchange, rank: int, size: int, hidden: int, placement: ExpertPlacement) -> None:
@@ -101,11 +102,15 @@ def take_steps(exchange: DirectExchange, rank: int, size: int, hidden: int, plac
         assert torch.equal(arrived.ids, places_here(slots, rank, placement.slots_per_rank)), f"step {step}: slots"
         assert torch.equal(arrived.weights, torch.cat([one[2] for one in drawn])), f"step {step}: weights"
         time.sleep(pace.choice((0, 0, 0.002)))
-        found = exchange.combine(sums_of(rank, step, size, hidden), arrived)
+        found = exchange.combine(rows_of(rank, step, size, hidden).masked_fill((arrived.ids < 0)[..., None], torch.nan), arrived)
         exchange.check()
         total = torch.zeros(count, hidden)
+        own = slice(rank * count, (rank + 1) * count)
         for other in range(size):
-            total += sums_of(other, step, size, hidden)[rank * count : (rank + 1) * count]
+            part, is_there = torch.zeros(count, hidden), places_here(slots, other, placement.slots_per_rank)[own] >= 0
+            for place, rows in enumerate(rows_of(other, step, size, hidden)[own].unbind(1)):
+                part += rows.float() * is_there[:, place, None]
+            total += part
         assert torch.equal(found, total), f"step {step}: sums"
     counted = torch.zeros(EXPERTS, dtype=torch.int64)
     for step in range(len(COUNTS)):
@@ -122,10 +127,10 @@ def lose_a_rank(exchange: DirectExchange, rank: int, hidden: int, placement: Exp
     if rank == 1:
         return "", False
     assert isinstance(arrived.x, torch.Tensor)
-    sums = torch.ones(arrived.x.shape)
-    is_nan = bool(exchange.combine(sums, arrived).isnan().all())
+    rows = torch.ones(len(arrived.x), TOP_K, hidden)
+    is_nan = bool(exchange.combine(rows, arrived).isnan().all())
     exchange._patience = 2**31 - 1
-    later = exchange.combine(sums, exchange.dispatch(*tokens, choice))
+    later = exchange.combine(rows, exchange.dispatch(*tokens, choice))
     try:
         exchange.check()
     except GroupLost as error:

@@ -51,8 +51,8 @@ class Arrived:
     """fp32 [R, j]. None of rows in rooms."""
     way_back: Any
     """The backend's own."""
-    sum_dtype: torch.dtype = torch.float32
-    """In which `combine` takes their sums."""
+    sum_dtype: torch.dtype | None = torch.float32
+    """In which `combine` takes their sums; None: as they are, [R, j, d]."""
 
 
 class ExpertExchange(Protocol):
@@ -74,7 +74,7 @@ class ExpertExchange(Protocol):
         ...
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        """rows: what `moe_experts` made of `arrived`: [R, d] in arrived.sum_dtype, or the rooms' `out`. Returns [T, d]: for each token the
+        """rows: what `moe_experts` made of `arrived` and its sum_dtype, or the rooms' `out`. Returns [T, d]: for each token the
         sum over its experts, fp32, or bf16 from a backend that rounds it to that."""
         ...
 

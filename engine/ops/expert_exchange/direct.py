@@ -116,15 +116,16 @@ class DirectExchange:
             sent, ids, weights, positions, (choice.table, choice.turns, choice.load), self._inboxes, self._inbox.labels_at,
             (combined, dispatched, self._told), self._rank, self._slots_per_rank, self._patience,
         )  # fmt: skip
-        return Arrived(*rows, None)
+        return Arrived(*rows, None, None)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         if arrived.way_back is not None:
             return self._others.combine(rows, arrived.way_back)
+        assert arrived.ids is not None
         self._order.join()
         dispatched, combined = self._lost
         flags = (dispatched, combined, self._told)
-        return combine(rows, self._inboxes, self._inbox.sums_at, flags, self._rank, self._patience)
+        return combine(rows, arrived.ids, self._inboxes, self._inbox.sums_at, flags, self._rank, self._patience)
 
     def give_up(self) -> None:
         """The group is lost: what waits on the GPU ends. From any thread."""
@@ -141,13 +142,13 @@ class DirectExchange:
 
 
 def problem_of(exchange: DirectExchange, rank: int, ranks: int, shape: ExchangeShape, device: torch.device) -> str:
-    """What goes wrong with a token of each rank, sent around; "" if nothing does. Collective."""
+    """What goes wrong with a token of each rank, sent to an expert on each; "" if nothing does. Collective."""
     value = torch.arange(shape.hidden_size, device=device).remainder(64).to(torch.bfloat16)
-    zeros = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    ids, zeros = torch.arange(ranks, device=device)[None], torch.zeros(1, dtype=torch.int64, device=device)
     choice = SlotChoice(even_placement(ranks, ranks), rank, device)
-    arrived = exchange.dispatch((value + rank)[None], zeros, torch.ones(1, 1, device=device), zeros[0], choice)
+    arrived = exchange.dispatch((value + rank)[None], ids, torch.ones(1, ranks, device=device), zeros, choice)
     assert isinstance(arrived.x, torch.Tensor), "a decode step's tokens are not quantised"
-    sums = exchange.combine(arrived.x.float(), arrived)
+    sums = exchange.combine(arrived.x.unsqueeze(1).repeat(1, ranks, 1), arrived)
     try:
         exchange.check()
     except GroupLost:

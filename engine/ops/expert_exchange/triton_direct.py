@@ -1,4 +1,5 @@
-"""The kernels of `direct`: one sends a rank's tokens and takes in everybody's, one does the same with the experts' sums.
+"""The kernels of `direct`: one sends a rank's tokens and takes in everybody's, one adds up what experts
+made and does the same with the sums.
 
 Every rank has an inbox that all ranks have mapped:
 
@@ -184,10 +185,11 @@ def direct_dispatch_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "me", "patience"])
 def direct_combine_kernel(
-    rows_ptr, inboxes_ptr, before_ptr, now_ptr, told_ptr, out_ptr, sums_at, width, tokens, me, patience,
-    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, PART: tl.constexpr, LOOKS: tl.constexpr, TOLD: tl.constexpr,
+    rows_ptr, ids_ptr, inboxes_ptr, before_ptr, now_ptr, told_ptr, out_ptr, sums_at, width, tokens, me, patience,
+    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, TOP_K: tl.constexpr, PART: tl.constexpr, LOOKS: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
-    """rows are the bits of fp32, those for rank r at [r * tokens, (r + 1) * tokens). Adds up in the order of ranks."""
+    """rows: [SIZE * tokens, TOP_K, width], those for rank r at [r * tokens, (r + 1) * tokens). Adds up those with an id, in fp32 in their
+    order, then what comes of it in the order of ranks."""
     parts = tl.cdiv(width, PART)
     items = tokens * parts
     source = tl.expand_dims(tl.arange(0, PADDED_SIZE), 1)
@@ -199,18 +201,25 @@ def direct_combine_kernel(
     comes = (source < SIZE) & (source != me)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         token, at = item // parts, (item % parts) * PART + word
-        mask = comes & (at < width)
-        words = tl.load(rows_ptr + (source * tokens + token) * width + at, mask=mask, other=0)
+        row = (source * tokens + token) * TOP_K
+        sums_of = tl.zeros([PADDED_SIZE, PART], tl.float32)
+        for place in tl.static_range(TOP_K):
+            here = tl.load(ids_ptr + row + place, mask=source < SIZE, other=-1) >= 0
+            sums_of += tl.load(rows_ptr + (row + place) * width + at, mask=here & (at < width), other=0.0).to(tl.float32)
+        words = sums_of.to(tl.int32, bitcast=True)
         words = tl.where(words == -1, 0x7FFF7FFF, words)
-        tl.store(sums + (me * tokens + token) * width + at, words, mask=mask & is_alive)
-    tl.debug_barrier()
+        tl.store(sums + (me * tokens + token) * width + at, words, mask=comes & (at < width) & is_alive)
+        at_1 = (item % parts) * PART + tl.arange(0, PART)
+        tl.store(out_ptr + token * width + at_1, tl.sum(tl.where(source == me, sums_of, 0.0), 0), mask=at_1 < width)
+    tl.debug_barrier()  # this rank's own sums are where those of all will be
     my_sums = tl.multiple_of((tl.load(inboxes_ptr + me) + sums_at).to(tl.pointer_type(tl.int32)), 16)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         token, at = item // parts, (item % parts) * PART + word
-        mine = tl.load(rows_ptr + (me * tokens + token) * width + at, mask=at < width, other=0)
+        # Before all threads meet in `_take`, behind which the sum of all is stored there.
+        mine = tl.load(out_ptr + token * width + at, mask=at < width, other=0.0)
         mask = comes & (at < width)
         words = _take(my_sums + (source * tokens + token) * width + at, mask, now_ptr, told_ptr, patience, LOOKS, TOLD)
-        found = tl.where(source == me, mine, words).to(tl.float32, bitcast=True)
+        found = tl.where(source == me, mine, words.to(tl.float32, bitcast=True))
         total = tl.sum(tl.where(source == 0, found, 0.0), 0)
         for rank in tl.static_range(1, SIZE):
             total += tl.sum(tl.where(source == rank, found, 0.0), 0)
@@ -277,22 +286,25 @@ def dispatch(
 
 def combine(
     rows: torch.Tensor,
+    ids: torch.Tensor,
     inboxes: torch.Tensor,
     sums_at: int,
     flags: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     rank: int,
     patience: int,
 ) -> torch.Tensor:
-    """rows: fp32 [ranks * T, d], of the rows that `dispatch` has brought. Returns fp32 [T, d]."""
-    assert rows.is_contiguous() and rows.dtype == torch.float32, f"{rows.dtype} {rows.stride()}"
-    size, width = len(inboxes), rows.shape[1]
+    """rows: [ranks * T, k, d] in any dtype, made of the rows that `dispatch` has brought with these ids; anything where an id is -1.
+    Returns fp32 [T, d]."""
+    assert rows.is_contiguous() and ids.is_contiguous() and rows.shape[:2] == ids.shape, f"{rows.shape} {rows.stride()} {ids.shape}"
+    size, width = len(inboxes), rows.shape[2]
     tokens = len(rows) // size
     out = torch.empty(tokens, width, dtype=torch.float32, device=rows.device)
     if tokens:
         plan = cut(tokens, width, size)
         direct_combine_kernel[plan.programs(tokens, width, 0)](
-            rows.view(torch.int32), inboxes, *flags, out, sums_at, width, tokens, rank, patience,
-            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), PART=plan.part, LOOKS=LOOKS, TOLD=TOLD, num_warps=plan.warps,
+            rows, ids, inboxes, *flags, out, sums_at, width, tokens, rank, patience,
+            SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), TOP_K=ids.shape[1],
+            PART=plan.part, LOOKS=LOOKS, TOLD=TOLD, num_warps=plan.warps,
         )  # fmt: skip
     return out
 
@@ -323,10 +335,10 @@ AOT = [
 ] + [
     (
         direct_combine_kernel,
-        {"rows_ptr": "*i32", "inboxes_ptr": "*i64", "out_ptr": "*fp32", "sums_at": "i32:16"}
+        {"rows_ptr": "*bf16", "ids_ptr": "*i64", "inboxes_ptr": "*i64", "out_ptr": "*fp32", "sums_at": "i32:16"}
         | _FLAGS
         | {name: _NUMBERS[name] for name in ("width", "tokens", "me", "patience")},
-        sizes,
+        sizes | {"TOP_K": 6},
         options,
     )
     for tokens in (1, 256)

@@ -50,10 +50,11 @@ def moe_experts(
     weights: torch.Tensor | None,
     experts: PackedExperts,
     limit: float,
-    sum_dtype: torch.dtype = torch.float32,
+    sum_dtype: torch.dtype | None = torch.float32,
 ) -> torch.Tensor:
     """x: [T, d], or what `quantize_rows` makes of it, which is the same to experts that quantise; ids: int64 [T, k], places in `experts`,
-    -1 for none; weights: fp32 [T, k]. Returns [T, d], the sum over k, in sum_dtype.
+    -1 for none; weights: fp32 [T, k]. Returns [T, d], the sum over k, in sum_dtype; with None what would be summed, [T, k, d] in x's
+    dtype, undefined for -1.
 
     Products are rounded to x's dtype; the weight is applied in fp32, before W2.
 
@@ -70,13 +71,17 @@ def moe_experts(
     assert experts.quantize_activations or isinstance(x, torch.Tensor), "experts that do not quantise, of quantised rows"
     quantize = act_quant if experts.quantize_activations else torch.Tensor.double
     inputs = quantize(x) if isinstance(x, torch.Tensor) else x.double()
-    out = torch.zeros_like(inputs)
+    out = inputs.new_zeros(*(ids.shape if sum_dtype is None else ids.shape[:1]), inputs.shape[1])
     for expert in torch.unique(ids[ids >= 0]).tolist():
         tokens, place = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = (inputs[tokens] @ experts.w13[expert].T).to(x.dtype).float().chunk(2, dim=1)
         hidden = clamped_swiglu(gate, up, limit, torch.float32) * weights[tokens, place, None]
-        out.index_add_(0, tokens, (quantize(hidden.to(x.dtype)) @ experts.w2[expert].T).to(x.dtype).double())
-    return out.to(sum_dtype)
+        results = (quantize(hidden.to(x.dtype)) @ experts.w2[expert].T).to(x.dtype).double()
+        if sum_dtype is None:
+            out[tokens, place] = results
+        else:
+            out.index_add_(0, tokens, results)
+    return out.to(sum_dtype or x.dtype)
 
 
 def pack(w1: list[Weight], w2: list[Weight], w3: list[Weight], quantize_activations: bool) -> PackedExperts:

@@ -58,9 +58,10 @@ def experts(
     one_expert: bool = False,
     is_wide: bool = False,
     as_prompts: bool = False,
+    is_summed: bool = True,
 ) -> Draw:
     """`local`: (first, number) of the experts held here, of num_experts. `is_wide`: MXFP4 that was widened at the start. `as_prompts`:
-    rows as a group's exchange brings those of prompts, quantised and apart, and sums in bf16."""
+    rows as a group's exchange brings those of prompts, quantised and apart, and sums in bf16. Not `is_summed`: no sums."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         first, held = local or (0, num_experts)
@@ -78,7 +79,7 @@ def experts(
         x = randn(device, seed + 10_001, tokens, width, dtype=torch.bfloat16)
         packed = Weights((w1, w2, w3, True), is_wide)
         if not as_prompts:
-            return x, ids, weights, packed, LIMIT
+            return x, ids, weights, packed, LIMIT, torch.float32 if is_summed else None
         rows = quantize_rows(x)
         apart = torch.nn.functional.pad(rows.codes.view(torch.int32), (0, 16)).view(torch.float8_e4m3fn)[:, :width]
         scale = torch.nn.functional.pad(rows.scale, (0, 16))[:, : width // FP8_BLOCK]
@@ -105,7 +106,7 @@ def in_rooms(
     `usual`: 0 for `most`."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        _, _, _, packed, limit = experts(0, num_experts, width, inner, 1, kind=kind, is_wide=is_wide)(device, seed)
+        _, _, _, packed, limit, _ = experts(0, num_experts, width, inner, 1, kind=kind, is_wide=is_wide)(device, seed)
         random = generator(device, seed + 10_000)
         ends = (torch.rand(num_experts, generator=random, device=device) ** skew).cumsum(0)
         chosen = torch.searchsorted(ends, torch.rand(int(share * most), generator=random, device=device) * ends[-1])
@@ -140,6 +141,9 @@ CASES = (
     _case("many rows, widened", experts(260, 1, 128, 256, 1, is_wide=True), small=True),
     _case("rows of prompts", experts(3, 4, 256, 128, 2, as_prompts=True), small=True),
     _case("many rows of prompts", experts(260, 1, 256, 128, 1, is_wide=True, as_prompts=True), small=True),
+    _case("no tokens, not summed", experts(0, 4, 256, 128, 2, is_summed=False), small=True),
+    _case("not summed", experts(3, 4, 256, 128, 2, is_summed=False), small=True),
+    _case("many rows, not summed", experts(260, 1, 128, 128, 1, is_summed=False), small=True),
     _case("rooms, nothing has come", in_rooms(3, 4, 256, 128, 6, share=0.0), small=True),
     _case("rooms, no rows", in_rooms(2, 4, 128, 128, 0), small=True),
     _case("rooms", in_rooms(5, 8, 256, 128, 24), small=True),
@@ -177,7 +181,7 @@ def _evenly(rows: int, num_experts: int, width: int, inner: int, top_k: int = 4)
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
         tokens = rows * num_experts // top_k
-        x, _, weights, packed, limit = experts(tokens, num_experts, width, inner, top_k)(device, seed)
+        x, _, weights, packed, limit, _ = experts(tokens, num_experts, width, inner, top_k)(device, seed)
         return x, torch.arange(tokens * top_k, device=device).view(tokens, top_k) % num_experts, weights, packed, limit
 
     return draw

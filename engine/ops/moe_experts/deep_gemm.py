@@ -19,7 +19,7 @@ def run(
     weights: torch.Tensor | None,
     experts: PackedExperts,
     limit: float,
-    sum_dtype: torch.dtype = torch.float32,
+    sum_dtype: torch.dtype | None = torch.float32,
 ) -> torch.Tensor:
     """As the reference, x in bf16, or quantised from it; sum_dtype float32 or bfloat16."""
     if isinstance(x, Rooms) or ids is None or weights is None or not experts.widens or ids.numel() < MANY_ROWS * experts.num_experts:

@@ -4,7 +4,7 @@ Few rows an expert (few.py): four launches, experts read at 4 bits.
 1 route    lists each expert's (token, place) pairs in blocks, and quantises x to FP8
 2 hidden   w1 and w3, clamped SwiGLU, routing weight, FP8 again; one block of pairs and 128 channels a program
 3 out      w2, rounded to bf16, one row a pair
-4 sum      a token's rows in fp32, in order
+4 sum      a token's rows in fp32, in order, unless they are wanted as they are
 In rooms (`Rooms`) `hidden` and `out` work where the rows lie; 1 lists them by their counts, and 4 is not needed.
 
 Many rows (triton_many.py): MXFP4 is widened to FP8 in a workspace of a byte a weight, x is gathered by expert, and a grouped FP8
@@ -95,9 +95,9 @@ def run(
     weights: torch.Tensor | None,
     experts: PackedExperts,
     limit: float,
-    sum_dtype: torch.dtype = torch.float32,
+    sum_dtype: torch.dtype | None = torch.float32,
 ) -> torch.Tensor:
-    """As the reference, x in bf16, or quantised from it; sum_dtype float32 or bfloat16."""
+    """As the reference, x in bf16, or quantised from it; sum_dtype float32, bfloat16 or None."""
     if isinstance(x, Rooms):
         is_few = x.usual <= FEW_ROWS * experts.num_experts
         return run_rooms(x, experts, limit, _choose_few(x.most, experts) if is_few else BLOCKS_OF_32)
@@ -111,21 +111,27 @@ def run_with(
     weights: torch.Tensor,
     experts: PackedExperts,
     limit: float,
-    sum_dtype: torch.dtype,
+    sum_dtype: torch.dtype | None,
     config: Few | Many,
     product: Product | None = None,
 ) -> torch.Tensor:
     """`product` in place of our own for many rows."""
     tokens, top_k = ids.shape
-    out = torch.empty(tokens, experts.width, dtype=sum_dtype, device=ids.device)
     if not ids.numel():
-        return out
+        return torch.empty(
+            *((tokens, top_k) if sum_dtype is None else (tokens,)), experts.width, dtype=sum_dtype or x.dtype, device=ids.device
+        )
     x = x.contiguous() if isinstance(x, torch.Tensor) else x
     ids, weights = ids.contiguous(), weights.contiguous()
     if isinstance(config, Few):
         rows, slots = run_batch(x, ids, weights, experts, limit, config), ids
     else:
         rows, slots = _many(x, ids, weights, experts, limit, config, product or multiply)
+    if sum_dtype is None:  # sums of one row each, where rows lie in slots
+        if isinstance(config, Few):
+            return rows.unflatten(0, (tokens, top_k))
+        ids, tokens, top_k = ids.view(-1, 1), tokens * top_k, 1
+    out = torch.empty(tokens, experts.width, dtype=sum_dtype or rows.dtype, device=ids.device)
     channels = min(1024, triton.next_power_of_2(experts.width))
     moe_sum_kernel[(tokens, triton.cdiv(experts.width, channels))](
         rows,
@@ -140,7 +146,7 @@ def run_with(
         SLOTS=isinstance(config, Many),
         num_warps=4,
     )
-    return out
+    return out if sum_dtype is not None else out.unflatten(0, (-1, weights.shape[1]))
 
 
 def _many(
