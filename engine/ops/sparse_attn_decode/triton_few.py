@@ -140,32 +140,32 @@ def attn_values_kernel(
     WIDTH: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Program (s, block of heads, block of channels and share of entries). ENTRIES: of a share at most, 0 or a power of two. The first
-    share has the window, too. parts: fp32, of each block [SHARES, COLUMNS + 2, HEADS], of which the last two are maxima and sums."""
-    sequence, share, first = tl.program_id(0).to(tl.int64), tl.program_id(2) % SHARES, tl.program_id(2) // SHARES * COLUMNS
+    share has window and sink, too. parts: fp32, of each block [SHARES, COLUMNS + 2, HEADS], of which the last two are maxima and sums."""
+    sequence, first = tl.program_id(0).to(tl.int64), tl.program_id(2) // SHARES * COLUMNS
     lane, column = tl.arange(0, HEADS), tl.arange(0, COLUMNS)
     head = tl.program_id(1) * HEADS + lane
     real = head < num_heads
     at = scores_ptr + (sequence * num_heads + head)[:, None] * length
-    count, shares = 0, 1
-    if ENTRIES:
-        count = tl.load(num_entries_ptr + sequence)
-        if SHARES > 1:
-            shares = tl.maximum(tl.cdiv(count, ENTRIES), 1)
-            if share >= shares:
-                return
-            num_window = tl.where(share == 0, num_window, 0)
+    sink = tl.load(sink_ptr + head, mask=real, other=0.0)
+    top, before, has_window = sink, 0, real
+    if SHARES > 1:
+        share, shares = tl.program_id(2) % SHARES, tl.maximum(tl.cdiv(tl.load(num_entries_ptr + sequence), ENTRIES), 1)
+        if share >= shares:
+            return
+        before, has_window, num_window = share * ENTRIES, real & (share == 0), tl.where(share == 0, num_window, 0)
+        sink = tl.where(share == 0, sink, float("-inf"))
     place = tl.arange(0, WINDOW)
     window_rows = _listed(window_rows_ptr + sequence * num_window, 0, num_window, WINDOW)
-    sink = tl.load(sink_ptr + head, mask=real, other=0.0)
-    window = tl.load(at + place[None, :], mask=real[:, None] & (share == 0), other=float("-inf"))
-    top = tl.maximum(sink, tl.max(window, 1))
+    window = tl.load(at + place[None, :], mask=has_window[:, None], other=float("-inf"))
+    top = tl.maximum(top, tl.max(window, 1))
     if ENTRIES:
-        place = share * ENTRIES + tl.arange(0, ENTRIES)
-        entry_rows = _listed(entry_rows_ptr + sequence * entry_row_stride, share * ENTRIES, count, ENTRIES)
+        place = before + tl.arange(0, ENTRIES)
+        count = tl.load(num_entries_ptr + sequence)
+        entry_rows = _listed(entry_rows_ptr + sequence * entry_row_stride, before, count, ENTRIES)
         entries = tl.load(at + WINDOW + place[None, :], mask=real[:, None] & (place < count)[None, :], other=float("-inf"))
         top = tl.maximum(top, tl.max(entries, 1))
     weights = tl.exp(window - top[:, None])
-    total = tl.sum(weights, 1)
+    total = tl.exp(sink - top) + tl.sum(weights, 1)
     v = _channels(window_ptr, window_scale_ptr, window_stride, window_rows, first, WINDOW_PER_UNIT, WIDTH, FP8, COLUMNS, DOT)
     acc = tl.dot(weights.to(DOT), v, input_precision="ieee")
     if ENTRIES:
@@ -187,7 +187,7 @@ def attn_values_kernel(
         tops = tl.load(
             parts_ptr + every * SIZE + COLUMNS * HEADS + lane[None, :], mask=every < shares, other=float("-inf"), cache_modifier=".cg"
         )
-        top = tl.maximum(sink, tl.max(tops, 0))
+        top = tl.max(tops, 0)
         total = tl.zeros([HEADS], tl.float32)
         acc = tl.zeros([HEADS, COLUMNS], tl.float32)
         for other in tl.static_range(SHARES):  # unrolled: all parts are asked for before the first is there
@@ -196,7 +196,7 @@ def attn_values_kernel(
             total += tl.load(part + (COLUMNS + 1) * HEADS + lane, mask=there, other=0.0, cache_modifier=".cg") * factor
             found = tl.load(part + column[None, :] * HEADS + lane[:, None], mask=there, other=0.0, cache_modifier=".cg")
             acc += found * factor[:, None]
-    acc = acc / (total + tl.exp(sink - top))[:, None]
+    acc = acc / total[:, None]
     if first + COLUMNS > WIDTH - ROPE:
         pair = first // 2 + tl.arange(0, COLUMNS // 2) - (WIDTH - ROPE) // 2
         c = tl.load(cos_ptr + sequence * (ROPE // 2) + pair, mask=pair >= 0, other=1.0)[None, :]
