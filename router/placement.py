@@ -32,8 +32,9 @@ def place_decode(
     and both stay even; a rank that holds the whole prompt may have one sequence more than others.
 
     The ranks of a group step together, so the mean of a rank's group counts as much as the rank itself. A rank without room for the
-    request comes after all that have it. `avoid`: (name, incarnation) of ranks that failed this request or refused it; used only when
-    there is no other. Among equals the first one. Raises Unavailable when a role has no rank, Mismatch when no two fit each other.
+    request comes after all that have it, and one that never has it after all others. `avoid`: (name, incarnation) of ranks that failed this
+    request or refused it; used only when there is no other. Among equals the first one. Raises Unavailable when a role has no rank,
+    Mismatch when no two fit each other.
     """
     for role, found in (("prefill", prefills), ("decode", decodes)):
         if not found:
@@ -79,9 +80,10 @@ def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], nu
     for rank, its_load in zip(ranks, loads, strict=True):
         groups.setdefault(rank.member.replica, []).append(its_load)
 
-    def cost(place: int) -> tuple[bool, bool, float]:
+    def cost(place: int) -> tuple[bool, bool, bool, float]:
         member, load, group = ranks[place].member, ranks[place].load, groups[ranks[place].member.replica]
+        is_too_small = 0 < load.pages_total < num_pages
         is_full = load.pages_total > 0 and (load.pages_free < num_pages or load.slots_free == 0)
-        return member.key in avoided, is_full, loads[place] + sum(group) / len(group)
+        return is_too_small, member.key in avoided, is_full, loads[place] + sum(group) / len(group)
 
     return ranks[min(range(len(ranks)), key=cost)].member

@@ -40,6 +40,14 @@ class TestPlacement:
         decodes = [candidate("decode", 0, pages_free=1), candidate("decode", 1, num_running=6)]
         assert place_decode(REQUEST, decodes, [PREFILL]).replica == 1
 
+    def test_a_rank_that_never_has_room_comes_after_those_that_are_full_or_failed(self) -> None:
+        """It would refuse the request for good, as one that fits nowhere. Ranks may differ: num_pages 0, or a change by `baton apply`."""
+        ranks = [candidate("decode", 0, pages_free=1, pages_total=1), candidate("decode", 1, pages_free=1, slots_free=0)]
+        for avoid in ([], [("decode/1.0", 2)]):
+            assert place_decode(REQUEST, ranks, [PREFILL], avoid).replica == 1
+            assert place_prefill(REQUEST, ranks, "f", avoid).replica == 1
+        assert place_decode(REQUEST, ranks[:1], [PREFILL]).replica == 0
+
     def test_a_rank_that_holds_the_prompt_may_have_one_sequence_more_and_no_two(self) -> None:
         holds = dataclasses.replace(candidate("decode", 1, requests=3), kept_share=0.9)
         for requests, chosen in ((3, 1), (2, 0)):
