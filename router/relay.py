@@ -20,7 +20,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.errors import BatonError, DeadlineExceeded, MemberLost, Preempted, TransferFailed
+from core.errors import BatonError, DeadlineExceeded, MemberLost, Overloaded, Preempted, TransferFailed
 from core.log import get_logger
 from core.request import FinishReason, Request, TokenLogprobs
 from router.config import RouterConfig
@@ -160,7 +160,11 @@ class Relay:
                 journey.num_preemptions += 1
                 log.info("relay.preempted", request_id=attempt.request_id, num_tokens=len(produced))
             except BatonError as error:
-                if not error.retryable or not journey.may_run_again(self._config.max_attempts) or self._clock.now() > deadline:
+                has_to_wait = isinstance(error, Overloaded) and bool(produced)  # for the prefill rank; without tokens the client comes back
+                if has_to_wait:
+                    journey.num_runs -= 1
+                may_go_on = (error.retryable or has_to_wait) and journey.may_run_again(self._config.max_attempts)
+                if not may_go_on or self._clock.now() > deadline:
                     raise
                 log.warning("relay.retried", request_id=attempt.request_id, num_tokens=len(produced), error=f"{error.code}: {error}")
                 await asyncio.sleep(pause)

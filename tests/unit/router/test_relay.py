@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from core.errors import MemberLost, Preempted
+from core.errors import MemberLost, Overloaded, Preempted
 from core.request import Request, Reservation, TokenLogprobs
 from router.session import Failed, PromptScored
 from tests.support.scripted_ranks import (
@@ -98,6 +98,36 @@ def test_being_preempted_is_no_failure_of_the_rank_and_changes_no_token() -> Non
     assert (journey.attempts, journey.num_preemptions) == (3, 2)
     assert not decodes[1].requests, "the rank is not avoided"
     assert [len(request.token_ids) for request in prefill.requests] == [3, 5, 7]
+
+
+@pytest.mark.parametrize(("lose_after", "expected"), [(2, EXPECTED), (10**6, None)])
+def test_who_has_tokens_already_waits_for_a_prefill_rank_that_takes_no_more_and_who_has_none_is_sent_away(
+    lose_after: int, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sequences of a large decode rank that is lost may be more than `prefill.max_waiting`."""
+
+    class Full(FakePrefill):
+        """Refuses its second to fourth run, or the first one, if that is to be the only one."""
+
+        num_refused = 0
+
+        def run(self, request: Request, reservation: Reservation) -> None:
+            if (self.requests or expected is None) and self.num_refused < 3:
+                self.num_refused += 1
+                return self.listeners[request.request_id](Failed("prefill", Overloaded("256 requests are waiting")))
+            return super().run(request, reservation)
+
+    monkeypatch.setattr("router.relay.RETRY_S", 0.001)
+    decodes = [FakeRank("decode", 0, lose_after=lose_after), FakeRank("decode", 1)]
+    prefill, journey = Full(decodes), new_journey()
+    reading = tokens_of(new_relay([prefill, *decodes], max_attempts=2), journey)
+    if expected is None:
+        with pytest.raises(Overloaded):
+            asyncio.run(reading)
+        assert prefill.num_refused == 1
+        return
+    assert asyncio.run(reading) == expected
+    assert (prefill.num_refused, journey.num_migrations) == (3, 1), "being refused is no run"
 
 
 def test_attempts_are_bounded() -> None:
