@@ -76,7 +76,7 @@ class Unauthorized(BatonError):
 
 
 class Overloaded(BatonError):
-    """`retry_after_s`: when room is expected, from the measured rate of completion."""
+    """`retry_after_s`: when it is this client's turn, or room is expected."""
 
     http_status = 429
 

@@ -92,18 +92,12 @@ def _quote(value: Any) -> str:
 
 
 class EventLogger:
-    def __init__(self, logger: logging.Logger, fields: tuple[tuple[str, Any], ...] = ()) -> None:
+    def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._fields = fields
-
-    def bind(self, **fields: Any) -> EventLogger:
-        """A logger that adds these fields to every event."""
-        return EventLogger(self._logger, self._fields + tuple(fields.items()))
 
     def _emit(self, level: int, event: str, fields: dict[str, Any], exc_info: bool = False) -> None:
         if self._logger.isEnabledFor(level):
-            pairs = (*self._fields, *fields.items())
-            line = " ".join([event, *(f"{key}={_quote(value)}" for key, value in pairs)])
+            line = " ".join([event, *(f"{key}={_quote(value)}" for key, value in fields.items())])
             self._logger.log(level, "%s", line, exc_info=exc_info)
 
     def debug(self, event: str, **fields: Any) -> None:
