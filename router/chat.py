@@ -24,12 +24,16 @@ from core.errors import InvalidRequest, ModelNotFound
 from core.request import FinishReason, SamplingParams
 from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect
 from router.interleave import interleaved
-from router.refusals import REFUSED, must_call, refusal, refuse_unenforceable, refuse_unservable
+from router.refusals import REFUSED, must_call, refusal, refuse_unenforceable, refuse_unservable, wants_single_call
 from router.sampling import boolean, number, sampling_params
 from router.service import Service
+from router.tokens import StopMatcher
 
 MAX_TOKENS = 2**31
 """What a client may ask for, before it is looked at how long a sequence may be."""
+
+CALL_END = f"</{recipe.SpecialToken.Dsml.default_str()}invoke>"
+"""How the model ends each call of a tool."""
 
 _ENDINGS = {
     # The token that ends an answer is no text, and is counted: as in completions, and as other servers of open models do.
@@ -45,6 +49,8 @@ class ChatRequest:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     n: int
+    is_single_call: bool
+    """At most one tool is to be called."""
     stream: bool
     include_usage: bool
     echo: recipe.ResponsesEcho | None = None
@@ -108,7 +114,8 @@ class ChatFormat:
             num_logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
         )
         include_usage = dialect is CHAT and bool((body.get("stream_options") or {}).get("include_usage"))  # the library looked at both
-        return ChatRequest(converted, parsing, prompt, sampling, n, converted.stream, include_usage, echo, names)
+        is_single = wants_single_call(body, dialect)
+        return ChatRequest(converted, parsing, prompt, sampling, n, is_single, converted.stream, include_usage, echo, names)
 
     def _wants_thinking(self, body: Mapping[str, Any]) -> bool:
         """`chat_template_kwargs: {thinking: bool}` is how open-model servers are told; the dialects' own fields win over the default. An
@@ -148,7 +155,7 @@ class Chat:
 
     async def _chunks(self, index: int) -> AsyncGenerator[Any, None]:
         """The library's chunks of one choice."""
-        processor = self._processor()
+        processor, first_call = self._processor(), StopMatcher([CALL_END])
         sampling = dataclasses.replace(self._request.sampling, seed=(self._request.sampling.seed + index) % 2**64)
         usage = recipe.PromptUsage(prompt_tokens=len(self._request.prompt))
         opening = processor.push(recipe.InferenceChunk.ready(prompt_usage=usage))  # held: until a token is there, errors have a status
@@ -161,11 +168,16 @@ class Chat:
                 ids, logprobs = list(output.token_ids), None
                 if output.finish_reason is FinishReason.STOP:
                     ids = ids[:-1]
+                if self._request.is_single_call:
+                    ids = self._through_first_call(ids, first_call)
                 if self._request.converted.inference_options.logprobs:
                     found = output.logprobs[: len(ids)]
                     logprobs = [(l.logprob, list(zip(l.top_ids, l.top_logprobs, strict=True))) for l in found]
                 if ids:
                     for chunk in processor.push(recipe.InferenceChunk.tokens(ids, logprobs)):
+                        yield chunk
+                if first_call.matched is not None and not processor.finished:
+                    for chunk in processor.push(recipe.InferenceChunk.finish(recipe.InferenceFinishReason.Stop)):
                         yield chunk
                 if processor.finished:
                     journey.finish_reason = FinishReason.STOP  # at a stop sequence
@@ -176,6 +188,14 @@ class Chat:
                             yield chunk
         for chunk in processor.finish():
             yield chunk
+
+    def _through_first_call(self, ids: list[int], first_call: StopMatcher) -> list[int]:
+        """The tokens up to the one with which the first call of a tool is whole."""
+        for place, token in enumerate(ids, 1):
+            first_call.add(self._service.codec.spelling(token))
+            if first_call.matched is not None:
+                return ids[:place]
+        return ids
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, ready to send."""

@@ -11,7 +11,7 @@ import orjson
 
 from core.errors import InvalidRequest
 from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect
-from router.sampling import MAX_STOPS, number
+from router.sampling import MAX_STOPS, boolean, number
 
 _IMAGES = "images are not supported by this model"
 _FILES = "files are not supported: send their text"
@@ -66,6 +66,14 @@ def must_call(body: Mapping[str, Any]) -> bool:
     """Whether the answer is to be a call of a tool, whatever the model would rather say."""
     choice = body.get("tool_choice")
     return (choice.get("type") if isinstance(choice, dict) else choice) in FORCED
+
+
+def wants_single_call(body: Mapping[str, Any], dialect: Dialect) -> bool:
+    """Whether no more than one tool may be called in an answer. Raises InvalidRequest."""
+    if dialect is not MESSAGES:
+        return not boolean(body, "parallel_tool_calls", True)
+    choice = body.get("tool_choice")
+    return isinstance(choice, dict) and boolean(choice, "disable_parallel_tool_use", False)
 
 
 def _unreadable(messages: list[Any]) -> str:

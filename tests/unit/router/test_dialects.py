@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
+import deepseek_recipe as recipe
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -34,16 +35,17 @@ BODIES: dict[Dialect, dict[str, Any]] = {
 
 
 class Model:
-    """In a relay's place: says the text, a token a time, and ends as it is told."""
+    """In a relay's place: says the text, some tokens a time, and ends as it is told."""
 
-    def __init__(self, text: str, ending: FinishReason) -> None:
+    def __init__(self, text: str, ending: FinishReason, group: int = 1) -> None:
         self.token_ids = CODEC.encode(text) + (END if ending is FinishReason.STOP else [])
-        self.ending = ending
+        self.ending, self.group = ending, group
 
     async def generate(self, request: Request, journey: Journey) -> AsyncGenerator[Output, None]:
-        for place, token in enumerate(self.token_ids, 1):
+        for start in range(0, len(self.token_ids), self.group):
             await asyncio.sleep(0)
-            yield Output(token_ids=(token,), finish_reason=self.ending if place == len(self.token_ids) else None)
+            said, is_last = tuple(self.token_ids[start : start + self.group]), start + self.group >= len(self.token_ids)
+            yield Output(token_ids=said, finish_reason=self.ending if is_last else None)
 
 
 def new_service(model: Model, max_model_len: int = 4096) -> Service:
@@ -99,3 +101,51 @@ def test_usage_counts_every_token_of_the_answer_the_one_that_ends_it_too_in_all_
 def test_an_answer_may_be_as_long_as_a_sequence_has_room(dialect: Dialect, key: str, thinking: bool) -> None:
     form = ChatFormat(new_service(Model(" ", FinishReason.STOP), max_model_len=2**20), default_thinking=thinking)
     assert form.parse({"model": "demo", **BODIES[dialect], key: 1_000_000}, dialect).sampling.max_tokens == 1_000_000
+
+
+def call_of(*cities: str) -> str:
+    """As the model writes it."""
+    tag = recipe.SpecialToken.Dsml.default_str()
+    calls = [
+        f'<{tag}invoke name="weather">\n<{tag}parameter name="city" string="true">{city}</{tag}parameter>\n</{tag}invoke>\n'
+        for city in cities
+    ]
+    return f"<{tag}tool_calls>\n{''.join(calls)}</{tag}tool_calls>"
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS: dict[Dialect, dict[str, Any]] = {
+    CHAT: {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
+    RESPONSES: {"type": "function", "name": "weather", "parameters": SCHEMA},
+    MESSAGES: {"name": "weather", "input_schema": SCHEMA},
+}
+ONE: dict[Dialect, dict[str, Any]] = {
+    CHAT: {"parallel_tool_calls": False},
+    RESPONSES: {"parallel_tool_calls": False},
+    MESSAGES: {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+}
+CALLED = {
+    CHAT: lambda whole: [call["function"]["arguments"] for call in whole["choices"][0]["message"]["tool_calls"]],
+    RESPONSES: lambda whole: [item["arguments"] for item in whole["output"] if item["type"] == "function_call"],
+    MESSAGES: lambda whole: [json.dumps(block["input"]) for block in whole["content"] if block["type"] == "tool_use"],
+}
+ENDED = {
+    CHAT: lambda whole: whole["choices"][0]["finish_reason"] == "tool_calls",
+    RESPONSES: lambda whole: whole["status"] == "completed",
+    MESSAGES: lambda whole: whole["stop_reason"] == "tool_use",
+}
+
+
+@pytest.mark.parametrize("group", [1, 7, 1000])
+@pytest.mark.parametrize("dialect", BODIES)
+def test_who_wants_one_call_at_most_gets_the_first_and_pays_for_no_more(dialect: Dialect, group: int) -> None:
+    model = Model(call_of("Paris", "Rome"), FinishReason.STOP, group)
+    both = answer(model, dialect, tools=[TOOLS[dialect]])
+    one = answer(model, dialect, tools=[TOOLS[dialect]], **ONE[dialect])
+    assert [json.loads(text)["city"] for text in CALLED[dialect](both)] == ["Paris", "Rome"]
+    assert [json.loads(text)["city"] for text in CALLED[dialect](one)] == ["Paris"]
+    assert ENDED[dialect](one)
+    key = "completion_tokens" if dialect is CHAT else "output_tokens"
+    assert one["usage"][key] < both["usage"][key]
+    plain = answer(Model("Hello there", FinishReason.STOP, group), dialect, tools=[TOOLS[dialect]], **ONE[dialect])
+    assert "Hello there" in json.dumps(plain)
