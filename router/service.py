@@ -17,7 +17,7 @@ from router.admission import Admission
 from router.config import RouterConfig
 from router.metrics import RouterMetrics
 from router.relay import Journey, Output, Relay
-from router.tokens import TextCodec
+from router.tokens import TextCodec, context_length
 
 log = get_logger("request")
 
@@ -60,7 +60,7 @@ class Service:
         room = self.longest() - num_prompt_tokens
         if room < 1:
             raise PromptTooLong(
-                f"the prompt has {num_prompt_tokens} tokens; a sequence, prompt and answer together, has at most {self.max_model_len}",
+                f"prompt is too long: {num_prompt_tokens} tokens; {context_length(self.max_model_len)}",
                 param=param,
             )
         if max_tokens is not None and max_tokens > room:

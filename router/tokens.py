@@ -13,6 +13,11 @@ from core.errors import CheckpointError, PromptTooLong
 PIECE_CHARS = 65_536
 
 
+def context_length(max_tokens: int) -> str:
+    """The end of a sentence on a prompt that is too long. Its words, and "prompt is too long", are what clients look for."""
+    return f"this model's maximum context length is {max_tokens} tokens, prompt and answer together"
+
+
 class TextCodec:
     """The model's tokenizer. Decoding keeps special tokens out of the text."""
 
@@ -40,9 +45,7 @@ class TextCodec:
         for start in range(0, len(text), PIECE_CHARS):
             count += len(self.tokenizer.encode(text[start : start + PIECE_CHARS], add_special_tokens=False))
             if count > 2 * max_tokens:
-                raise PromptTooLong(
-                    f"the prompt has {len(text)} characters, more than twice the {max_tokens} tokens that a sequence may have", param=param
-                )
+                raise PromptTooLong(f"prompt is too long: {len(text)} characters; {context_length(max_tokens)}", param=param)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -104,6 +104,7 @@ def test_a_prompt_that_is_too_long_is_400_and_named_as_openai_names_it(client: h
     value = [{"role": "user", "content": text}] if field == "messages" else text
     refused = client.post(path, json={"model": "demo", **BODIES[path], field: value})
     assert (refused.status_code, "512" in message_of(path, refused)) == (400, True), refused.text
+    assert "prompt is too long" in refused.text and "this model's maximum context length is" in refused.text, "what clients look for"
     if path != "/v1/messages":
         assert refused.json()["error"]["code"] == "context_length_exceeded"
         assert refused.json()["error"]["param"] == field
