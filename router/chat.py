@@ -87,6 +87,8 @@ class ChatFormat:
             rest["max_tokens"] = max_tokens or 1
         if dialect is RESPONSES and max_tokens is not None:
             rest["max_output_tokens"] = max_tokens  # the answer repeats it
+        if dialect is RESPONSES and isinstance(wanted := body.get("include"), list) and "message.output_text.logprobs" in wanted:
+            rest["top_logprobs"] = body.get("top_logprobs") or 0  # the library looks at this one only
         options = recipe.ConversionOptions(
             default_thinking_mode=self._wants_thinking(body),
             thinking_max_tokens_upper_bound=MAX_TOKENS,  # the longest sequence is the limit

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from core.clock import SystemClock
-from core.request import FinishReason, Request
+from core.request import FinishReason, Request, TokenLogprobs
 from router import completions
 from router.chat import Chat, ChatFormat
 from router.config import RouterConfig
@@ -45,7 +45,8 @@ class Model:
         for start in range(0, len(self.token_ids), self.group):
             await asyncio.sleep(0)
             said, is_last = tuple(self.token_ids[start : start + self.group]), start + self.group >= len(self.token_ids)
-            yield Output(token_ids=said, finish_reason=self.ending if is_last else None)
+            scored = [TokenLogprobs(logprob=-0.5) for _ in said] if request.sampling.num_logprobs is not None else []
+            yield Output(token_ids=said, logprobs=tuple(scored), finish_reason=self.ending if is_last else None)
 
 
 def new_service(model: Model, max_model_len: int = 4096) -> Service:
@@ -101,6 +102,13 @@ def test_usage_counts_every_token_of_the_answer_the_one_that_ends_it_too_in_all_
 def test_an_answer_may_be_as_long_as_a_sequence_has_room(dialect: Dialect, key: str, thinking: bool) -> None:
     form = ChatFormat(new_service(Model(" ", FinishReason.STOP), max_model_len=2**20), default_thinking=thinking)
     assert form.parse({"model": "demo", **BODIES[dialect], key: 1_000_000}, dialect).sampling.max_tokens == 1_000_000
+
+
+@pytest.mark.parametrize("extra", [{}, {"top_logprobs": 0}, {"top_logprobs": None}])
+def test_a_response_has_the_log_probabilities_that_it_is_to_include(extra: dict[str, Any]) -> None:
+    model = Model("Hello there", FinishReason.STOP)
+    (message,) = answer(model, RESPONSES, include=["message.output_text.logprobs"], **extra)["output"]
+    assert [found["logprob"] for found in message["content"][0]["logprobs"]] == [-0.5] * (len(model.token_ids) - 1)
 
 
 def call_of(*cities: str) -> str:
