@@ -23,7 +23,7 @@ class RouterConfig:
     default_thinking: bool = True
     """Whether chat requests that do not say so are answered in thinking mode."""
     max_requests: int = 1024
-    """Requests in a router process at once, waiting ones included; more get 429."""
+    """Sequences in a router process at once, waiting ones included; more get 429. A request with `n` of 3 is three."""
     max_waiting_tokens: int = 8_388_608
     """Prompt tokens of requests that have no first token yet, in a router process; more get 429."""
     max_body_bytes: int = 33_554_432

@@ -31,7 +31,7 @@ class RouterMetrics:
         )
         self.ttft = Histogram("baton_router_ttft_seconds", "Time to first token", buckets=TTFT_BUCKETS, registry=registry)
         self.itl = Histogram("baton_router_itl_seconds", "Time between tokens of a stream", buckets=ITL_BUCKETS, registry=registry)
-        self.request_seconds = Histogram("baton_router_request_seconds", "Whole requests", buckets=DURATION_BUCKETS, registry=registry)
+        self.request_seconds = Histogram("baton_router_request_seconds", "Whole sequences", buckets=DURATION_BUCKETS, registry=registry)
         self.stages = Histogram(
             "baton_router_stage_seconds",
             "Time of a request by stage: queue, reserve, prefill, transfer, ready_wait, decode",
@@ -39,12 +39,12 @@ class RouterMetrics:
             buckets=TTFT_BUCKETS,
             registry=registry,
         )
-        self.prompt_tokens = Counter("baton_router_prompt_tokens", "Prompt tokens of finished requests", registry=registry)
+        self.prompt_tokens = Counter("baton_router_prompt_tokens", "Prompt tokens of sequences that ended", registry=registry)
         self.output_tokens = Counter("baton_router_output_tokens", "Tokens sent to clients", registry=registry)
         self.migrations = Counter("baton_router_migrations", "Runs repeated on other ranks", registry=registry)
         self.hand_ons = Counter("baton_router_hand_ons", "Computed prompts handed to a second decode rank", registry=registry)
         self.preemptions = Counter("baton_router_preemptions", "Runs repeated since a decode rank was out of pages", registry=registry)
-        self.in_progress = Gauge("baton_router_requests_in_progress", "Requests admitted and not ended", registry=registry)
+        self.in_progress = Gauge("baton_router_requests_in_progress", "Sequences admitted and not ended", registry=registry)
         self.in_line = Gauge("baton_router_requests_in_line", "Requests that wait for room on the decode ranks", registry=registry)
         self._ignored = Counter("baton_router_ignored_fields", "Unknown body fields", ["field"], registry=registry)
         self._fields: set[str] = set()
