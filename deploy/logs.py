@@ -24,9 +24,12 @@ def print_logs(folder: ClusterFolder, member: str | None, num_lines: int, is_fol
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 start = offsets.get(path, 0)
                 file.seek(start if start <= path.stat().st_size else 0)
-                for line in collections.deque(file, maxlen=num_lines) if is_first_look else file:
-                    _print(path, line, is_named)
+                lines = collections.deque(file, maxlen=num_lines if is_first_look else None)
                 offsets[path] = file.tell()
+                if is_following and lines and not lines[-1].endswith(b"\n"):  # not all of it is written
+                    offsets[path] -= len(lines.pop())
+                for line in lines:
+                    _print(path, line, is_named)
         if not is_following:
             return
         is_first_look = False

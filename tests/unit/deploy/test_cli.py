@@ -303,7 +303,14 @@ def test_logs_are_followed_through_a_new_start(
         first.unlink()
         second.write_text("new\n")
 
-    steps = iter([lambda: first.write_text("old\nlast\nmore\n"), start_anew, lambda: first.write_text("new\n")])
+    steps = iter(
+        [
+            lambda: first.write_text("old\nlast\nmo"),
+            lambda: first.write_text("old\nlast\nmore\n"),
+            start_anew,
+            lambda: first.write_text("new\n"),
+        ]
+    )
 
     def sleep(seconds: float) -> None:
         step = next(steps, None)
