@@ -88,6 +88,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             controller_uptime_s=controller.clock.now() - controller.began,
             events=controller.events,
             settled=controller.fleet.is_settled(),
+            quiet=controller.fleet.is_quiet(),
             problems=[*controller.fleet.problems(), *misfits(controller.members)],
             spec_yaml=controller.spec.to_yaml(),
         )

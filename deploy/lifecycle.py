@@ -197,20 +197,13 @@ def wait_until_settled(folder: ClusterFolder, timeout_s: float, say: Say) -> Non
                 time.sleep(0.3)
                 continue
             say_changes(status, seen, say)
-            if status.problems and is_quiet(status):
+            if status.problems and status.quiet:
                 raise Unavailable("; ".join(status.problems))
             if status.settled:
                 return
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(f"{folder.name} is not as wanted after {timeout_s:g} s; see `baton status` and `baton logs`")
             time.sleep(0.3)
-
-
-def is_quiet(status: Any) -> bool:
-    """Nothing is on its way but what has problems: waiting longer brings nothing."""
-    troubled = {problem.partition(":")[0] for problem in status.problems}
-    moving = [row.member for row in (*status.routers, *status.ranks) if row.member.state not in ("ready", "given up")]
-    return all(f"{member.role}/{member.replica}" in troubled for member in moving)
 
 
 def say_changes(status: Any, seen: dict[str, str], say: Say) -> None:

@@ -234,10 +234,25 @@ class Fleet:
             return replica.revision == desired.revision and not replica.is_asked_to_restart
         return replica.phase is Phase.GIVEN_UP
 
+    def is_quiet(self) -> bool:
+        """Nothing is on its way but what has problems: waiting longer brings nothing."""
+        return all(
+            self._is_in_trouble(replica) or self._is_at_rest(replica, desired) or self._is_held_up(replica)
+            for role, desired in self._desired.items()
+            for replica in self._of(role)
+        )
+
+    def _is_held_up(self, replica: Replica) -> bool:
+        """It is to be renewed when another one of its role works, which has problems."""
+        others = (other for other in self._of(replica.role) if other.phase is not Phase.GIVEN_UP and not other.is_leaving)
+        return replica.phase is Phase.READY and not replica.is_asked_to_restart and any(map(self._is_in_trouble, others))
+
     def problems(self) -> list[str]:
         """Replicas that do not come up, and why."""
-        failing = [r for r in self.replicas.values() if r.note and (r.num_failures > 1 or r.phase is Phase.GIVEN_UP)]
-        return [f"{replica.name}: {replica.note}" for replica in failing]
+        return [f"{replica.name}: {replica.note}" for replica in self.replicas.values() if self._is_in_trouble(replica)]
+
+    def _is_in_trouble(self, replica: Replica) -> bool:
+        return bool(replica.note) and (replica.num_failures > 1 or replica.phase is Phase.GIVEN_UP)
 
     def _time_out(self, replica: Replica, now: float) -> list[Action]:
         age, config = now - replica.since, self.config

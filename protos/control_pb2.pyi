@@ -44,7 +44,7 @@ class RankStatus(_message.Message):
     def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., restarts: _Optional[int] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., note: _Optional[str] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("name", "model", "ranks", "routers", "desired_replicas", "controller_uptime_s", "events", "settled", "problems", "spec_yaml")
+    __slots__ = ("name", "model", "ranks", "routers", "desired_replicas", "controller_uptime_s", "events", "settled", "problems", "spec_yaml", "quiet")
     class DesiredReplicasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class ClusterStatus(_message.Message):
     SETTLED_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     SPEC_YAML_FIELD_NUMBER: _ClassVar[int]
+    QUIET_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
@@ -72,7 +73,8 @@ class ClusterStatus(_message.Message):
     settled: bool
     problems: _containers.RepeatedScalarFieldContainer[str]
     spec_yaml: str
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., desired_replicas: _Optional[_Mapping[str, int]] = ..., controller_uptime_s: _Optional[float] = ..., events: _Optional[_Iterable[str]] = ..., settled: _Optional[bool] = ..., problems: _Optional[_Iterable[str]] = ..., spec_yaml: _Optional[str] = ...) -> None: ...
+    quiet: bool
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., desired_replicas: _Optional[_Mapping[str, int]] = ..., controller_uptime_s: _Optional[float] = ..., events: _Optional[_Iterable[str]] = ..., settled: _Optional[bool] = ..., problems: _Optional[_Iterable[str]] = ..., spec_yaml: _Optional[str] = ..., quiet: _Optional[bool] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("spec_yaml", "replicas", "dry_run")

@@ -359,13 +359,6 @@ def test_the_status_page_shows_members_problems_and_events() -> None:
     assert "  prefill/0: no room" in lines and lines[-1] == "  event 8" and "  event 3" not in lines
 
 
-def test_waiting_ends_when_only_troubled_replicas_are_left() -> None:
-    status = control_pb2.ClusterStatus(ranks=[row("decode", "backoff")], problems=["decode/0: bad"])
-    assert lifecycle.is_quiet(status)
-    status.ranks.append(row("prefill", "starting"))
-    assert not lifecycle.is_quiet(status)
-
-
 def test_only_changes_are_said() -> None:
     said: list[str] = []
     seen: dict[str, str] = {}

@@ -232,6 +232,49 @@ def test_a_bad_revision_stops_at_its_first_replica() -> None:
     assert set(world.phases().values()) == {"ready"}
 
 
+def test_it_is_quiet_when_nothing_but_troubled_replicas_is_on_its_way() -> None:
+    world = World()
+    world.broken = {"decode/0": "bad"}
+    world.fleet.set_desired(want(decode=1, prefill=1), world.now)
+    for _ in range(8):
+        world.step()
+    assert world.phases() == {"decode/0": "backoff", "prefill/0": "ready"} and world.fleet.is_quiet()
+    world.fleet.set_desired(want(decode=1, prefill=2), world.now)
+    fleet = world.fleet
+    assert Start("prefill", 1) in fleet.decide(world.now) and not fleet.is_quiet()
+
+
+def test_it_is_not_quiet_between_two_replicas_that_are_renewed_though_another_one_has_no_room() -> None:
+    world = World()
+    world.homeless = {"decode/3"}
+    world.fleet.set_desired(want("a", decode=4), world.now)
+    world.step()
+    world.step(CONFIG.placement_timeout_s)
+    assert world.fleet.is_settled() and world.fleet.is_quiet() and world.fleet.problems()
+    world.fleet.set_desired(want("b", decode=4), world.now)
+    world.step()
+    world.step(CONFIG.placement_timeout_s)
+    num_renewed = []
+    for _ in range(20):
+        world.step()
+        ready = [replica for replica in world.fleet.replicas.values() if replica.phase is Phase.READY]
+        num_renewed.append(sum(replica.revision == "b" for replica in ready))
+        assert world.fleet.is_quiet() == (num_renewed[-1] == 3)
+    assert {1, 2, 3} <= set(num_renewed)
+
+
+def test_it_is_quiet_when_a_bad_revision_holds_up_the_others() -> None:
+    world = World()
+    world.settle(want("a", decode=3))
+    world.broken = {"decode/0": "bad option"}
+    world.fleet.set_desired(want("b", decode=3), world.now)
+    assert not world.fleet.is_quiet()
+    for _ in range(50):
+        world.step()
+    assert world.fleet.problems() == ["decode/0: bad option"] and world.fleet.is_quiet()
+    assert world.fleet.ask_restart("decode", 1) and not world.fleet.is_quiet()
+
+
 def test_a_mended_file_is_tried_at_once_and_is_not_blamed_for_the_one_before() -> None:
     world = World()
     world.broken = {"decode/0": "bad option"}
