@@ -57,14 +57,14 @@ class MoE:
         experts, so that idle ranks cost their peers little). Returns what is to be added up and rounded to x's dtype: the routed experts'
         sum, [T, d] in fp32 or x's dtype, and the shared expert's output, [T, d] in x's dtype. In a group T may be 0, and all ranks call
         it."""
-        shared = self._side.start(lambda: self._shared(x if quantized is None else quantized))
+        shared = self._side.start(lambda: self._shared(x if quantized is None else quantized), late=True)
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, self._table, token_ids, self._topk, self._scaling)
         if self._share is None:
             routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
         else:
             arrived = self._share.dispatch(x, ids, weights, positions, quantized)
             rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit, arrived.sum_dtype)
-            routed = self._share.exchange.combine(rows, arrived)
+            routed = self._share.exchange.combine(rows, arrived, shared)
         return routed, shared()
 
     def _shared(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:

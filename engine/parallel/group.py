@@ -155,19 +155,26 @@ class Group:
             self.backend(rows.device).alltoall_base(out, rows.contiguous(), list(received), list(sent)).wait()
         return out
 
-    def swap(self, parts: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
-        """parts[r] goes to rank r, into[r] comes from it, for all ranks but this one, whose own entries are left alone. All contiguous."""
+    def swap(self, parts: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """parts[r] goes to rank r, into[r] comes from it, for all ranks but this one, whose own entries are left alone. All contiguous.
+        What is returned waits for it, on a GPU the current stream, and raises GroupLost if it does not come."""
         backend = self.backend(parts[0].device)
         others = [rank for rank in range(self.size) if rank != self.rank]
-        with self.working("the exchange of parts"):
+        what = "the exchange of parts"
+        with self.working(what):
             if parts[0].is_cuda:
                 nothing = parts[0].new_empty(0)  # neither sent nor waited for
                 sent, received = ([one[rank] if rank in others else nothing for rank in range(self.size)] for one in (parts, into))
-                backend.alltoall(received, sent).wait()
+                works = [backend.alltoall(received, sent)]
             else:
                 works = [backend.recv([into[rank]], rank, 0) for rank in others] + [backend.send([parts[rank]], rank, 0) for rank in others]
+
+        def wait() -> None:
+            with self.working(what):
                 for work in works:
                     work.wait()
+
+        return wait
 
     def gather_bytes(self, name: str, mine: bytes) -> list[bytes]:
         """Everybody's, in the order of ranks; for the opening of things, over the store."""

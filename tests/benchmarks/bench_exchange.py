@@ -111,7 +111,7 @@ def bare_collectives(load: Load, group: Group, device: torch.device, is_wide: bo
         if is_wide:
             backend._reduce_scatter_base(sums, rows.flatten(0, 1)).wait()
         else:
-            group.swap(rows.unbind(), sums.unbind())
+            group.swap(rows.unbind(), sums.unbind())()
 
     return call
 

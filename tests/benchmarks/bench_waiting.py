@@ -31,7 +31,7 @@ from engine.batch import Chunk, build_batch
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.graphs import PAGES_STEP, DecodeGraphs
-from engine.ops.expert_exchange import Arrived, ExpertExchange
+from engine.ops.expert_exchange import Arrived, Beside, ExpertExchange, nothing
 from engine.parallel.experts import ExpertShare, LayerShare, Sharing
 from engine.parallel.group import Group, Limits, Seat
 from tests.benchmarks.bench_engine import FILLED_TOKENS, cut_shape, fill, new_sequence
@@ -62,9 +62,9 @@ class TimedExchange:
         self.seconds += time.perf_counter() - began
         return arrived
 
-    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+    def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         began = time.perf_counter()
-        total = self._inner.combine(rows, arrived)
+        total = self._inner.combine(rows, arrived, beside)
         self.seconds += time.perf_counter() - began
         return total
 

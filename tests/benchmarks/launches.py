@@ -187,7 +187,7 @@ def noting_kernels(recorder: Recorder) -> Iterator[None]:
         recorder.note(kernel.__name__)
         recorder.keys.add(key_of(kernel, args, kwargs))
 
-    def start(side: SideStream, work: Callable[[], T]) -> Callable[[], T]:
+    def start(side: SideStream, work: Callable[[], T], late: bool = False) -> Callable[[], T]:
         return recorder.start(side, work)
 
     with mock.patch.object(JITFunction, "run", launch), mock.patch.object(SideStream, "start", start):

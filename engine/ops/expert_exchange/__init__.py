@@ -5,7 +5,7 @@ The op opens an exchange; every MoE layer of the rank then uses it, all ranks in
     exchange = ops.expert_exchange(group, shape, ops)
     arrived = exchange.dispatch(x, ids, weights, positions, choice)          # my tokens out, everybody's tokens for my experts in
     rows = ops.moe_experts(arrived.x, arrived.ids, arrived.weights, experts, limit, arrived.sum_dtype)
-    routed = exchange.combine(rows, arrived)                                 # [T, d], as one rank with all experts has it
+    routed = exchange.combine(rows, arrived, beside)                         # [T, d], as one rank with all experts has it
 
 Routing is decided at home, for hash layers from the home's token ids, so that token ids never travel. A rank without tokens calls
 both with T = 0: its experts are needed by its peers.
@@ -13,6 +13,7 @@ both with T = 0: its experts are needed by its peers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,12 @@ from engine.ops.moe_experts import Rooms
 from engine.ops.registry import BoundOps, Impl, Op
 from engine.parallel.expert_placement import SlotChoice
 from engine.parallel.group import Group
+
+Beside = Callable[[], object]
+
+
+def nothing() -> None:
+    """To be done beside."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +80,10 @@ class ExpertExchange(Protocol):
         at hand, which may be sent in its place."""
         ...
 
-    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        """rows: what `moe_experts` made of `arrived` and its sum_dtype, or the rooms' `out`. Returns [T, d]: for each token the
-        sum over its experts, fp32, or bf16 from a backend that rounds it to that."""
+    def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
+        """rows: what `moe_experts` made of `arrived` and its sum_dtype, or the rooms' `out`. beside: what can be done while sums travel,
+        for a backend that leaves the GPU free then: called once or not at all. Returns [T, d]: for each token the sum over its experts,
+        fp32, or bf16 from a backend that rounds it to that."""
         ...
 
     def check(self) -> None:
@@ -135,7 +143,7 @@ class RowExchange:
         way_back = _WayBack(sent.tolist(), received, place.view(num_tokens, top_k).gather(1, order), x.dtype)
         return Arrived(rows, labels[:, :1].long(), labels[:, 1:].contiguous().view(torch.float32), way_back)
 
-    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+    def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         back: _WayBack = arrived.way_back
         home = self._group.all_to_all(rows.to(back.dtype), back.received, back.sent)  # exact: an expert's row was rounded to that dtype
         out = torch.zeros(len(back.row_of_place), rows.shape[1], dtype=torch.float64, device=rows.device)

@@ -19,7 +19,7 @@ import torch
 from core.errors import ConfigError, GroupLost
 from core.log import get_logger
 from engine.model.quantized import FP8_BLOCK, QuantizedRows
-from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, nothing
 from engine.ops.moe_experts import Rooms
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import SlotChoice
@@ -121,7 +121,7 @@ class NormalExchange(_Buffer):
         )
         return Arrived(QuantizedRows(rows, row_scales, x.dtype), places, row_weights, handle, torch.bfloat16)
 
-    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+    def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         total: torch.Tensor = self._buffer.combine(rows, arrived.way_back)[0]
         return total
 
@@ -163,7 +163,7 @@ class LowLatencyExchange(_Buffer):
         rooms = Rooms(codes, scales, counts, most, usual, self._buffer.get_next_low_latency_combine_buffer(handle))
         return Arrived(rooms, None, None, (handle, slots, weights), torch.bfloat16)
 
-    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+    def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         """rows: the `out` of the rooms."""
         assert isinstance(arrived.x, Rooms) and rows.data_ptr() == arrived.x.out.data_ptr(), "results lie elsewhere"
         handle, slots, weights = arrived.way_back

@@ -22,7 +22,7 @@ import torch
 from core.errors import ConfigError, GroupLost
 from core.log import get_logger
 from engine.model.quantized import FP8_BLOCK, QuantizedRows
-from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, nothing
 from engine.ops.expert_exchange.gather import GatherExchange, PaddedGatherExchange
 from engine.ops.expert_exchange.triton_direct import TICK_BITS, TOLD, combine, dispatch
 from engine.ops.registry import BoundOps
@@ -118,9 +118,9 @@ class DirectExchange:
         )  # fmt: skip
         return Arrived(*rows, None, None)
 
-    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+    def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         if arrived.way_back is not None:
-            return self._others.combine(rows, arrived.way_back)
+            return self._others.combine(rows, arrived.way_back, beside)
         assert arrived.ids is not None
         self._order.join()
         dispatched, combined = self._lost

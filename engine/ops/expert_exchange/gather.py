@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from engine.model.quantized import FP8_BLOCK, QuantizedRows
-from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, nothing
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import SlotChoice
 from engine.parallel.group import Group
@@ -42,7 +42,7 @@ class GatherExchange:
         every_x, places, every_weight = self._ops.exchange_unpack(every, ids.shape[1], self._group.rank, self._slots_per_rank, x.dtype)
         return Arrived(every_x, places, every_weight, None)
 
-    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+    def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         out = rows.new_empty(len(rows) // self._group.size, rows.shape[1])
         with self._group.working("the summing up of experts"):
             self._group.backend(rows.device)._reduce_scatter_base(out, rows).wait()
@@ -90,11 +90,13 @@ class PaddedGatherExchange:
             self._group.backend(message.device)._allgather_base(every, message).wait()
         return every
 
-    def combine(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+    def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         parts = rows.unflatten(0, (self._group.size, -1))
         if arrived.sum_dtype == torch.bfloat16:
             others = torch.empty_like(parts)
-            self._group.swap(parts.unbind(), others.unbind())
+            arrive = self._group.swap(parts.unbind(), others.unbind())
+            beside()
+            arrive()
             out: torch.Tensor = self._ops.exchange_sum(parts[self._group.rank], others, self._group.rank)
         else:
             out = torch.empty_like(parts[0])

@@ -3,10 +3,13 @@ have those of bf16 parts, to the bit."""
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from engine.model.quantized import QuantizedRows
+from engine.model.side_stream import SideStream
 from engine.ops.expert_exchange import ExchangeShape
 from engine.ops.expert_exchange.gather import run
 from engine.ops.moe_experts import moe_experts
@@ -81,3 +84,31 @@ def test_prompts_travel_in_fp8_and_come_back_in_bf16_unless_nothing_is_rounded(
             total += moe_experts(x, places, weights, experts, LIMIT, part_dtype).float()
         assert is_quantized == (dtype == torch.bfloat16)
         assert torch.equal(routed, total), f"rank {number}"
+
+
+def test_what_can_be_done_beside_is_done_before_other_ranks_sums_are_there() -> None:
+    placement, done = even_placement(8, 2), threading.Event()
+    shape = ExchangeShape(hidden_size=HIDDEN, num_slots=8, max_tokens=32, is_latency_bound=False)
+
+    def rank(group: Group) -> bool:
+        exchange = run(group, shape, reference_ops())
+        x, ids, weights = tokens_of(group.rank, 3, torch.bfloat16)
+        arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
+        rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT, arrived.sum_dtype)
+        if group.rank == 0:
+            exchange.combine(rows, arrived, done.set)
+            return True
+        is_done = done.wait(20)
+        exchange.combine(rows, arrived)
+        return is_done
+
+    assert run_group(2, rank) == [True, True]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_outside_graphs_work_on_a_side_is_done_once_at_its_start_or_its_join(late: bool) -> None:
+    done: list[str] = []
+    join = SideStream(torch.device("cpu")).start(lambda: done.append("work") or len(done), late)
+    done.append("between")
+    assert join() == join() == (2 if late else 1)
+    assert done == (["between", "work"] if late else ["work", "between"])
