@@ -7,8 +7,9 @@
 
 A *link* is one session with a receiver. It is lost when the session breaks, when a write fails or takes too long, or when the receiver
 has vouched for nothing that was sent within `liveness_timeout_s`. A lost link gets no new writes; those under way come to an end within
-`drain_s`, or the transport is reset, which ends all links. That keeps every write of a sender that was cut off, stopped or slow within
-`liveness_timeout_s + drain_s` of the last moment at which the receiver still knew it, and the receiver's quarantine is longer.
+`drain_s`, or the transport is reset, which ends all links; the next link to that receiver waits for it. That keeps every write of a sender
+that was cut off, stopped or slow within `liveness_timeout_s + drain_s` of the last moment at which the receiver still knew it, and the
+receiver's quarantine is longer.
 
 Rules: a page is written only while its epoch is live (the receiver said so and has not revoked it); the write with the slot and the
 commit is posted only when every earlier write is out; LastWriteOut is said only if all writes succeeded; local pages stay until Closed.
@@ -17,6 +18,7 @@ commit is posted only when every earlier write is out; LastWriteOut is said only
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -74,7 +76,7 @@ class HandOff:
 @dataclass(slots=True)
 class Link:
     vouched_at: float
-    """When something was sent that the receiver has answered since: it still knew this session then."""
+    """When something was sent that the receiver has answered since: it still knew this session then. inf: it has not begun."""
     lost: BatonError | None = None
 
 
@@ -184,14 +186,19 @@ class Sender:
 
     # -- orders of the worker ------------------------------------------------------------------------------------------------
 
-    def open(self, request_id: str, peer: str, reservation: Reservation, now: float) -> list[Action]:
-        """Ask the receiver whether the epoch is live; pages may be pushed meanwhile. A link begins with its first hand-off."""
+    def open(self, request_id: str, peer: str, reservation: Reservation, now: float, waits: bool = False) -> list[Action]:
+        """Ask the receiver whether the epoch is live; pages may be pushed meanwhile. A link begins with its first hand-off, or, if that
+        `waits`, with `begin`."""
         assert request_id not in self._hand_offs, f"{request_id} is open already"
-        link = self._links.setdefault(peer, Link(now))
+        link = self._links.setdefault(peer, Link(math.inf if waits else now))
         assert link.lost is None, f"{peer} is lost"
         hand_off = HandOff(request_id, peer, reservation, Phase.OPENING, now)
         self._hand_offs[request_id] = self._by_epoch[peer, reservation.epoch] = hand_off
         return [Renew(peer, (reservation.epoch,))]
+
+    def begin(self, peer: str, now: float) -> None:
+        """What this link waited for is over."""
+        self._links[peer].vouched_at = now
 
     def push(self, request_id: str, first_page: int, local_page_ids: Iterable[int]) -> None:
         """Pages first_page, first_page + 1, ... of the sequence are final."""
@@ -321,7 +328,7 @@ class Sender:
         actions: list[Action] = []
         for hand_off in self._hand_offs.values():
             hand_off.in_flight.clear()
-        for peer, link in list(self._links.items()):
+        for peer, link in [found for found in self._links.items() if found[1].vouched_at < math.inf]:
             if link.lost is None:
                 actions += self.peer_lost(peer, MemberLost("the transport was reset because another receiver did not answer"))
             else:

@@ -75,6 +75,8 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         """By link; owned by the thread."""
         self._links: dict[tuple[str, int], str] = {}
         """Member.key -> its latest link, while that is not dropped."""
+        self._waiting: dict[str, str] = {}
+        """Lost link that is not dropped -> the one that is to follow: there is one connection to a rank at a time."""
         self._num_links = 0
         self._writes: dict[int, str] = {}
         """Write id -> request."""
@@ -228,6 +230,10 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         session = self._sessions.pop(drop.peer)
         self._links = {member: link for member, link in self._links.items() if link != drop.peer}
         self._loop.call_soon_threadsafe(session.stop)
+        following = self._waiting.pop(drop.peer, None)
+        if following is not None:
+            self._state.begin(following, self._clock.now())
+            self._loop.call_soon_threadsafe(self._begin_session, self._sessions[following])
 
     def _as_write(self, post: Post) -> Write:
         if post.order is None:
@@ -254,17 +260,19 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
     # -- orders, run by the thread ---------------------------------------------------------------------------------------------
 
     def _open(self, request_id: str, reservation: Reservation) -> list[Action]:
-        decode = reservation.decode
+        decode, now = reservation.decode, self._clock.now()
         link = self._links.get(decode.key, "")
-        if link in self._sessions and not self._state.is_usable(link):
-            error = MemberLost(f"the connection to {decode.name} is being torn down")
-            return [Closed(request_id, error)]
-        if link not in self._sessions:
-            self._num_links += 1
-            link = self._links[decode.key] = f"{decode.name}#{decode.incarnation}/{self._num_links}"
-            self._sessions[link] = PeerSession(link, decode, self._speaker, self._own.agent, self)
+        if self._state.is_usable(link):
+            return self._state.open(request_id, link, reservation, now)
+        lost, waits = link, link in self._sessions
+        self._num_links += 1
+        link = self._links[decode.key] = f"{decode.name}#{decode.incarnation}/{self._num_links}"
+        self._sessions[link] = PeerSession(link, decode, self._speaker, self._own.agent, self)
+        if waits:
+            self._waiting[lost] = link
+        else:
             self._loop.call_soon_threadsafe(self._begin_session, self._sessions[link])
-        return self._state.open(request_id, link, reservation, self._clock.now())
+        return self._state.open(request_id, link, reservation, now, waits)
 
     def _heard(self, link: str, message: transfer_pb2.ReceiverMessage) -> list[Action]:
         actions: list[Action] = []

@@ -224,6 +224,21 @@ def test_writes_of_a_lost_peer_that_do_not_end_reset_the_transport() -> None:
     assert sender.num_open == 0 and not sender.needs_progress
 
 
+def test_a_link_that_waits_is_neither_silent_nor_ended_by_a_reset_and_begins_when_it_is_told() -> None:
+    sender = Sender(LIMITS)
+    opened(sender, "r")
+    sender.push("r", 0, [10])
+    post(sender, 1)
+    sender.peer_lost(PEER, MemberLost("cut"))
+    following = "decode/0.0#7/2"
+    assert sender.open("s", following, reservation(2), 0.0, waits=True) == [Renew(following, (2,))]
+    assert [type(action) for action in sender.fence(8.1)] == [Reset]
+    assert [type(action) for action in sender.was_reset()] == [Closed, Drop] and sender.is_usable(following)
+    sender.begin(following, 8.1)
+    assert sender.fence(13.1) == []
+    assert [type(action) for action in sender.fence(13.2)] == [Closed, Drop]
+
+
 def test_a_process_that_was_stopped_resets_before_it_polls() -> None:
     sender = Sender(LIMITS)
     opened(sender, "r")

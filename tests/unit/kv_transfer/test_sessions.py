@@ -194,6 +194,42 @@ def test_another_life_at_the_same_address_is_not_taken_for_the_one_that_granted(
     run(test)
 
 
+def test_a_hand_off_waits_while_a_lost_link_to_its_rank_has_a_write_under_way() -> None:
+    """For seconds, if that hangs. Where there is no other decode rank, all runs of a request would fail meanwhile."""
+
+    async def test(ends: Ends) -> None:
+        transport = cast(Any, ends.sender)._own.transport
+        transport.fate = lambda write: Fate(delay_polls=10**9)
+        ends.receiver.expect(1, "r1", (5, 2), 3, 300)
+        ends.sender.open("r1", ends.grant())
+        ends.sender.push_pages("r1", 0, [1, 4])
+        assert isinstance(await ends.next(ends.received), Renewed)
+        async with asyncio.timeout(10):
+            while not transport._pending:
+                await asyncio.sleep(0.005)
+        (lost,) = ends.sender._sessions
+        ends.sender.session_ended(lost, MemberLost("cut"))
+        transport.fate = lambda write: Fate()
+        ends.receiver.expect(2, "r2", (6, 7), 1, 300)
+        ends.sender.open("r2", dataclasses.replace(ends.grant(2), page_ids=(6, 7), slot_id=1))
+        ends.sender.push_pages("r2", 0, [1, 4])
+        ends.sender.commit("r2", CommitOrder(local_slot_id=0, num_tokens=300, first_token=9))
+        async with asyncio.timeout(10):
+            while not ends.sender._waiting:
+                await asyncio.sleep(0.005)
+        assert ends.sent.empty() and len(transport._peers) == 1, "one connection at a time"
+        transport._pending[0].fate = Fate()
+        closed = await ends.next(ends.sent)
+        assert closed.request_id == "r1" and isinstance(closed.error, MemberLost)
+        handed_off = await ends.next(ends.sent)
+        assert isinstance(handed_off, HandedOff) and handed_off.request_id == "r2"
+        assert not ends.sender._waiting and len(ends.sender._sessions) == 1
+        events = [await ends.next(ends.received) for _ in range(3)]
+        assert Committed(2, 9) in events and any(isinstance(event, SenderLost) for event in events)
+
+    run(test)
+
+
 def test_a_sender_that_closes_is_missed_at_once() -> None:
     async def test(ends: Ends) -> None:
         ends.receiver.expect(1, "r1", (5, 2), 3, 300)
