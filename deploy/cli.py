@@ -8,7 +8,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from core.errors import BatonError, ConfigError, Unavailable
 from deploy import lifecycle
@@ -132,7 +131,7 @@ def run_apply(options: argparse.Namespace) -> None:
         if not changes or options.dry_run:
             return
         client.apply(spec.to_yaml())
-    lifecycle.wait_until_settled(folder, _patience(spec), say)
+    lifecycle.wait_until_settled(folder, patience_s(spec), say)
     say("done")
 
 
@@ -143,7 +142,7 @@ def run_scale(options: argparse.Namespace) -> None:
             say(line)
         spec = lifecycle.running_spec(client)
     if not options.no_wait:
-        lifecycle.wait_until_settled(folder, _patience(spec), say)
+        lifecycle.wait_until_settled(folder, patience_s(spec), say)
         say("done")
 
 
@@ -169,7 +168,7 @@ def run_drain(options: argparse.Namespace) -> None:
         for line in client.drain(options.member):
             say(line)
         spec = lifecycle.running_spec(client)
-    lifecycle.wait_until_settled(folder, _patience(spec), say)
+    lifecycle.wait_until_settled(folder, patience_s(spec), say)
     say("done")
 
 
@@ -237,6 +236,8 @@ def _folder_with_logs(home: pathlib.Path, name: str | None) -> ClusterFolder:
     return ClusterFolder(home, name) if name in kept else find_cluster(home, name)
 
 
-def _patience(spec: Any) -> float:
-    """Longest time that a change may take: a drain, then a start."""
-    return float(spec.placement.drain_timeout_s + spec.placement.placement_timeout_s + spec.placement.start_timeout_s)
+def patience_s(spec: ClusterSpec) -> float:
+    """Longest time that a change may take: a drain, then a start, of each replica of a role one after the other."""
+    times = spec.placement
+    one = times.drain_timeout_s + times.placement_timeout_s + times.start_timeout_s
+    return one * max(1, *(spec.replicas(role) for role in ROLES))

@@ -16,7 +16,7 @@ from core.errors import ConfigError, Unavailable
 from core.request import Member
 from deploy import folder as cluster_folder
 from deploy import lifecycle
-from deploy.cli import main, parse_counts
+from deploy.cli import main, parse_counts, patience_s
 from deploy.control import misfits
 from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, new_secret, processes_of, started
 from deploy.local import SOCKET_PATH_BYTES, SOCKET_TAIL, choose_ray_dir
@@ -357,6 +357,13 @@ def test_the_status_page_shows_members_problems_and_events() -> None:
     assert [line.split()[0] for line in lines[3:6]] == ["router/0.0", "prefill/0.0", "decode/0.0"]
     assert "no room" in lines[4] and "7/8" in lines[5] and "1m01s" in lines[5]
     assert "  prefill/0: no room" in lines and lines[-1] == "  event 8" and "  event 3" not in lines
+
+
+def test_a_change_of_many_replicas_one_after_the_other_is_waited_for() -> None:
+    one, eight = (load_spec(LOCAL_CPU, [f"decode.replicas={count}", "prefill.replicas=0"]) for count in (1, 8))
+    times = one.placement
+    assert patience_s(one) == times.drain_timeout_s + times.placement_timeout_s + times.start_timeout_s
+    assert patience_s(eight) == 8 * patience_s(one)
 
 
 def test_only_changes_are_said() -> None:
