@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from core.errors import BatonError
-from core.request import Reservation
 from decode_worker import reservations
 from decode_worker.job import Flight
 from decode_worker.reservations import Held, Reservations, State
@@ -94,8 +93,8 @@ def write_before_live(patch: pytest.MonkeyPatch) -> None:
     """A sender does not wait to be told that its epoch is live."""
     true_open = tx.Sender.open
 
-    def open(self: tx.Sender, request_id: str, peer: str, reservation: Reservation, now: float) -> list[tx.Action]:
-        actions = true_open(self, request_id, peer, reservation, now)
+    def open(self: tx.Sender, request_id: str, *arguments: Any) -> list[tx.Action]:
+        actions = true_open(self, request_id, *arguments)
         self._hand_offs[request_id].phase = tx.Phase.SENDING
         return actions
 
