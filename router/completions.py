@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -257,5 +257,12 @@ class Completion:
             choice.tokens.append(spelling(token))
             choice.text_offset.append(choice.offset)
             choice.token_logprobs.append(None if found is None else found.logprob)
-            tops = None if found is None else dict(zip(map(spelling, found.top_ids), found.top_logprobs, strict=True))
-            choice.top_logprobs.append(tops)
+            choice.top_logprobs.append(None if found is None else _by_spelling(token, found, spelling))
+
+
+def _by_spelling(token: int, found: TokenLogprobs, spelling: Callable[[int], str]) -> dict[str, float]:
+    """The most likely tokens and the token itself. Of those that look alike, parts of characters, the most likely one."""
+    tops: dict[str, float] = {}
+    for other, logprob in (*zip(found.top_ids, found.top_logprobs, strict=True), (token, found.logprob)):
+        tops.setdefault(spelling(other), logprob)
+    return tops

@@ -26,6 +26,8 @@ from router.tokens import TextCodec
 MODEL = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "demo_model" / "checkpoint"
 CODEC = TextCodec(MODEL)
 END = [json.loads((MODEL / "config.json").read_text())["eos_token_id"]]
+LIKELY = (*CODEC.encode(" fox"), *CODEC.encode("\N{GRINNING FACE}")[:2])
+"""The latter two are bytes of one character, and look alike."""
 HELLO = [{"role": "user", "content": "Hello"}]
 BODIES: dict[Dialect, dict[str, Any]] = {
     CHAT: {"messages": HELLO},
@@ -45,7 +47,8 @@ class Model:
         for start in range(0, len(self.token_ids), self.group):
             await asyncio.sleep(0)
             said, is_last = tuple(self.token_ids[start : start + self.group]), start + self.group >= len(self.token_ids)
-            scored = [TokenLogprobs(logprob=-0.5) for _ in said] if request.sampling.num_logprobs is not None else []
+            top = {} if not request.sampling.num_logprobs else {"top_ids": LIKELY, "top_logprobs": (-0.1, -0.2, -0.3)}
+            scored = [TokenLogprobs(logprob=-0.5, **top) for _ in said] if request.sampling.num_logprobs is not None else []
             yield Output(token_ids=said, logprobs=tuple(scored), finish_reason=self.ending if is_last else None)
 
 
@@ -72,15 +75,16 @@ def events(model: Model, dialect: Dialect, **body: Any) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix(b"data: ")) for line in lines]
 
 
-def completed(model: Model) -> dict[str, Any]:
-    async def usage() -> dict[str, Any]:
-        service = new_service(model)
-        completion = completions.Completion(service, completions.parse({"model": "demo", "prompt": "a", "max_tokens": 64}, service))
-        async for _ in completion.choices():
-            pass
-        return completion.usage()
+def completed(model: Model, **body: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The choice's items, and the usage."""
 
-    return asyncio.run(usage())
+    async def read() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        service = new_service(model)
+        parsed = completions.parse({"model": "demo", "prompt": "a", "max_tokens": 64, **body}, service)
+        completion = completions.Completion(service, parsed)
+        return [item async for item in completion.choices()], completion.usage()
+
+    return asyncio.run(read())
 
 
 @pytest.mark.parametrize("ending", FinishReason)
@@ -88,7 +92,7 @@ def completed(model: Model) -> dict[str, Any]:
 def test_usage_counts_every_token_of_the_answer_the_one_that_ends_it_too_in_all_dialects(text: str, ending: FinishReason) -> None:
     model = Model(text or " ", ending)
     count, thinking = len(model.token_ids), {"chat_template_kwargs": {"thinking": "</think>" in text}}
-    assert completed(model)["completion_tokens"] == count
+    assert completed(model)[1]["completion_tokens"] == count
     for dialect, key in ((CHAT, "completion_tokens"), (RESPONSES, "output_tokens"), (MESSAGES, "output_tokens")):
         usage = answer(model, dialect, **thinking)["usage"]
         assert usage[key] == count, dialect.id_prefix
@@ -109,6 +113,14 @@ def test_a_response_has_the_log_probabilities_that_it_is_to_include(extra: dict[
     model = Model("Hello there", FinishReason.STOP)
     (message,) = answer(model, RESPONSES, include=["message.output_text.logprobs"], **extra)["output"]
     assert [found["logprob"] for found in message["content"][0]["logprobs"]] == [-0.5] * (len(model.token_ids) - 1)
+
+
+@pytest.mark.parametrize(("count", "likely"), [(0, {}), (3, {" fox": -0.1, "\ufffd": -0.2})])
+def test_completions_have_the_log_probability_of_the_token_itself_among_the_most_likely_ones(count: int, likely: dict[str, float]) -> None:
+    items, _ = completed(Model("Hello there", FinishReason.LENGTH), logprobs=count)
+    tokens = [token for item in items for token in item["logprobs"]["tokens"]]
+    assert tokens == ["H", "ello", " there"]
+    assert [found for item in items for found in item["logprobs"]["top_logprobs"]] == [likely | {token: -0.5} for token in tokens]
 
 
 def call_of(*cities: str) -> str:
