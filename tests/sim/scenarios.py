@@ -139,6 +139,22 @@ def a_session_breaks_in_mid_write(world: World) -> None:
     world.when("transfer.session_opened", lambda: world.loop.at(world.loop.time() + 0.06, world.links[-1].reset))
 
 
+def a_session_breaks_while_a_write_hangs(world: World) -> None:
+    """It keeps the lost connection from ending, and there is no other decode rank to go to."""
+    world.make_cluster(1, 1, 1)
+    _ask(world, num_tokens=8)
+    _ask(world, at=0.4)
+
+    def look() -> None:
+        if any(flight.pieces for flight in world.wire.flights):
+            world.hang_write()
+            world.links[-1].reset()
+        else:
+            world.loop.at(world.loop.time() + 0.0005, look)
+
+    world.when("transfer.session_opened", look)
+
+
 def more_than_there_is_room_for(world: World) -> None:
     world.make_cluster(1, 1, 1)
     for number in range(14):
@@ -202,6 +218,11 @@ SCENARIOS = {
         a_session_breaks_in_mid_write,
         ("transfer.sender_lost", "answer=under_way", "answer=over is_over=True", "ends: ok after 9 tokens"),
         "transfer.fenced",
+    ),
+    "a session breaks while a write hangs": Scenario(
+        a_session_breaks_while_a_write_hangs,
+        ("hangs", "c1 asks", "transfer.reset", "transfer.session_opened", "ends: ok after 9 tokens", "ends: ok after 9 tokens"),
+        "relay.retried",
     ),
     "more than there is room for": Scenario(more_than_there_is_room_for, ("ends: Overloaded after 0 tokens", "ends: ok after 8 tokens")),
 }
