@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from core.errors import BatonError, Cancelled, InternalError, InvalidRequest, ModelNotFound, TooLarge, Unauthorized
 from core.log import get_logger
 from router import completions
-from router.chat import Chat, ChatFormat, sse
-from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect
+from router.chat import Chat, ChatFormat
+from router.completions import Completion
+from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect, sse
 from router.errors import body_of, response_of
 from router.members import Members
 from router.service import Service
@@ -153,15 +154,17 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
 
         return whole()
 
+    async def answered(request: Request, work: Chat | Completion, is_stream: bool) -> Response:
+        if is_stream:
+            return stream(request, await until_gone(request, started(work.events())))
+        answer = await until_gone(request, work.response())
+        _count(request, 200)
+        return Response(orjson.dumps(answer), media_type="application/json")
+
     async def chat_route(request: Request, dialect: Dialect) -> Response:
         body, size = await read_body(request)
         parsed = await parsed_by(request, size, lambda: form.parse(body, dialect))
-        chat = Chat(service, form, dialect, parsed)
-        if parsed.stream:
-            return stream(request, await until_gone(request, started(chat.events())))
-        answer = await until_gone(request, chat.response())
-        _count(request, 200)
-        return Response(orjson.dumps(answer), media_type="application/json")
+        return await answered(request, Chat(service, form, dialect, parsed), parsed.stream)
 
     def documented(**example: Any) -> dict[str, Any]:
         content = {"schema": {"type": "object"}, "example": {"model": service.model, **example}}
@@ -198,21 +201,7 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         for key in body.keys() - completions.KNOWN:
             service.metrics.ignore(key)
         parsed = await parsed_by(request, size, lambda: completions.parse(body, service))
-        completion = completions.Completion(service, parsed)
-        if not parsed.stream:
-            answer = await until_gone(request, _whole_completion(completion))
-            _count(request, 200)
-            return Response(orjson.dumps(answer), media_type="application/json")
-
-        async def events() -> AsyncIterator[bytes]:
-            async with aclosing(completion.choices()) as items:
-                async for item in items:
-                    yield sse(orjson.dumps(completion.event(item)))
-            if parsed.include_usage:
-                yield sse(orjson.dumps({**completion.envelope([]), "usage": completion.usage()}))
-            yield sse(b"[DONE]")
-
-        return stream(request, await until_gone(request, started(events())))
+        return await answered(request, Completion(service, parsed), parsed.stream)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -259,19 +248,6 @@ def _model(service: Service, created: int) -> dict[str, Any]:
         "owned_by": "baton",
         "max_model_len": service.max_model_len or None,
     }
-
-
-async def _whole_completion(completion: completions.Completion) -> dict[str, Any]:
-    merged: dict[int, dict[str, Any]] = {}
-    async with aclosing(completion.choices()) as items:
-        async for item in items:
-            whole = merged.setdefault(item["index"], {"index": item["index"], "text": "", "logprobs": None, "finish_reason": None})
-            whole["text"] += item["text"]
-            whole["finish_reason"] = item["finish_reason"] or whole["finish_reason"]
-            if item["logprobs"]:
-                found = whole["logprobs"] or {key: [] for key in item["logprobs"]}
-                whole["logprobs"] = {key: found[key] + values for key, values in item["logprobs"].items()}
-    return {**completion.envelope([merged[index] for index in sorted(merged)]), "usage": completion.usage()}
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

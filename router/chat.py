@@ -22,7 +22,7 @@ import orjson
 
 from core.errors import InvalidRequest, ModelNotFound
 from core.request import FinishReason, SamplingParams
-from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect
+from router.dialects import CHAT, MESSAGES, RESPONSES, Dialect, sse
 from router.interleave import interleaved
 from router.refusals import REFUSED, must_call, refusal, refuse_unenforceable, refuse_unservable, wants_single_call
 from router.sampling import boolean, number, sampling_params
@@ -271,8 +271,3 @@ def total_usage(choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for usage in choices:
         details.update(usage.get("completion_tokens_details", {}))  # of a thinking model only
     return whole | ({"completion_tokens_details": dict(details)} if details else {})
-
-
-def sse(data: bytes, event: str | None = None) -> bytes:
-    """One server-sent event."""
-    return (b"event: " + event.encode() + b"\n" if event else b"") + b"data: " + data + b"\n\n"

@@ -10,8 +10,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from core.errors import InvalidRequest
 from core.request import FinishReason, SamplingParams, TokenLogprobs
+from router.dialects import sse
 from router.interleave import interleaved
 from router.relay import Output
 from router.sampling import MAX_LOGPROBS, boolean, number, sampling_params, text_list
@@ -77,7 +80,7 @@ def parse(body: Mapping[str, Any], service: Service) -> CompletionRequest:
     longest = max(len(prompt) for prompt in prompts)
     service.check_length(longest, max(max_tokens, 1), "prompt")
     logprobs = number(body, "logprobs", 0, MAX_LOGPROBS, None, integer=True)
-    options = body.get("stream_options") or {}
+    options = {} if body.get("stream_options") is None else body["stream_options"]
     if not isinstance(options, dict):
         raise InvalidRequest("stream_options must be an object", param="stream_options")
     return CompletionRequest(
@@ -161,29 +164,41 @@ def usage_of(num_prompt: int, num_output: int) -> dict[str, int]:
 
 
 class Completion:
-    """Runs a parsed request; `choices` yields each choice whenever it has something new."""
+    """Runs a parsed request: `events` for streaming, `response` for a whole answer."""
 
     def __init__(self, service: Service, request: CompletionRequest) -> None:
         self._service, self._request = service, request
         self.id = f"cmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
+        self._created = int(time.time())
         self.num_output_tokens = 0
 
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt) for prompt in self._request.prompts)
 
-    def envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self._service.model, "choices": choices}
-
     def usage(self) -> dict[str, Any]:
         return usage_of(self.num_prompt_tokens, self.num_output_tokens)
 
-    def event(self, item: dict[str, Any]) -> dict[str, Any]:
-        """A streamed event from an item of `choices`."""
-        usage = item.pop("usage", None)
-        envelope = self.envelope([item])
-        return envelope if usage is None else envelope | {"usage": usage}
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, ready to send."""
+        async with aclosing(self.choices()) as items:
+            async for item in items:
+                usage = item.pop("usage", None)
+                yield sse(orjson.dumps(self._envelope([item]) | ({} if usage is None else {"usage": usage})))
+        if self._request.include_usage:
+            yield sse(orjson.dumps(self._envelope([]) | {"usage": self.usage()}))
+        yield sse(b"[DONE]")
+
+    async def response(self) -> dict[str, Any]:
+        """The whole answer."""
+        pieces: dict[int, list[dict[str, Any]]] = {}
+        async with aclosing(self.choices()) as items:
+            async for item in items:
+                pieces.setdefault(item["index"], []).append(item)
+        return self._envelope([_whole(pieces[index]) for index in sorted(pieces)]) | {"usage": self.usage()}
+
+    def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self._created, "model": self._service.model, "choices": choices}
 
     async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
         """Items of `choices`, interleaved over all sequences. Raises the first error of any; closing it cancels the rest."""
@@ -258,6 +273,14 @@ class Completion:
             choice.text_offset.append(choice.offset)
             choice.token_logprobs.append(None if found is None else found.logprob)
             choice.top_logprobs.append(None if found is None else _by_spelling(token, found, spelling))
+
+
+def _whole(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A choice of its items."""
+    found = [item["logprobs"] for item in items if item["logprobs"]]
+    logprobs = {key: [value for some in found for value in some[key]] for key in found[0]} if found else None
+    text = "".join(item["text"] for item in items)
+    return {"index": items[0]["index"], "text": text, "logprobs": logprobs, "finish_reason": items[-1]["finish_reason"]}
 
 
 def _by_spelling(token: int, found: TokenLogprobs, spelling: Callable[[int], str]) -> dict[str, float]:

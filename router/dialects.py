@@ -1,4 +1,4 @@
-"""The three chat dialects, as deepseek-recipe knows them."""
+"""The three chat dialects, as deepseek-recipe knows them, and what streams of all dialects are made of."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ CHAT = Dialect(
 )
 RESPONSES = Dialect(recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_", "input", ("max_output_tokens",))
 MESSAGES = Dialect(recipe.MessagesRequest, recipe.MessagesResponse, "msg_", "messages", ("max_tokens",))
+
+
+def sse(data: bytes, event: str | None = None) -> bytes:
+    """One server-sent event."""
+    return (b"event: " + event.encode() + b"\n" if event else b"") + b"data: " + data + b"\n\n"

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from core.clock import SystemClock
+from core.errors import InvalidRequest
 from core.request import FinishReason, Request, TokenLogprobs
 from router import completions
 from router.chat import Chat, ChatFormat
@@ -169,3 +170,11 @@ def test_who_wants_one_call_at_most_gets_the_first_and_pays_for_no_more(dialect:
     assert one["usage"][key] < both["usage"][key]
     plain = answer(Model("Hello there", FinishReason.STOP, group), dialect, tools=[TOOLS[dialect]], **ONE[dialect])
     assert "Hello there" in json.dumps(plain)
+
+
+@pytest.mark.parametrize("options", [[], 0, "", False, {"include_usage": 1}])
+def test_stream_options_that_are_no_options_are_refused(options: Any) -> None:
+    service = new_service(Model(" ", FinishReason.STOP))
+    with pytest.raises(InvalidRequest) as refused:
+        completions.parse({"model": "demo", "prompt": "a", "stream": True, "stream_options": options}, service)
+    assert refused.value.param in ("stream_options", "include_usage")
