@@ -54,8 +54,8 @@ class ApiKeys:
     def _is_known(self, scope: Scope) -> bool:
         headers = dict(scope["headers"])
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        offered = headers.get(b"x-api-key", b"") or (token.strip() if scheme.lower() == b"bearer" else b"")
-        matches = [hmac.compare_digest(offered, key) for key in self._keys]
+        offered = (headers.get(b"x-api-key", b""), token.strip() if scheme.lower() == b"bearer" else b"")
+        matches = [hmac.compare_digest(one, key) for one in offered for key in self._keys]
         return any(matches)
 
 

@@ -165,6 +165,8 @@ def test_dialects_without_choices_refuse_n(client: httpx.Client, path: str, stre
         ({"authorization": "bearer alpha"}, True),
         ({"authorization": "", "x-api-key": "beta"}, True),
         ({"authorization": "", "x-api-key": "# operators"}, False),
+        ({"authorization": "", "x-api-key": ""}, False),
+        ({"authorization": "Bearer alpha", "x-api-key": "of another server"}, True),
     ],
 )
 def test_only_known_keys_open_v1(client: httpx.Client, path: str, headers: dict[str, str], is_known: bool) -> None:
