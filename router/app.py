@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -122,15 +122,16 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         """What `parse` makes of a body of `size` bytes."""
         return parse() if size <= LONG_BODY_BYTES else await until_gone(request, service.in_thread(parse))
 
-    def stream(request: Request, events: AsyncIterator[bytes]) -> Response:
-        """`events` have begun."""
+    async def stream(request: Request, events: AsyncGenerator[bytes, None]) -> Response:
+        """Waits for the first event: until then an error has its HTTP status, and later it can only be an event."""
         anthropic = _is_anthropic(request.url.path)
+        first = await until_gone(request, _first(events))
 
-        async def guarded() -> AsyncIterator[bytes]:
-            """An error after the first byte can only be an event."""
+        async def whole() -> AsyncIterator[bytes]:
             try:
-                async with aclosing(events) as source:  # type: ignore[type-var]
-                    async for event in source:
+                async with aclosing(events):
+                    yield first
+                    async for event in events:
                         yield event
             except Exception as error:  # outermost: this stream ends, the process goes on
                 if not isinstance(error, BatonError):
@@ -139,24 +140,11 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
                 yield sse(orjson.dumps(body_of(error, anthropic=anthropic)), "error" if anthropic else None)
 
         _count(request, 200)
-        return StreamingResponse(guarded(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-
-    async def started(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Wait for the first event, so that an early error still has its HTTP status; then the whole stream."""
-        first = await anext(events, None)
-
-        async def whole() -> AsyncIterator[bytes]:
-            async with aclosing(events) as source:  # type: ignore[type-var]
-                if first is not None:
-                    yield first
-                async for event in source:
-                    yield event
-
-        return whole()
+        return StreamingResponse(whole(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     async def answered(request: Request, work: Chat | Completion, is_stream: bool) -> Response:
         if is_stream:
-            return stream(request, await until_gone(request, started(work.events())))
+            return await stream(request, work.events())
         answer = await until_gone(request, work.response())
         _count(request, 200)
         return Response(orjson.dumps(answer), media_type="application/json")
@@ -248,6 +236,10 @@ def _model(service: Service, created: int) -> dict[str, Any]:
         "owned_by": "baton",
         "max_model_len": service.max_model_len or None,
     }
+
+
+async def _first(events: AsyncGenerator[T, None]) -> T:
+    return await anext(events)
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
