@@ -149,19 +149,22 @@ class Controller:
         self.fleet.gone(role, index, self.clock.now())
 
     async def _adopt(self) -> None:
-        """Find the replicas that outlived the last controller."""
-        found = {name.rpartition(".")[0] for actor in living_actors(self.spec.namespace) if "/" in (name := actor["name"])}
-        for name in sorted(found):
-            role, _, index = name.partition("/")
-            life = self._life(role, int(index))
-            if await life.adopt():
-                self.lives[role, int(index)] = life
-                phase = Phase.DRAINING if any(report.is_draining for report in life.reports) else Phase.READY
-                self.fleet.adopt(role, int(index), phase, life.reports[0].revision, self.clock.now())
-            else:
-                await life.stop()
+        """Find the replicas that outlived the last controller. Side by side: one that hangs takes its time to answer, or not."""
+        names = {actor["name"].rpartition(".")[0] for actor in living_actors(self.spec.namespace) if "/" in actor["name"]}
+        await asyncio.gather(*(self._adopt_or_end(name) for name in sorted(names)))
         # Of replicas that the last controller was starting or ending when it died, or that died with it.
         remove_groups(but=[life.name for life in self.lives.values()])
+
+    async def _adopt_or_end(self, name: str) -> None:
+        role, _, text = name.partition("/")
+        index = int(text)
+        life = self._life(role, index)
+        if not await life.adopt():
+            await life.stop()
+            return
+        self.lives[role, index] = life
+        phase = Phase.DRAINING if any(report.is_draining for report in life.reports) else Phase.READY
+        self.fleet.adopt(role, index, phase, life.reports[0].revision, self.clock.now())
 
     async def _look_at_nodes(self) -> None:
         nodes = [

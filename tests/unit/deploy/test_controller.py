@@ -118,10 +118,11 @@ def test_a_full_disk_does_not_end_the_controller(tmp_path: pathlib.Path, monkeyp
     asyncio.run(run())
 
 
-def test_what_was_set_aside_for_replicas_that_died_with_the_last_controller_is_given_back(
+def test_replicas_are_adopted_side_by_side_and_what_was_set_aside_for_those_that_died_is_given_back(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups = {"1": {"name": "decode/0"}, "2": {"name": "decode/1"}, "3": {"name": "of another namespace"}}
+    living = ["controller", "decode/0.0", "decode/0.1", "prefill/0.0", "router/0.0"]
+    groups = {"1": {"name": "decode/0"}, "2": {"name": "decode/1"}, "3": {"name": "of another namespace"}, "4": {"name": "prefill/0"}}
     removed = list[str]()
 
     def get_placement_group(name: str) -> str:
@@ -129,7 +130,14 @@ def test_what_was_set_aside_for_replicas_that_died_with_the_last_controller_is_g
             raise ValueError(f"no group {name}")
         return name
 
+    asked, all_asked = list[str](), asyncio.Event()
+
     async def adopt(self: replica_life.ReplicaLife) -> bool:
+        """None answers before all are asked."""
+        asked.append(self.name)
+        if len(asked) == 3:
+            all_asked.set()
+        await asyncio.wait_for(all_asked.wait(), 5)
         self.reports = [types.SimpleNamespace(is_draining=False, revision="a")]  # type: ignore[list-item]
         return True
 
@@ -137,13 +145,13 @@ def test_what_was_set_aside_for_replicas_that_died_with_the_last_controller_is_g
     monkeypatch.setattr(replica_life, "get_placement_group", get_placement_group)
     monkeypatch.setattr(replica_life, "remove_placement_group", removed.append)
     monkeypatch.setattr(replica_life.ReplicaLife, "adopt", adopt)
-    monkeypatch.setattr(module, "living_actors", lambda namespace: [{"name": "controller"}, {"name": "decode/0.0"}])
+    monkeypatch.setattr(module, "living_actors", lambda namespace: [{"name": name} for name in living])
 
     async def run() -> None:
         controller = Lifeless(tmp_path, monkeypatch)
         controller.token = ""
         await controller._adopt()
-        assert set(controller.lives) == {("decode", 0)}
+        assert set(controller.lives) == {("decode", 0), ("prefill", 0), ("router", 0)}
 
     asyncio.run(run())
     assert removed == ["decode/1"]
