@@ -64,7 +64,9 @@ class Line:
         self._call()
 
     def leave(self, place: Place) -> None:
+        """Who is not in the line waits for nobody; it may be asking, and others may have narrowed the front meanwhile."""
         self._waiting.pop(place, None)
+        place.may_ask.set()
         self._call()
 
     def narrow(self, place: Place, refused_by: Sequence[Rank]) -> None:

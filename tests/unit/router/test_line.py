@@ -82,6 +82,19 @@ def test_where_there_is_no_rank_nobody_waits_for_another(line: Line, places: lis
     assert asking(places) == [0]
 
 
+def test_who_gave_up_his_place_while_the_front_was_narrowed_waits_for_nobody(places: list[Place]) -> None:
+    """It asks, another one is refused, its own answer takes long, and is a refusal by one rank of several."""
+    leave(places[0])
+    slow = places[2]
+    assert asking(places) == [1, 2]
+    places[1].refused(RANKS)
+    assert not slow.may_ask.is_set()
+    slow.give_up()
+    assert slow.may_ask.is_set(), "or nobody would call it ever again"
+    slow.refused(RANKS)
+    assert not slow.may_ask.is_set() and asking(places) == [1], "it is the last one now"
+
+
 def test_who_gave_up_his_place_and_is_refused_is_the_last(places: list[Place]) -> None:
     places[0].give_up()
     places[0].refused(RANKS)
