@@ -35,7 +35,7 @@ def choose(outputs: int, channels: int, is_fp8: bool, x_is_fp8: bool = False) ->
         most = min(4096 if outputs < 4096 else 2048, channels & -channels)
         codes = 128 if most == channels else 64  # of a thread at a time: more where that is all
         return Config(4, most, max(1, 4 * most // (32 * codes)))
-    if channels % 4096 == 0:
+    if channels % 4096 == 0 and outputs <= 4096:
         return Config(4, 4096, 4)
     return Config(4, min(1024, channels & -channels), 2)
 
