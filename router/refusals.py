@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import deepseek_recipe as recipe
@@ -28,6 +29,9 @@ UNREADABLE = {
 
 FORCED = ("required", "any", "function", "tool", "custom", "web_search", "web_search_2025_08_26")
 """What tool_choice is, or its type, where the answer must be a call."""
+
+MAX_SUSPECTS = 64
+"""Fields of a request that is refused that are looked at for the reason: no honest one has more."""
 
 REFUSED = (recipe.ConversionError, ValueError, TypeError, RuntimeError, orjson.JSONEncodeError)
 """What the library raises for a request that it does not take."""
@@ -113,7 +117,7 @@ def refusal(error: Exception, body: Mapping[str, Any], dialect: Dialect, options
     words = re.sub(r"(internally tagged enum|struct) \w+", "an object", words).replace("expected f32", "expected a number")
     company = {"tools": body["tools"]} if body.get("tools") else {}  # that of tool_choice
     for good in (smallest, smallest | company):
-        for field, value in body.items():
+        for field, value in islice(body.items(), MAX_SUSPECTS):
             try:
                 dialect.request(orjson.dumps({**good, field: value})).convert(options)
             except REFUSED as refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any, cast
@@ -102,6 +103,20 @@ def test_a_tool_that_cannot_be_called_is_not_asked_for(form: ChatFormat, dialect
     with pytest.raises(InvalidRequest) as refused:
         form.parse({"model": "demo", **GOOD[dialect], "tools": tools, "tool_choice": choice}, dialect)
     assert refused.value.param == "tool_choice" and "tool_choice" in str(refused.value)
+
+
+def test_the_reason_of_a_refusal_is_not_looked_for_in_thousands_of_fields(form: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[bytes]()
+
+    class Counted:
+        def __init__(self, body: bytes) -> None:
+            asked.append(body)
+            raise ValueError(f"no {len(asked)}")
+
+    dialect = dataclasses.replace(CHAT, request=Counted)
+    with pytest.raises(InvalidRequest):
+        form.parse({"model": "demo", **GOOD[CHAT], "tools": TOOLS[CHAT], **{f"made_up_{number}": 1 for number in range(5000)}}, dialect)
+    assert 2 < len(asked) < 200
 
 
 def test_any_tool_is_asked_for_in_the_same_words_in_all_dialects(form: ChatFormat) -> None:
