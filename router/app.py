@@ -186,8 +186,7 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         body, size = await read_body(request)
         if body.get("model") not in (service.model, None):
             raise ModelNotFound(f"the model {str(body['model'])[:100]!r} does not exist; this server has {service.model!r}", param="model")
-        for key in body.keys() - completions.KNOWN:
-            service.metrics.ignore(key)
+        service.metrics.ignore(body.keys() - completions.KNOWN)
         parsed = await parsed_by(request, size, lambda: completions.parse(body, service))
         return await answered(request, Completion(service, parsed), parsed.stream)
 

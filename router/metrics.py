@@ -6,7 +6,7 @@ each has a port of its own as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -49,11 +49,18 @@ class RouterMetrics:
         self._ignored = Counter("baton_router_ignored_fields", "Unknown body fields", ["field"], registry=registry)
         self._fields: set[str] = set()
 
-    def ignore(self, field: str) -> None:
-        """Count an unknown field of a body. Clients choose the names, so only the first MAX_FIELDS are kept apart."""
-        if len(self._fields) < MAX_FIELDS and len(field) <= 40 and field.isidentifier():
-            self._fields.add(field)
-        self._ignored.labels(field if field in self._fields else "other").inc()
+    def ignore(self, fields: Iterable[str]) -> None:
+        """Count unknown fields of a body. Clients choose the names, so only the first MAX_FIELDS are kept apart."""
+        num_others = 0
+        for field in fields:
+            if len(self._fields) < MAX_FIELDS and len(field) <= 40 and field.isidentifier():
+                self._fields.add(field)
+            if field in self._fields:
+                self._ignored.labels(field).inc()
+            else:
+                num_others += 1
+        if num_others:
+            self._ignored.labels("other").inc(num_others)
 
 
 class RankCollector(Collector):
