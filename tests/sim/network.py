@@ -10,10 +10,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from tests.sim.times import times_of
 from tests.sim.virtual_loop import VirtualLoop
-
-LIVENESS_S = 1.2
-"""In the simulation, for every session."""
 
 RESET_S = 0.004
 """Until a connection that was broken on one side is known to be on the other."""
@@ -62,7 +60,7 @@ class Network:
     """What a world has of it: a loop, a generator, and which pairs cannot reach each other."""
 
     def __init__(self, seed: int) -> None:
-        self.loop, self.rng = VirtualLoop(), random.Random(seed)
+        self.loop, self.rng, self.times = VirtualLoop(), random.Random(seed), times_of(seed)
         self.current: Process | None = None
         self.cuts: dict[frozenset[Process], float] = {}
         """Pair -> when it heals."""
@@ -129,15 +127,15 @@ class Link:
         if not other.is_open:
             return
         cut_for = self.network.cuts.get(frozenset((mine.process, other.process)), 0.0) - self.network.loop._now
-        delay = RESET_S if cut_for <= 0 else min(cut_for, LIVENESS_S)
+        delay = RESET_S if cut_for <= 0 else min(cut_for, self.network.times.liveness_s)
         other.process.later(delay, self._lose, other, reason)
 
     def silence(self, process: Process, seconds: float) -> None:
         """Nothing comes from this process for so long: the other end gives up if that is too long for it."""
         other = self.ends[1] if self.ends[0].process is process else self.ends[0]
-        wait = LIVENESS_S * (1 + 0.2 * self.network.rng.random())
+        wait = self.network.times.liveness_s * (1 + 0.2 * self.network.rng.random())
         if seconds > wait and other.is_open:
-            other.process.later(wait, self._lose, other, f"nothing heard for {LIVENESS_S:g} s")
+            other.process.later(wait, self._lose, other, f"nothing heard for {self.network.times.liveness_s:g} s")
 
     def reset(self, reason: str = "connection reset") -> None:
         """The connection breaks; both ends notice."""

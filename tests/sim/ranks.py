@@ -18,7 +18,6 @@ from decode_worker.loop import DecodeLoop
 from decode_worker.reservations import State
 from decode_worker.server import DecodeService
 from engine.parallel.lockstep import SoloSteps
-from kv_transfer.config import TransferConfig
 from kv_transfer.ending import Answer
 from kv_transfer.receiver import Ask
 from kv_transfer.receiving import ASK_TIMEOUT_S, TICK_S, KVReceiver
@@ -33,26 +32,13 @@ from router.config import RouterConfig
 from router.members import Members
 from router.relay import Relay
 from router.service import Service
-from tests.sim.network import LIVENESS_S, Process
+from tests.sim.network import Process
 from tests.sim.null_engine import PAGE_TOKENS, SimRunner
 from tests.sim.threads import NOTHING, SimThread
-from tests.sim.wire import WIRE_S, Host, SimTransport, Tag, TaggedWrite
+from tests.sim.wire import Host, SimTransport, Tag, TaggedWrite
 
 if TYPE_CHECKING:
     from tests.sim.world import World
-
-TRANSFER = TransferConfig(
-    transport="memory",
-    tcp_user_timeout_s=WIRE_S,
-    max_bytes_in_flight=400,
-    deadline_s=4.0,
-    write_timeout_s=1.0,
-    lease_s=3.0,
-    liveness_timeout_s=LIVENESS_S,
-    quarantine_s=LIVENESS_S + WIRE_S + 0.8,
-    poll_interval_ms=40.0,
-)
-
 
 LATE_S = 1.5
 """A thread that waits looks at deadlines this often at least, a stopped process soon after it goes on."""
@@ -105,8 +91,10 @@ class PrefillRank(Rank):
         clock: Any = self
         self.engine = PrefillLoop(cast(Any, self.runner), config, NOTHING, SoloSteps(config.chunk_tokens), clock, self._on_death)
         event = self.engine.transfer_event
-        self.sender = SimKVSender(TRANSFER, self.runner.layout, *self.regions, self.member, clock, NOTHING, event, self._on_death)
-        self.service = PrefillService(self.engine, self.member, LIVENESS_S)
+        self.sender = SimKVSender(
+            world.times.transfer, self.runner.layout, *self.regions, self.member, clock, NOTHING, event, self._on_death
+        )
+        self.service = PrefillService(self.engine, self.member, world.times.liveness_s)
         self._watch(self.engine, self._engine_quiet_until, self._check)
         self._watch(self.sender, self._sender_quiet_until)
         self.update_kind: Any = prefill_pb2.PrefillUpdate
@@ -134,7 +122,7 @@ class PrefillRank(Rank):
         for link in state._links.values():
             if link.lost is not None:
                 return 0.0
-            fence = min(fence, link.vouched_at + LIVENESS_S)
+            fence = min(fence, link.vouched_at + self.sim.times.liveness_s)
         return min(fence, self.sender._next_tick) if state._hand_offs else fence
 
     def read(self, tag: Tag, kind: str, piece: int) -> int | None:
@@ -146,7 +134,9 @@ class PrefillRank(Rank):
 
     def check_link(self, peer: str) -> None:
         silent_s = self.now() - self.sender._state._links[peer].vouched_at
-        assert silent_s <= LIVENESS_S + WIRE_S, f"{self.name} writes to {peer}, which it has not heard of for {silent_s:.1f} s"
+        assert silent_s <= self.sim.times.liveness_s + self.sim.times.wire_s, (
+            f"{self.name} writes to {peer}, which it has not heard of for {silent_s:.1f} s"
+        )
 
 
 class DecodeRank(Rank):
@@ -155,12 +145,13 @@ class DecodeRank(Rank):
         world.current = self
         clock: Any = self
         steps = SoloSteps(config.most_running)
-        self.engine = DecodeLoop(cast(Any, self.runner), config, TRANSFER.lease_s, NOTHING, self.member, steps, clock, self._on_death)
+        transfer = world.times.transfer
+        self.engine = DecodeLoop(cast(Any, self.runner), config, transfer.lease_s, NOTHING, self.member, steps, clock, self._on_death)
         event = self.engine.transfer_event
         self.receiver = SimKVReceiver(
-            TRANSFER, cast(Any, self.runner.layout), *self.regions, self.member, clock, NOTHING, event, self._on_death
+            transfer, cast(Any, self.runner.layout), *self.regions, self.member, clock, NOTHING, event, self._on_death
         )
-        self.service = DecodeService(self.engine, self.member, LIVENESS_S)
+        self.service = DecodeService(self.engine, self.member, world.times.liveness_s)
         self._watch(self.engine, self._engine_quiet_until, self._check)
         self.transport.told = self._watch(self.receiver, self._receiver_quiet_until).poll
         self.update_kind: Any = decode_pb2.DecodeUpdate
@@ -267,7 +258,7 @@ class RouterProcess(Process):
     def __init__(self, world: World, name: str, config: RouterConfig) -> None:
         super().__init__(world, name)
         self.sim = world
-        self.members = Members(LIVENESS_S, name.replace("router", "router-"))
+        self.members = Members(world.times.liveness_s, name.replace("router", "router-"))
         self.relay = Relay(self.members, config, cast(Any, self))
         self.service = Service(config, "sim", 1000, cast(Any, None), self.relay, NOTHING, cast(Any, self))
 

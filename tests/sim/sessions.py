@@ -12,7 +12,7 @@ from core.request import Member
 from kv_transfer.session import Speaker
 from protos import common_pb2, transfer_pb2
 from router.session import RankSession
-from tests.sim.network import LIVENESS_S, End, Link
+from tests.sim.network import End, Link
 from tests.sim.ranks import DecodeRank, PrefillRank, RouterProcess
 from tests.sim.threads import SimOutbox, SimThread
 
@@ -96,7 +96,7 @@ class SimPeerSession:
 
     async def run(self) -> None:
         rank = self._rank
-        delay = LIVENESS_S if rank.sim.is_cut_off(rank, self._peer) else 0.005
+        delay = rank.sim.times.liveness_s if rank.sim.is_cut_off(rank, self._peer) else 0.005
         rank.later(delay, self._greet)
         error = await self._ended
         if rank.is_alive:

@@ -1,7 +1,7 @@
 """The transport of the simulation, with the manners of NIXL over UCX.
 
 Bytes get on the wire only while their writer polls; failed writes may land later; nothing recalls what is on the wire: it lands within
-WIRE_S, in whatever order, unless the receiver was reset in between. Commits may be late and repeated.
+Times.wire_s, in whatever order, unless the receiver was reset in between. Commits may be late and repeated.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ from core.errors import TransferFailed
 from core.region import Region
 from kv_transfer.transport import Polled, Write
 from tests.sim.network import Network, Process
-
-WIRE_S = 0.5
-"""Longest life of a byte on the wire: the TCP user timeout."""
-
 
 NOTHING_NEW = Polled((), ())
 
@@ -161,7 +157,7 @@ class SimTransport:
             target = flight.target
             is_broken = not target.host.is_alive or target.generation != flight.generation
             if not is_broken and (network.cuts and network.is_cut(self.host, target.host)):
-                is_broken = now - flight.since > WIRE_S
+                is_broken = now - flight.since > network.times.wire_s
                 if not is_broken:
                     continue
             if flight.is_failed or is_broken:
@@ -181,7 +177,7 @@ class SimTransport:
         flight.num_on_wire += 1
         self.wire.num_on_wire += 1
         rare = network.rng.random()
-        delay = 0.002 + 0.04 * rare if rare < 0.95 else WIRE_S * network.rng.random()
+        delay = 0.002 + 0.04 * rare if rare < 0.95 else network.times.wire_s * network.rng.random()
 
         def land() -> None:
             if target.host.is_alive and target.generation == flight.generation:
@@ -202,7 +198,7 @@ class SimTransport:
         if note and self.network.rng.random() >= self.wire.loses:
             self._tell(flight, note, 0.02 * self.network.rng.random())
             if self.network.rng.random() < self.wire.repeats:
-                self._tell(flight, note, 3 * WIRE_S * self.network.rng.random())
+                self._tell(flight, note, 3 * self.network.times.wire_s * self.network.rng.random())
 
     def _tell(self, flight: Flight, note: bytes, delay: float) -> None:
         def tell() -> None:

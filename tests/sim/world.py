@@ -19,25 +19,14 @@ from typing import Any
 from core.request import Member
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
-from router.config import RouterConfig
 from tests.sim.client import Client
 from tests.sim.network import Link, Network, Process
 from tests.sim.ranks import DecodeRank, PrefillRank, Rank, RouterProcess
 from tests.sim.threads import SimThread
 from tests.sim.wire import Wire
 
-CALM_S = 90.0
-"""After the last event everything must have come to an end by itself within this time."""
-
 PREFILL = PrefillConfig(num_pages=7, num_slots=3, chunk_tokens=8, max_waiting=6)
 DECODE = DecodeConfig(num_pages=12, num_slots=4, max_running=3, expected_output=0.6)
-ROUTER = RouterConfig(
-    max_requests=10,
-    request_timeout_s=40.0,
-    reserve_timeout_s=2.0,
-    wait_for_members_s=16.0,  # longer than two outages one after the other, of a prefill and of a decode rank
-    max_attempts=12,
-)
 
 
 class World(Network):
@@ -123,7 +112,7 @@ class World(Network):
             for replica in range(count):
                 self.start_rank(role, replica)
         for number in range(num_routers):
-            one = RouterProcess(self, f"router{number}", ROUTER)
+            one = RouterProcess(self, f"router{number}", self.times.router)
             self.routers.append(one)
             one.update(list(self.listed.values()))
 
@@ -352,7 +341,7 @@ class World(Network):
         self.loop.at(0.0, lambda: self._make(self))
         try:
             self.loop.run(0.05)
-            self.loop.run(self._end_of_events + CALM_S, self.is_over)
+            self.loop.run(self._end_of_events + self.times.calm_s, self.is_over)
             self._check_end()
         finally:
             self._tear_down()
