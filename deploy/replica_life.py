@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -195,19 +195,28 @@ class ReplicaLife:
 
     async def _look(self) -> None:
         """Hear how all ranks are. Raises TimeoutError if one does not say so in time; time in which this process stood still, or waited for
-        Ray, is no rank's fault."""
+        Ray, is no rank's fault. Until then a rank that Ray cannot reach is asked again: it may be the network, and Ray tells if it died."""
         timeout_s = self.times.health_timeout_s
-        answers = asyncio.gather(*(actor.report.remote() for actor in self._actors))
+        answers = self._ask()
         try:
             for _ in range(LOOK_PARTS):
                 done, _ = await asyncio.wait({answers}, timeout=timeout_s / LOOK_PARTS)
-                if done:
-                    self.reports = list(answers.result())
+                if not done:
+                    continue
+                try:
+                    self.reports = answers.result()
                     return
+                except ActorUnavailableError as error:
+                    log.warning("rank.unreachable", replica=self.name, error=reason_of(error))
+                    await asyncio.sleep(timeout_s / LOOK_PARTS)
+                    answers = self._ask()
         finally:
             answers.cancel()
             await asyncio.gather(answers, return_exceptions=True)
         raise TimeoutError(f"no answer for {timeout_s:g} s")
+
+    def _ask(self) -> asyncio.Future[list[Report]]:
+        return asyncio.gather(*(actor.report.remote() for actor in self._actors))
 
     async def _wait_until_gone(self) -> None:
         end = self._clock.now() + END_TIMEOUT_S

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from core.clock import SystemClock
 from deploy import replica_life as module
@@ -69,6 +70,24 @@ def test_a_rank_that_does_not_answer_in_time_is_said_so_and_one_that_died_in_its
 
     with pytest.raises(ConnectionError, match="End of file"):
         look(died)
+
+
+def test_a_rank_that_cannot_be_reached_for_a_moment_is_asked_again() -> None:
+    asked = list[int]()
+
+    async def report() -> str:
+        asked.append(1)
+        if len(asked) < 3:
+            raise ActorUnavailableError("failed to connect to all addresses", None)
+        return "well"
+
+    assert look(report) == ["well"] and len(asked) == 3
+
+    async def gone() -> str:
+        raise ActorUnavailableError("failed to connect to all addresses", None)
+
+    with pytest.raises(TimeoutError, match=r"no answer for 0\.03 s"):
+        look(gone)
 
 
 def test_a_replica_whose_node_is_lost_before_ray_has_set_its_place_aside_is_placed_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
