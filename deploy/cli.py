@@ -238,6 +238,5 @@ def _folder_with_logs(home: pathlib.Path, name: str | None) -> ClusterFolder:
 
 def patience_s(spec: ClusterSpec) -> float:
     """Longest time that a change may take: a drain, then a start, of each replica of a role one after the other."""
-    times = spec.placement
-    one = times.drain_timeout_s + times.placement_timeout_s + times.start_timeout_s
+    one = spec.placement.drain_timeout_s + lifecycle.start_s(spec)
     return one * max(1, *(spec.replicas(role) for role in ROLES))

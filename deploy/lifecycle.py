@@ -46,7 +46,7 @@ def up(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
         if is_running(folder, say):
             say(f"{spec.name} is running already")
             refuse_other_spec(folder, spec)
-            wait_until_settled(folder, spec.placement.start_timeout_s, say)
+            wait_until_settled(folder, start_s(spec), say)
             return
         sweep(folder)
         if spec.placement.ray == "embedded":
@@ -55,13 +55,18 @@ def up(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:
             refuse_taken("router.control_address", control_host.strip("[]"), int(control_port))
         try:
             start(folder, spec, say)
-            wait_until_settled(folder, spec.placement.start_timeout_s, say)
+            wait_until_settled(folder, start_s(spec), say)
             wait_for_router(spec)
         except BaseException:
             say("start failed; taking down what was started")
             for remark in stop(folder):
                 say(remark)
             raise
+
+
+def start_s(spec: ClusterSpec) -> float:
+    """Longest time that replicas which are started side by side may take: to find a place, then to be ready."""
+    return spec.placement.placement_timeout_s + spec.placement.start_timeout_s
 
 
 def start(folder: ClusterFolder, spec: ClusterSpec, say: Say) -> None:

@@ -146,3 +146,18 @@ def test_only_ones_own_cluster_is_ended_through_ray(is_ours: bool, folder: Clust
     remarks = lifecycle.stop(folder)
     assert (remarks[1:] == ["3 actors were ended through Ray"]) == is_ours and len(remarks) == 1 + is_ours
     assert folder.read() is None
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_up_waits_as_long_as_a_replica_may_look_for_a_place_and_then_start(
+    is_there: bool, folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = list[float]()
+    monkeypatch.setattr(lifecycle, "check_files", lambda spec: None)
+    monkeypatch.setattr(lifecycle, "is_running", lambda folder, say: is_there)
+    monkeypatch.setattr(lifecycle, "wait_until_settled", lambda folder, seconds, say: waited.append(seconds))
+    for name in ("refuse_other_spec", "sweep", "refuse_taken", "start", "wait_for_router"):
+        monkeypatch.setattr(lifecycle, name, lambda *_: None)
+    spec = load_spec(LOCAL_CPU, ["placement.placement_timeout_s=40", "placement.start_timeout_s=500"])
+    lifecycle.up(folder, spec, lambda line: None)
+    assert waited == [540.0]
