@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepseek_recipe as recipe
@@ -55,6 +55,8 @@ class ChatRequest:
     include_usage: bool
     echo: recipe.ResponsesEcho | None = None
     namespace_tools: Any = None
+    repeated: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that a Response repeats, beside those of `echo`."""
 
 
 class ChatFormat:
@@ -117,7 +119,8 @@ class ChatFormat:
         )
         include_usage = dialect is CHAT and bool((body.get("stream_options") or {}).get("include_usage"))  # the library looked at both
         is_single = wants_single_call(body, dialect)
-        return ChatRequest(converted, parsing, prompt, sampling, n, is_single, converted.stream, include_usage, echo, names)
+        repeated = {"metadata": _metadata(body), "parallel_tool_calls": not is_single} if dialect is RESPONSES else {}
+        return ChatRequest(converted, parsing, prompt, sampling, n, is_single, converted.stream, include_usage, echo, names, repeated)
 
     def _wants_thinking(self, body: Mapping[str, Any]) -> bool:
         """`chat_template_kwargs: {thinking: bool}` is how open-model servers are told; the dialects' own fields win over the default. An
@@ -128,6 +131,15 @@ class ChatFormat:
         if not isinstance(extra, dict):
             raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
         return boolean(extra, "thinking", boolean(extra, "enable_thinking", default))
+
+
+def _metadata(body: Mapping[str, Any]) -> dict[str, Any]:
+    found = body.get("metadata")
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise InvalidRequest("metadata must be an object", param="metadata")
+    return found
 
 
 def _with_call(conversation: recipe.Conversation) -> recipe.Conversation:
@@ -217,11 +229,16 @@ class Chat:
             yield sse(done.encode())
 
     def _event_text(self, index: int, chunk: Any) -> bytes | None:
-        """The chunk as JSON; for Chat Completions with its choice index, and usage set aside for the end."""
+        """The chunk as JSON: for Chat Completions with its choice index, and usage set aside for the end; for Responses with what the
+        library does not repeat."""
+        text: str = chunk.to_json()
         if self._dialect is not CHAT:
-            text: str = chunk.to_json()
-            return text.encode()
-        event = orjson.loads(chunk.to_json())
+            event = orjson.loads(text) if self._request.repeated and '"response":{' in text else {}
+            if "response" not in event:
+                return text.encode()
+            event["response"].update(self._request.repeated)
+            return orjson.dumps(event)
+        event = orjson.loads(text)
         event["created"] = self._created
         usage = event.pop("usage", None)
         if usage:
@@ -256,7 +273,7 @@ class Chat:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         if request.n == 1:
-            return answers[0]
+            return {**answers[0], **request.repeated}
         merged = answers[0]
         merged["choices"] = [{**answer["choices"][0], "index": index} for index, answer in enumerate(answers)]
         merged["usage"] = total_usage([answer["usage"] for answer in answers])

@@ -172,6 +172,19 @@ def test_who_wants_one_call_at_most_gets_the_first_and_pays_for_no_more(dialect:
     assert "Hello there" in json.dumps(plain)
 
 
+def test_a_response_repeats_what_it_was_asked_with() -> None:
+    model, asked = Model('He said "response":{ and left', FinishReason.STOP), {"metadata": {"order": "17"}, "parallel_tool_calls": False}
+    whole = answer(model, RESPONSES, **asked)
+    found = [event["response"] for event in events(model, RESPONSES, **asked) if "response" in event]
+    assert len(found) == 3, "created, in progress, completed"
+    assert all({key: one[key] for key in asked} == asked for one in (whole, *found))
+    assert found[-1]["output"][0]["content"][0]["text"] == whole["output"][0]["content"][0]["text"] == CODEC.decode(model.token_ids[:-1])
+    plain = answer(model, RESPONSES)
+    assert (plain["metadata"], plain["parallel_tool_calls"]) == ({}, True)
+    with pytest.raises(InvalidRequest, match="metadata must be an object"):
+        answer(model, RESPONSES, metadata=["x"])
+
+
 @pytest.mark.parametrize("options", [[], 0, "", False, {"include_usage": 1}])
 def test_stream_options_that_are_no_options_are_refused(options: Any) -> None:
     service = new_service(Model(" ", FinishReason.STOP))
