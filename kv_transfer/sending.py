@@ -267,7 +267,7 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         lost, waits = link, link in self._sessions
         self._num_links += 1
         link = self._links[decode.key] = f"{decode.name}#{decode.incarnation}/{self._num_links}"
-        self._sessions[link] = PeerSession(link, decode, self._speaker, self._own.agent, self)
+        self._sessions[link] = PeerSession(link, decode, self._speaker, self)
         if waits:
             self._waiting[lost] = link
         else:

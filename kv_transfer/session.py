@@ -44,8 +44,8 @@ class Speaker:
 class PeerSession:
     """One session with one life of a decode rank. `outgoing` takes messages on the event loop."""
 
-    def __init__(self, link: str, peer: Member, speaker: Speaker, agent: bytes, owner: SessionOwner) -> None:
-        self._link, self._peer, self._speaker, self._agent, self._owner = link, peer, speaker, agent, owner
+    def __init__(self, link: str, peer: Member, speaker: Speaker, owner: SessionOwner) -> None:
+        self._link, self._peer, self._speaker, self._owner = link, peer, speaker, owner
         self.outgoing: asyncio.Queue[transfer_pb2.SenderMessage] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
 
@@ -89,7 +89,6 @@ class PeerSession:
             hello=hello,
             kv_layout=layout,
             transport=speaker.transport,
-            agent=self._agent,
             address=speaker.member.address,
             link=self._link,
         )

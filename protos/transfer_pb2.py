@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import common_pb2 as protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/transfer.proto\x12\x05\x62\x61ton\x1a\x13protos/common.proto\"e\n\x06Region\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\x12\x12\n\nnum_pieces\x18\x02 \x01(\r\x12\x13\n\x0bpiece_bytes\x18\x03 \x01(\x04\x12\x11\n\tdevice_id\x18\x04 \x01(\r\x12\x0e\n\x06memory\x18\x05 \x01(\t\"~\n\x0bSenderHello\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12\x11\n\tkv_layout\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\r\n\x05\x61gent\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04link\x18\x06 \x01(\t\"\x9b\x01\n\rReceiverHello\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12\x11\n\tkv_layout\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\x0c\x12\x1c\n\x05pages\x18\x04 \x01(\x0b\x32\r.baton.Region\x12\x1c\n\x05slots\x18\x05 \x01(\x0b\x32\r.baton.Region\x12\x0f\n\x07machine\x18\x06 \x01(\t\"u\n\rSenderMessage\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.baton.SenderHello\x12\r\n\x05renew\x18\x02 \x03(\x04\x12\x16\n\x0elast_write_out\x18\x03 \x03(\x04\x12\x11\n\x04ping\x18\x04 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_ping\"\xa2\x01\n\x0fReceiverMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.baton.ReceiverHello\x12\x1d\n\x07refused\x18\x02 \x01(\x0b\x32\x0c.baton.Error\x12\x10\n\x08released\x18\x03 \x03(\x04\x12\x0f\n\x07revoked\x18\x04 \x03(\x04\x12\x11\n\x04pong\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04live\x18\x06 \x03(\x04\x42\x07\n\x05_pong\"/\n\nEndRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0c\n\x04link\x18\x02 \x01(\t\"0\n\x08\x45ndReply\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07is_over\x18\x02 \x01(\x08\"\xb2\x01\n\x06\x43ommit\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x02 \x01(\x04\x12\x1a\n\x12sender_incarnation\x18\x03 \x01(\x04\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x07 \x01(\r\x12\x11\n\tchecksums\x18\x08 \x03(\x07\x32G\n\x08Transfer\x12;\n\x07Session\x12\x14.baton.SenderMessage\x1a\x16.baton.ReceiverMessage(\x01\x30\x01\x32\x33\n\x06\x45nding\x12)\n\x03\x45nd\x12\x11.baton.EndRequest\x1a\x0f.baton.EndReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/transfer.proto\x12\x05\x62\x61ton\x1a\x13protos/common.proto\"e\n\x06Region\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\x12\x12\n\nnum_pieces\x18\x02 \x01(\r\x12\x13\n\x0bpiece_bytes\x18\x03 \x01(\x04\x12\x11\n\tdevice_id\x18\x04 \x01(\r\x12\x0e\n\x06memory\x18\x05 \x01(\t\"u\n\x0bSenderHello\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12\x11\n\tkv_layout\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04link\x18\x06 \x01(\tJ\x04\x08\x04\x10\x05\"\x9b\x01\n\rReceiverHello\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12\x11\n\tkv_layout\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\x0c\x12\x1c\n\x05pages\x18\x04 \x01(\x0b\x32\r.baton.Region\x12\x1c\n\x05slots\x18\x05 \x01(\x0b\x32\r.baton.Region\x12\x0f\n\x07machine\x18\x06 \x01(\t\"u\n\rSenderMessage\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.baton.SenderHello\x12\r\n\x05renew\x18\x02 \x03(\x04\x12\x16\n\x0elast_write_out\x18\x03 \x03(\x04\x12\x11\n\x04ping\x18\x04 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_ping\"\xa2\x01\n\x0fReceiverMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.baton.ReceiverHello\x12\x1d\n\x07refused\x18\x02 \x01(\x0b\x32\x0c.baton.Error\x12\x10\n\x08released\x18\x03 \x03(\x04\x12\x0f\n\x07revoked\x18\x04 \x03(\x04\x12\x11\n\x04pong\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04live\x18\x06 \x03(\x04\x42\x07\n\x05_pong\"/\n\nEndRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0c\n\x04link\x18\x02 \x01(\t\"0\n\x08\x45ndReply\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07is_over\x18\x02 \x01(\x08\"\xb2\x01\n\x06\x43ommit\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x02 \x01(\x04\x12\x1a\n\x12sender_incarnation\x18\x03 \x01(\x04\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x07 \x01(\r\x12\x11\n\tchecksums\x18\x08 \x03(\x07\x32G\n\x08Transfer\x12;\n\x07Session\x12\x14.baton.SenderMessage\x1a\x16.baton.ReceiverMessage(\x01\x30\x01\x32\x33\n\x06\x45nding\x12)\n\x03\x45nd\x12\x11.baton.EndRequest\x1a\x0f.baton.EndReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGION']._serialized_start=53
   _globals['_REGION']._serialized_end=154
   _globals['_SENDERHELLO']._serialized_start=156
-  _globals['_SENDERHELLO']._serialized_end=282
-  _globals['_RECEIVERHELLO']._serialized_start=285
-  _globals['_RECEIVERHELLO']._serialized_end=440
-  _globals['_SENDERMESSAGE']._serialized_start=442
-  _globals['_SENDERMESSAGE']._serialized_end=559
-  _globals['_RECEIVERMESSAGE']._serialized_start=562
-  _globals['_RECEIVERMESSAGE']._serialized_end=724
-  _globals['_ENDREQUEST']._serialized_start=726
-  _globals['_ENDREQUEST']._serialized_end=773
-  _globals['_ENDREPLY']._serialized_start=775
-  _globals['_ENDREPLY']._serialized_end=823
-  _globals['_COMMIT']._serialized_start=826
-  _globals['_COMMIT']._serialized_end=1004
-  _globals['_TRANSFER']._serialized_start=1006
-  _globals['_TRANSFER']._serialized_end=1077
-  _globals['_ENDING']._serialized_start=1079
-  _globals['_ENDING']._serialized_end=1130
+  _globals['_SENDERHELLO']._serialized_end=273
+  _globals['_RECEIVERHELLO']._serialized_start=276
+  _globals['_RECEIVERHELLO']._serialized_end=431
+  _globals['_SENDERMESSAGE']._serialized_start=433
+  _globals['_SENDERMESSAGE']._serialized_end=550
+  _globals['_RECEIVERMESSAGE']._serialized_start=553
+  _globals['_RECEIVERMESSAGE']._serialized_end=715
+  _globals['_ENDREQUEST']._serialized_start=717
+  _globals['_ENDREQUEST']._serialized_end=764
+  _globals['_ENDREPLY']._serialized_start=766
+  _globals['_ENDREPLY']._serialized_end=814
+  _globals['_COMMIT']._serialized_start=817
+  _globals['_COMMIT']._serialized_end=995
+  _globals['_TRANSFER']._serialized_start=997
+  _globals['_TRANSFER']._serialized_end=1068
+  _globals['_ENDING']._serialized_start=1070
+  _globals['_ENDING']._serialized_end=1121
 # @@protoc_insertion_point(module_scope)

@@ -22,20 +22,18 @@ class Region(_message.Message):
     def __init__(self, address: _Optional[int] = ..., num_pieces: _Optional[int] = ..., piece_bytes: _Optional[int] = ..., device_id: _Optional[int] = ..., memory: _Optional[str] = ...) -> None: ...
 
 class SenderHello(_message.Message):
-    __slots__ = ("hello", "kv_layout", "transport", "agent", "address", "link")
+    __slots__ = ("hello", "kv_layout", "transport", "address", "link")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    AGENT_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
     kv_layout: str
     transport: str
-    agent: bytes
     address: str
     link: str
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., kv_layout: _Optional[str] = ..., transport: _Optional[str] = ..., agent: _Optional[bytes] = ..., address: _Optional[str] = ..., link: _Optional[str] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., kv_layout: _Optional[str] = ..., transport: _Optional[str] = ..., address: _Optional[str] = ..., link: _Optional[str] = ...) -> None: ...
 
 class ReceiverHello(_message.Message):
     __slots__ = ("hello", "kv_layout", "agent", "pages", "slots", "machine")

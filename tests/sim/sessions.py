@@ -76,11 +76,10 @@ class Outgoing:
 class SimPeerSession:
     """In place of `PeerSession`: hello both ways, pings, messages, until either end is lost."""
 
-    def __init__(self, link: str, peer: Member, speaker: Speaker, agent: bytes, owner: Any) -> None:
+    def __init__(self, link: str, peer: Member, speaker: Speaker, owner: Any) -> None:
         process = SimThread.current.current
         assert isinstance(process, PrefillRank)
         self._name, self._peer, self._owner, self._rank = link, peer, owner, process
-        self._agent = agent
         self.outgoing: Any = Outgoing(self._send)
         self.task: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[BatonError] = process.loop.create_future()
