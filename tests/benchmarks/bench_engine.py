@@ -223,7 +223,7 @@ def bench_prefill(
             "tokens/s": round(number * prompt * 1e3 / median),
             "TFLOP/s": round(flops / median / 1e9, 1), "share of the fp8 rate": round(flops / rate * 1e3 / median, 3),
         }  # fmt: skip
-        if profile:
+        if profile and prompt <= chunk:  # the profiler takes minutes for the launches of many chunks
             spent = row["profile us"] = profile_step(run, group.barrier if group else lambda: None)
             busy = sum(us for name, us in spent.items() if name != "idle" and "nccl" not in name)
             row["kernels but NCCL's, by rank, ms"] = of_ranks(group, round(busy / 1e3, 1))
