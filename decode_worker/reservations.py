@@ -65,8 +65,7 @@ class Reservations:
         self._next_epoch = first_epoch
         self._held: dict[str, Held] = {}
         self._by_epoch: dict[int, Held] = {}
-        self._quarantined: dict[int, list[bytes]] = {}
-        """Epoch -> what its first pages hold, whatever may still be written to the others."""
+        self._quarantined: set[int] = set()
 
     @property
     def num_quarantined(self) -> int:
@@ -130,6 +129,7 @@ class Reservations:
             return None
         assert held.state in (State.RESERVED, State.RECEIVING), f"{epoch=} committed in state {held.state}"
         held.state, held.first_token = State.READY, first_token
+        self.pages.holds(held.request.request_id, held.digests)
         return held
 
     def started(self, request_id: str) -> None:
@@ -144,23 +144,23 @@ class Reservations:
         held = self._held.pop(request_id, None)
         if held is None:
             return None
-        filled = held.digests if held.state in (State.READY, State.RUNNING) else held.digests[: held.num_kept_pages]
-        kept = [] if is_suspect else filled
+        if is_suspect:
+            self.pages.holds(request_id, ())
         if held.state is State.RUNNING:
-            self.pages.free_kept(request_id, kept)
+            self.pages.free(request_id)
             self.slots.free(request_id)
         else:
             del self._by_epoch[held.epoch]
-            self._quarantined[held.epoch] = kept
+            self._quarantined.add(held.epoch)
             self.pages.rename(request_id, _quarantine(held.epoch))
             self.slots.rename(request_id, _quarantine(held.epoch))
         return held
 
     def quiesced(self, epoch: int) -> None:
         """No write for this epoch can land any more."""
-        kept = self._quarantined.pop(epoch, None)
-        if kept is not None:
-            self.pages.free_kept(_quarantine(epoch), kept)
+        if epoch in self._quarantined:
+            self._quarantined.remove(epoch)
+            self.pages.free(_quarantine(epoch))
             self.slots.free(_quarantine(epoch))
 
     def expired(self, now: float) -> list[Expired]:

@@ -68,6 +68,8 @@ class PageAllocator(Allocator):
         super().__init__(count)
         self._kept: OrderedDict[bytes, int] = OrderedDict()
         """Digest of what it holds -> free page, the first to be given away first."""
+        self._contents: dict[str, Sequence[bytes]] = {}
+        """Owner -> digests of what its first pages hold."""
 
     @property
     def num_free(self) -> int:
@@ -83,7 +85,7 @@ class PageAllocator(Allocator):
         return super().allocate(owner, count)
 
     def claim(self, owner: str, digests: Sequence[bytes]) -> list[int]:
-        """Kept pages that hold the first of these contents, as many as there are without a gap; they are the owner's now."""
+        """Kept pages that hold the first of these contents, as many as there are without a gap; they are the owner's now, its first."""
         ids: list[int] = []
         for digest in digests:
             page = self._kept.pop(digest, None)
@@ -91,19 +93,30 @@ class PageAllocator(Allocator):
                 break
             ids.append(page)
         if ids:
-            self._owned.setdefault(owner, []).extend(ids)
+            assert owner not in self._owned, f"{owner} owns pages already"
+            self._owned[owner] = list(ids)
+            self.holds(owner, digests[: len(ids)])
         return ids
 
-    def free_kept(self, owner: str, digests: Sequence[bytes]) -> None:
-        """As `free`; the owner's first pages hold these contents, and are kept."""
+    def holds(self, owner: str, digests: Sequence[bytes]) -> None:
+        """The owner's first pages hold these contents, and no others are known: they are kept when it is freed."""
+        self._contents[owner] = digests
+
+    def free(self, owner: str) -> list[int]:
         ids = self._owned.pop(owner, [])
-        kept = list(zip(digests, ids, strict=False))
+        kept = list(zip(self._contents.pop(owner, ()), ids, strict=False))
         self._free.extend(reversed(ids[len(kept) :]))
         for digest, page in reversed(kept):  # a page without those before it is of no use, so the last ones go first
             if digest in self._kept:
                 self._free.append(page)
             else:
                 self._kept[digest] = page
+        return ids
+
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        if old in self._contents:
+            self._contents[new] = self._contents.pop(old)
 
     def _free_ids(self) -> list[int]:
         return [*self._free, *self._kept.values()]

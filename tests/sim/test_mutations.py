@@ -192,7 +192,7 @@ def keep_pages_that_never_came(patch: pytest.MonkeyPatch) -> None:
     def end(self: Reservations, request_id: str, *, is_suspect: bool = False) -> Held | None:
         held = true_end(self, request_id, is_suspect=is_suspect)
         if held is not None and held.epoch in self._quarantined:
-            self._quarantined[held.epoch] = held.digests
+            self.pages.holds(f"quarantine/{held.epoch}", held.digests)
         return held
 
     patch.setattr(Reservations, "end", end)

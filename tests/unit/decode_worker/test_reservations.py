@@ -9,6 +9,8 @@ import pytest
 from core.errors import DeadlineExceeded, InvalidRequest, Overloaded, TransferFailed
 from core.request import Request, SamplingParams
 from decode_worker.reservations import Reservations
+from engine.scheduler.decode import DecodePlanner
+from engine.sequence import Sequence
 
 
 def new_request(name: str, prompt: int = 300, max_tokens: int = 400, deadline_s: float = 60.0) -> Request:
@@ -155,6 +157,25 @@ def test_a_prompt_that_has_arrived_is_kept_though_it_was_given_up_before_its_fir
     reservations.end("a")
     reservations.quiesced(held.epoch)
     assert reservations.reserve(turn("b", tuple(range(700))), 1.0).num_kept_pages == 2
+
+
+def test_a_sequence_that_is_given_up_for_want_of_pages_leaves_its_prompt_until_they_are_needed() -> None:
+    reservations = new_reservations(num_pages=6, expected_output=0.01)
+    old, young = (reservations.reserve(turn(name, tuple(range(start, start + 600))), 0.0) for name, start in (("old", 0), ("young", 1000)))
+    running = []
+    for held in (old, young):
+        reservations.committed(held.epoch, 3)
+        reservations.started(held.request.request_id)
+        running.append(Sequence.from_request(held.request))
+        running[-1].page_ids, running[-1].num_computed = list(held.page_ids), 3 * 256
+        running[-1].token_ids += [5] * (3 * 256 + 1 - 600)
+        running[-1].request = dataclasses.replace(held.request, sampling=SamplingParams(max_tokens=400))
+    plan = DecodePlanner(max_running=2).plan(running, reservations.pages)
+    assert [sequence.request_id for sequence in plan.preempted] == ["young"]
+    reservations.end("young")
+    again = reservations.reserve(turn("again", tuple(range(1000, 1256))), 1.0)
+    assert again.num_kept_pages == 1 and reservations.pages.num_kept == 1
+    reservations.check_integrity()
 
 
 @pytest.mark.parametrize("has_started", [False, True])

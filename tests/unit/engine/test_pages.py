@@ -74,10 +74,15 @@ def test_no_id_has_two_owners_over_random_events(rng: random.Random) -> None:
         pages.check_integrity()
 
 
+def give_back(pages: PageAllocator, owner: str, digests: list[bytes]) -> None:
+    pages.holds(owner, digests)
+    pages.free(owner)
+
+
 def test_kept_pages_are_free_and_are_found_again() -> None:
     pages = PageAllocator(5)
     ids = pages.allocate("a", 4) or []
-    pages.free_kept("a", [b"1", b"12", b"123"])
+    give_back(pages, "a", [b"1", b"12", b"123"])
     assert (pages.num_free, pages.num_kept) == (5, 3)
     assert pages.claim("b", [b"1", b"12", b"x", b"123"]) == ids[:2], "up to the first gap"
     assert pages.owned_by("b") == tuple(ids[:2])
@@ -88,7 +93,7 @@ def test_kept_pages_are_free_and_are_found_again() -> None:
 def test_kept_pages_are_given_away_last_and_the_ends_of_prompts_first() -> None:
     pages = PageAllocator(4)
     ids = pages.allocate("a", 3) or []
-    pages.free_kept("a", [b"1", b"12"])
+    give_back(pages, "a", [b"1", b"12"])
     assert sorted(pages.allocate("b", 2) or []) == sorted({0, 1, 2, 3} - set(ids[:2]))
     assert pages.allocate("c", 1) == [ids[1]]
     assert pages.claim("d", [b"1", b"12"]) == [ids[0]]
@@ -99,7 +104,7 @@ def test_kept_pages_are_given_away_last_and_the_ends_of_prompts_first() -> None:
 def test_a_request_for_too_many_forgets_no_kept_page() -> None:
     pages = PageAllocator(4)
     pages.allocate("a", 2)
-    pages.free_kept("a", [b"1", b"12"])
+    give_back(pages, "a", [b"1", b"12"])
     assert pages.allocate("b", 5) is None
     assert len(pages.claim("c", [b"1", b"12"])) == 2
 
@@ -108,8 +113,8 @@ def test_of_two_pages_with_one_content_one_is_kept() -> None:
     pages = PageAllocator(2)
     pages.allocate("a", 1)
     pages.allocate("b", 1)
-    pages.free_kept("a", [b"1"])
-    pages.free_kept("b", [b"1"])
+    give_back(pages, "a", [b"1"])
+    give_back(pages, "b", [b"1"])
     assert (pages.num_free, pages.num_kept) == (2, 1)
     pages.check_integrity()
 
@@ -120,13 +125,13 @@ def test_any_order_of_keeping_and_claiming_leaves_each_page_with_one_owner(rng: 
         if owners and rng.random() < 0.5:
             owner = rng.choice(list(owners))
             digests = owners.pop(owner)
-            pages.free_kept(owner, digests) if rng.random() < 0.7 else pages.free(owner)
+            give_back(pages, owner, digests if rng.random() < 0.7 else [])
         else:
             name, word = f"r{number}", "".join(rng.choices("ab", k=rng.randint(1, 4)))
             digests = [word[: k + 1].encode() for k in range(len(word))]
             claimed = len(pages.claim(name, digests))
             if pages.allocate(name, len(word) - claimed) is None:
-                pages.free_kept(name, digests)
+                give_back(pages, name, digests)
             else:
                 owners[name] = digests
         pages.check_integrity()
