@@ -106,7 +106,9 @@ class Software:
     prefill_attention_share: float
     """Of the bf16 rate."""
     index_share: float
-    """Of the FP8 rate, prefill: scores, their queries and the choice of the best."""
+    """Of the FP8 rate, prefill: scores of the index."""
+    index_row_s: float
+    """Of a token's queries of the index and its choice of the best, prefill, in a layer that has one."""
     prefill_launches: float
     """Of a layer and chunk, all streams."""
     prefill_gap_s: float
@@ -131,9 +133,9 @@ class Software:
 
 AS_MEASURED = Software(
     name="as measured",
-    small_launches=6.5,
+    small_launches=5.5,
     launch_s=2.3e-6,
-    gap_s=0.5e-6,
+    gap_s=0.6e-6,
     products=7,
     product_s=4e-6,
     expert_s=8e-6,
@@ -148,7 +150,8 @@ AS_MEASURED = Software(
     widening_share=0.88,
     linear_share=0.9,
     prefill_attention_share=0.49,
-    index_share=0.16,
+    index_share=0.53,
+    index_row_s=26e-9,
     prefill_launches=100,
     prefill_gap_s=3.6e-6,
     exchange="to_all",
@@ -161,9 +164,9 @@ AS_MEASURED = Software(
     prefill_link_share=0.41,
     prefill_bytes=3.03,
     sources={
-        "small_launches": "counted at 27ebf0b, `launches`: of the 21.5 in the longest chain of a layer, those that no other field names",
+        "small_launches": "counted at 60ff249, `launches`: of the 20.5 in the longest chain of a layer, those that no other field names",
         "launch_s": "measured alone (ops_streaming, ops_index, ops_matrix at T=1: 1.3 to 5.7 us), mean over the chain",
-        "gap_s": "FITTED to the step of 1 x 8,192 at 27ebf0b; in its profile no kernel ran for 0.26 us a launch",
+        "gap_s": "FITTED to the step of 1 x 8,192 at 60ff249; in its profile no kernel ran for 0.26 us a launch",
         "products": "counted, as small_launches",
         "product_s": "measured alone, ops_matrix at T=1: 4 us + bytes is within a fifth of all rows",
         "expert_s": "measured alone, ops_matrix at T=1 to 128: the op less its bytes and two small launches, 4 to 15 us, mean",
@@ -178,7 +181,8 @@ AS_MEASURED = Software(
         "widening_share": "measured alone, ops_matrix: 3.6 TB/s",
         "linear_share": "measured alone, ops_matrix at T=8192: wq_b 83 %, wo_b 91 %",
         "prefill_attention_share": "FITTED to the attention kernel of the same prefill profile: 390 TFLOP/s",
-        "index_share": "FITTED to its scores, queries and choice of the best in the same profile; scores alone reach 53 % (ops_index)",
+        "index_share": "measured alone, ops_index",
+        "index_row_s": "FITTED to their kernels in the prefill profile of 60ff249: 4.6 ms of 8,192 tokens",
         "prefill_launches": "counted, same profile: 4,298 of 43 layers",
         "prefill_gap_s": "FITTED to the time in which nothing ran in the same profile: 15.6 ms",
         "exchange": "`direct` in decode, NCCL's collectives for prompts",
@@ -217,26 +221,26 @@ OLDER_EXCHANGE = dataclasses.replace(
 WITH_DEEPEP = dataclasses.replace(
     AS_MEASURED,
     name="measured ops, DeepEP",
-    small_launches=9.5,
+    small_launches=6.5,
     exchange="to_experts",
     most_ranks=160,
-    dispatch_s=35e-6,
-    combine_s=25e-6,
-    dispatch_link_share=0.16,
-    combine_link_share=0.16,
+    dispatch_s=12e-6,
+    combine_s=11e-6,
+    dispatch_link_share=0.55,
+    combine_link_share=0.55,
     prefill_link_share=0.53,
-    prefill_bytes=4.0,
+    prefill_bytes=3.03,
     sources=AS_MEASURED.sources
     | {
-        "small_launches": "as measured, and the adapter's three at 27ebf0b; since 20c26b5 it has one, and no sum of experts' rows follows",
+        "small_launches": "counted: as measured, and the choice of copies beside the listing of rows",
         "exchange": "DeepEP 1.2.1: low latency for decode, normal mode for prompts",
         "most_ranks": "DeepEP's kernels",
-        "dispatch_s": "measured alone, two H200s: 35 us for 32 to 128 tokens",
-        "combine_s": "measured alone, two H200s: 36 us for 32 tokens, 69 us for 128, which is 25 us and 71 GB/s",
-        "dispatch_link_share": "as the combine's",
-        "combine_link_share": "measured alone, see combine_s",
-        "prefill_link_share": "measured alone, normal mode on two GPUs: 238 GB/s",
-        "prefill_bytes": "counted: bf16 both ways",
+        "dispatch_s": "measured alone, two and four H200s (exchange_h200x4): 23 us for dispatch and combine of one token, halved",
+        "combine_s": "as dispatch_s",
+        "dispatch_link_share": "measured alone, same runs, up to 256 tokens: 243 GB/s on two, 260 on four",
+        "combine_link_share": "as dispatch_link_share",
+        "prefill_link_share": "measured alone, normal mode on two GPUs, an early run: 238 GB/s",
+        "prefill_bytes": "counted: FP8 with scales out, bf16 back",
     },
 )
 """The same with the exchange that is meant for groups of more than a host; nobody has timed whole steps with it."""
@@ -260,7 +264,8 @@ GOAL = Software(
     widening_share=1.0,
     linear_share=0.9,
     prefill_attention_share=0.6,
-    index_share=0.3,
+    index_share=0.6,
+    index_row_s=13e-9,
     prefill_launches=50,
     prefill_gap_s=1e-6,
     exchange="to_experts",

@@ -55,13 +55,15 @@ def main() -> None:
             spent[part_of(kernel)] += us
         scale = rows[shape]["ms"] / sum(spent.values())
         bars.append({name: spent[name] * scale for name in names})
-    labels = [f"batch {shape.split('x')[0]}\n{rows[shape]['ms']:.1f} ms" for shape in arguments.shapes.split(",")]
+    steps = [rows[shape] for shape in arguments.shapes.split(",")]
+    labels = [f"{step['batch']} x {step['context']:,}\n{step['ms']:.1f} ms" for step in steps]
     for index, name in enumerate(names):
         values = [bar[name] for bar in bars]
         axes.barh(labels, values, left=bottoms, label=name, color=pyplot.get_cmap("tab10")(index))
         bottoms = [left + value for left, value in zip(bottoms, values, strict=True)]
     axes.invert_yaxis()
-    axes.set_xlabel(f"ms of a decode step; {report['layers']} layers on {report['ranks']} x {report['device']}, context 8,192, batch a GPU")
+    host = f"{report['layers']} layers on {report['ranks']} x {report['device']}"
+    axes.set_xlabel(f"ms of a decode step; {host}, sequences a GPU x tokens of context")
     axes.legend(fontsize=7, loc="upper right")
     figure.tight_layout()
     figure.savefig(arguments.out, dpi=130)

@@ -138,8 +138,8 @@ def exchange_s(work: Work, hardware: Hardware, software: Software, ranks: int, r
     if ranks == 1:
         return 0.0
     d = work.model.hidden_size
-    if software.exchange == "to_all":  # rows in bf16, sums in float32
-        out, back = (ranks - 1) * rows * d * 2.0, (ranks - 1) * rows * d * 4.0
+    if software.exchange == "to_all":  # rows in FP8 with scales, sums in float32
+        out, back = (ranks - 1) * rows * d * (1.0 + 4 / 128), (ranks - 1) * rows * d * 4.0
     else:  # FP8 with scales, once for each expert; bf16 results
         far = rows * work.model.num_experts_per_tok * (ranks - 1) / ranks * d
         out, back = far * (1.0 + 4 / 128), far * 2.0
@@ -229,7 +229,7 @@ def prefill_parts(
         "projections": tokens * (fp8 + bf16) / software.linear_share,
         "experts": chunks * (widened_layers * widened + (layers - widened_layers) * kept),
         "attention": attention / (hardware.bf16_rate * software.prefill_attention_share),
-        "index": index / (hardware.fp8_rate * software.index_share),
+        "index": index / (hardware.fp8_rate * software.index_share) + tokens * model.compress_ratios.count(4) * software.index_row_s,
         "hyper-connections": 2 * layers * tokens * hyper_token_bytes(model) / (hardware.memory_rate * software.hyper_share),
         "exchange": chunks * layers * sent / (hardware.link_rate * software.prefill_link_share),
         "norms, rope, stores, quantisation": streamed,
