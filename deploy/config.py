@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from core.errors import ConfigError
 
@@ -38,12 +37,6 @@ class PlacementConfig:
     """Longest of these pauses."""
     stable_s: float = 60.0
     """A rank that was ready for so long starts counting its failures anew."""
-
-    @property
-    def where(self) -> tuple[Any, ...]:
-        """What decides which nodes a replica may be on: one that was placed otherwise has to be placed anew."""
-        labels = tuple(sorted(self.node_labels.items()))
-        return self.cpus_per_rank, self.gpus_per_rank, labels, self.nvlink_domain_label, self.one_nvlink_domain
 
     def __post_init__(self) -> None:
         host, _, port = self.ray.rpartition(":")

@@ -97,7 +97,7 @@ class ClusterSpec:
             parts.append(dataclasses.replace(self.router, processes=1))
         else:
             section = self.prefill if role == "prefill" else self.decode
-            parts += [self.engine, self.transfer, dataclasses.replace(section, replicas=1), self.placement.where]
+            parts += [self.engine, self.transfer, dataclasses.replace(section, replicas=1)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     def scaled(self, replicas: dict[str, int]) -> ClusterSpec:
