@@ -5,7 +5,7 @@ python -m tests.benchmarks.bench_moves [--ranks 2] [--device cuda] [--model depl
     [--settle-s 60] [--ops OP=BACKEND ...] [--out FILE.json]
 
 Dummy weights, experts chosen by token id in all layers: the n-th most popular has weight n^-SKEW, and the TOGETHER most popular
-of each layer lie on rank 0 at the start (0: anywhere, as drawn; over two ranks chance alone evens that out to 1.17 at skew 1).
+of each layer lie on rank 0 at the start (0: anywhere, as drawn; over two ranks chance alone leaves 1.18 at skew 1, by bench_balance).
 Token ids are drawn, each as likely. `--batches`: decode steps of so many rows a rank; `--prompts`: a group for prompts in their
 place, a chunk of so many tokens a rank. Ranks agree on each step, count, plan and move as those that serve do (GroupSteps,
 ExpertShare, Rebalancer). A step is the forward pass, sampling aside, on GPUs in decode one replay of its graph, launched before

@@ -31,7 +31,9 @@ from engine.batch import Chunk, build_batch
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.graphs import PAGES_STEP, DecodeGraphs
+from engine.model.quantized import FP8_BLOCK
 from engine.ops.expert_exchange import Arrived, Beside, ExpertExchange, nothing
+from engine.ops.fp8_linear import quantize_rows
 from engine.parallel.experts import ExpertShare, LayerShare, Sharing
 from engine.parallel.group import Group, Limits, Seat
 from tests.benchmarks.bench_engine import FILLED_TOKENS, cut_shape, fill, new_sequence
@@ -112,13 +114,14 @@ class Bench:
         ids, weights = ids.to(self.loaded.device), torch.rand(ids.shape, generator=generator).to(self.loaded.device)
         x = torch.randn(self.batch, model.hidden_size, generator=generator).to(self.loaded.device, torch.bfloat16)
         positions = torch.arange(self.batch, device=x.device)
-        rows = layers[0].dispatch(x, ids, weights, positions)
+        quantized = quantize_rows(x) if model.hidden_size % FP8_BLOCK == 0 else None  # at hand, in a model's step
+        rows = layers[0].dispatch(x, ids, weights, positions, quantized)
         sums = results_for(rows, model.hidden_size)
         layers[0].exchange.combine(sums, rows)
 
         def run() -> None:
             for layer in layers:
-                layer.exchange.combine(sums, layer.dispatch(x, ids, weights, positions))
+                layer.exchange.combine(sums, layer.dispatch(x, ids, weights, positions, quantized))
 
         return run if self._graphs is None else captured(run, 1)
 

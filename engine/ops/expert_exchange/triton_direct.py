@@ -1,5 +1,5 @@
-"""The kernels of `direct`: one sends a rank's tokens and takes in everybody's, one adds up what experts
-made and does the same with the sums.
+"""The kernels of `direct`: one sends a rank's tokens and takes in everybody's, one adds up what experts made and
+does the same with the sums.
 
 Every rank has an inbox that all ranks have mapped:
 

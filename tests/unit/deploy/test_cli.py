@@ -1,4 +1,4 @@
-"""The command line, the tables and the cluster folder, without a cluster."""
+"""The command line and the cluster folder, without a cluster."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ import time
 import pytest
 
 from core.errors import ConfigError, Unavailable
-from core.request import Member
 from deploy import folder as cluster_folder
 from deploy import lifecycle
 from deploy.cli import main, parse_counts, patience_s
-from deploy.control import misfits
 from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, new_secret, processes_of, started
 from deploy.local import SOCKET_PATH_BYTES, SOCKET_TAIL, choose_ray_dir
 from deploy.logs import choose, print_logs
 from deploy.ports import refuse_taken
 from deploy.spec import load_spec
-from deploy.status import duration, render, table
-from protos import common_pb2, control_pb2
 from tests.support.patience import overload
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -325,66 +321,11 @@ def test_logs_are_followed_through_a_new_start(
     assert capsys.readouterr().out.splitlines() == shown
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (192, "3m12s"), (18_420, "5h07m"), (183_600, "2d03h")])
-def test_durations_read_well(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_tables_line_up_and_drop_empty_columns() -> None:
-    assert table(["MEMBER", "PID", "NOTE"], [("a", "1", ""), ("long", "12345", "")]) == ["MEMBER    PID", "a           1", "long    12345"]
-
-
-def row(role: str, state: str = "ready", **fields: object) -> control_pb2.RankStatus:
-    member = common_pb2.Member(role=role, replica=0, rank=0, state=state, address="127.0.0.1:1")
-    return control_pb2.RankStatus(member=member, **fields)
-
-
-def test_the_status_page_shows_members_problems_and_events() -> None:
-    load = common_pb2.Load(num_running=3, pages_free=7, pages_total=8)
-    page = render(
-        control_pb2.ClusterStatus(
-            name="demo",
-            model="m",
-            ranks=[row("decode", pid=77, uptime_s=61, load=load), row("prefill", "backoff", note="no\nroom")],
-            routers=[row("router", pid=5)],
-            desired_replicas={"router": 1, "prefill": 1, "decode": 1},
-            problems=["prefill/0: no room"],
-            events=[f"event {i}" for i in range(9)],
-        )
-    )
-    assert page.startswith("demo: m, router 1/1, prefill 0/1, decode 1/1 ready, changing")
-    lines = page.splitlines()
-    assert [line.split()[0] for line in lines[3:6]] == ["router/0.0", "prefill/0.0", "decode/0.0"]
-    assert "no room" in lines[4] and "7/8" in lines[5] and "1m01s" in lines[5]
-    assert "  prefill/0: no room" in lines and lines[-1] == "  event 8" and "  event 3" not in lines
-
-
 def test_a_change_of_many_replicas_one_after_the_other_is_waited_for() -> None:
     one, eight = (load_spec(LOCAL_CPU, [f"decode.replicas={count}", "prefill.replicas=0"]) for count in (1, 8))
     times = one.placement
     assert patience_s(one) == times.drain_timeout_s + times.placement_timeout_s + times.start_timeout_s
     assert patience_s(eight) == 8 * patience_s(one)
-
-
-def test_only_changes_are_said() -> None:
-    said: list[str] = []
-    seen: dict[str, str] = {}
-    for state in ("starting", "starting", "ready"):
-        lifecycle.say_changes(control_pb2.ClusterStatus(ranks=[row("decode", state)], routers=[row("router")]), seen, said.append)
-    lifecycle.say_changes(control_pb2.ClusterStatus(routers=[row("router")]), seen, said.append)
-    assert said == ["  decode/0.0 starting", "  decode/0.0 ready", "  decode/0.0 gone"]
-
-
-def test_ranks_that_fit_nobody_are_named() -> None:
-    def member(role: str, fingerprint: str) -> Member:
-        return Member(role=role, replica=0, rank=0, address="", incarnation=1, fingerprint=fingerprint)
-
-    assert misfits([member("prefill", "a"), member("decode", "a"), member("router", "")]) == []
-    assert misfits([member("prefill", "a")]) == []
-    assert misfits([member("prefill", "a"), member("decode", "b")]) == [
-        "prefill/0.0: KV layout a fits no decode rank (b)",
-        "decode/0.0: KV layout b fits no prefill rank (a)",
-    ]
 
 
 def test_the_command_starts_quickly_and_without_torch_or_ray() -> None:
