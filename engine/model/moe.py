@@ -6,6 +6,7 @@ import torch
 
 from engine.model.linear import Build, Linear, Linears
 from engine.model.quantized import QuantizedRows
+from engine.ops.expert_exchange import Tokens
 
 
 class MoE:
@@ -62,7 +63,7 @@ class MoE:
         if self._share is None:
             routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
         else:
-            arrived = self._share.dispatch(x, ids, weights, positions, quantized)
+            arrived = self._share.dispatch(Tokens(x, ids, weights, positions, quantized))
             rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit, arrived.sum_dtype)
             routed = self._share.exchange.combine(rows, arrived, shared)
         return routed, shared()

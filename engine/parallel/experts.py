@@ -12,8 +12,7 @@ import torch
 from core.errors import ConfigError
 from engine.config import ModelConfig
 from engine.memory_plan import tensor_bytes
-from engine.model.quantized import QuantizedRows
-from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange, Tokens
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement, imbalance
 from engine.parallel.group import Group
@@ -52,11 +51,9 @@ class LayerShare:
         self.num_moves = 0
         """Placements since the first."""
 
-    def dispatch(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, quantized: QuantizedRows | None = None
-    ) -> Arrived:
+    def dispatch(self, tokens: Tokens) -> Arrived:
         """Count what each expert gets of tokens with a position, and send all."""
-        return self.exchange.dispatch(x, ids, weights, positions, self.choice, quantized)
+        return self.exchange.dispatch(tokens, self.choice)
 
     def missing(self, placement: ExpertPlacement) -> dict[int, int]:
         """Place -> expert that it holds under another placement and does not hold now."""

@@ -34,7 +34,7 @@ import torch
 from engine.config import EngineConfig
 from engine.model.quantized import FP8_BLOCK
 from engine.ops.exchange_pack_fp8 import row_words
-from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange
+from engine.ops.expert_exchange import Arrived, ExchangeShape, ExpertExchange, Tokens
 from engine.ops.expert_exchange.gather import GatherExchange
 from engine.ops.fp8_linear import quantize_rows
 from engine.ops.moe_experts import Rooms
@@ -80,10 +80,11 @@ def ours(exchange: ExpertExchange, load: Load, group: Group, device: torch.devic
     choice = SlotChoice(even_placement(load.experts, group.size), group.rank, device)
     exchange.rows = load.tokens
     quantized = quantize_rows(x) if load.is_decode and load.hidden % FP8_BLOCK == 0 else None  # at hand, in a model's step
-    first = exchange.dispatch(x, ids, weights, positions, choice, quantized)
+    tokens = Tokens(x, ids, weights, positions, quantized)
+    first = exchange.dispatch(tokens, choice)
     rows = results_for(first, load.hidden)
     exchange.combine(rows, first)
-    return lambda: exchange.combine(rows, exchange.dispatch(x, ids, weights, positions, choice, quantized))
+    return lambda: exchange.combine(rows, exchange.dispatch(tokens, choice))
 
 
 def results_for(arrived: Arrived, hidden: int) -> torch.Tensor:

@@ -32,7 +32,7 @@ from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.graphs import PAGES_STEP, DecodeGraphs
 from engine.model.quantized import FP8_BLOCK
-from engine.ops.expert_exchange import Arrived, Beside, ExpertExchange, nothing
+from engine.ops.expert_exchange import Arrived, Beside, ExpertExchange, Tokens, nothing
 from engine.ops.fp8_linear import quantize_rows
 from engine.parallel.experts import ExpertShare, LayerShare, Sharing
 from engine.parallel.group import Group, Limits, Seat
@@ -115,13 +115,14 @@ class Bench:
         x = torch.randn(self.batch, model.hidden_size, generator=generator).to(self.loaded.device, torch.bfloat16)
         positions = torch.arange(self.batch, device=x.device)
         quantized = quantize_rows(x) if model.hidden_size % FP8_BLOCK == 0 else None  # at hand, in a model's step
-        rows = layers[0].dispatch(x, ids, weights, positions, quantized)
+        tokens = Tokens(x, ids, weights, positions, quantized)
+        rows = layers[0].dispatch(tokens)
         sums = results_for(rows, model.hidden_size)
         layers[0].exchange.combine(sums, rows)
 
         def run() -> None:
             for layer in layers:
-                layer.exchange.combine(sums, layer.dispatch(x, ids, weights, positions, quantized))
+                layer.exchange.combine(sums, layer.dispatch(tokens))
 
         return run if self._graphs is None else captured(run, 1)
 

@@ -16,7 +16,7 @@ from core.clock import SystemClock
 from core.errors import GroupLost
 from engine.config import EngineConfig
 from engine.model.quantized import QuantizedRows
-from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.expert_exchange import ExchangeShape, Tokens
 from engine.ops.fp8_linear import quantize_rows
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, balanced_placement
@@ -58,7 +58,7 @@ class Step:
         self.quantized = QuantizedRows.empty(tokens, HIDDEN, torch.bfloat16, self.x.device) if is_quantized else None
 
         def body() -> torch.Tensor:
-            arrived = exchange.dispatch(self.x, self.ids, self.weights, self.positions, choice, self.quantized)
+            arrived = exchange.dispatch(Tokens(self.x, self.ids, self.weights, self.positions, self.quantized), choice)
             rows = wide(arrived.x).unsqueeze(1) * arrived.weights.unsqueeze(2) * (1.0 + rank / 3)
             return exchange.combine(rows, arrived)
 

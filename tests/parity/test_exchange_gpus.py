@@ -12,7 +12,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.model.quantized import QuantizedWeight, quantize_mxfp4
-from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.expert_exchange import ExchangeShape, Tokens
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, even_placement
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
@@ -83,7 +83,7 @@ def work(rank: int, rendezvous: str, cases: list[Case]) -> None:
             def step(
                 exchange: Any = exchange, x: torch.Tensor = x, ids: torch.Tensor = ids, weights: torch.Tensor = weights
             ) -> torch.Tensor:
-                arrived = exchange.dispatch(x, ids, weights, torch.arange(len(x), device=device), choice)
+                arrived = exchange.dispatch(Tokens(x, ids, weights, torch.arange(len(x), device=device), None), choice)
                 rows = run_experts(arrived.x, arrived.ids, arrived.weights, here, LIMIT, arrived.sum_dtype)
                 return exchange.combine(rows, arrived)  # type: ignore[no-any-return]
 

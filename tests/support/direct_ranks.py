@@ -24,7 +24,7 @@ import torch
 from core.errors import GroupLost
 from engine.model.quantized import QuantizedRows
 from engine.ops.exchange_unpack import places_here
-from engine.ops.expert_exchange import ExchangeShape, triton_direct
+from engine.ops.expert_exchange import ExchangeShape, Tokens, triton_direct
 from engine.ops.expert_exchange.direct import DirectExchange, Inbox
 from engine.ops.fp8_linear import quantize_rows
 from engine.ops.moe_experts import Rooms
@@ -91,7 +91,7 @@ def take_steps(exchange: DirectExchange, rank: int, size: int, hidden: int, plac
     for step, count in enumerate(COUNTS):
         time.sleep(pace.choice((0, 0, 0.002)))
         mine = tokens_of(rank, step, hidden)
-        arrived = exchange.dispatch(*mine, choices[rank], quantized_of(mine[0]) if step % 2 else None)
+        arrived = exchange.dispatch(Tokens(*mine, quantized_of(mine[0]) if step % 2 else None), choices[rank])
         drawn = [tokens_of(other, step, hidden) for other in range(size)]
         slots = torch.cat([torch.where(one[3][:, None] >= 0, choice(one[1]), -1) for one, choice in zip(drawn, choices, strict=True)])
         exchange.check()
@@ -123,14 +123,14 @@ def lose_a_rank(exchange: DirectExchange, rank: int, hidden: int, placement: Exp
     """What was raised, and whether the sums are NaN. A later step finds the exchange lost at once."""
     tokens, choice, is_nan = tokens_of(rank, 1, hidden), SlotChoice(placement, rank), False
     exchange._patience = PATIENCE
-    arrived = exchange.dispatch(*tokens, choice)
+    arrived = exchange.dispatch(Tokens(*tokens, None), choice)
     if rank == 1:
         return "", False
     assert isinstance(arrived.x, torch.Tensor)
     rows = torch.ones(len(arrived.x), TOP_K, hidden)
     is_nan = bool(exchange.combine(rows, arrived).isnan().all())
     exchange._patience = 2**31 - 1
-    later = exchange.combine(rows, exchange.dispatch(*tokens, choice))
+    later = exchange.combine(rows, exchange.dispatch(Tokens(*tokens, None), choice))
     try:
         exchange.check()
     except GroupLost as error:

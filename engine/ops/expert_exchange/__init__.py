@@ -3,7 +3,7 @@
 The op opens an exchange; every MoE layer of the rank then uses it, all ranks in the same order:
 
     exchange = ops.expert_exchange(group, shape, ops)
-    arrived = exchange.dispatch(x, ids, weights, positions, choice)          # my tokens out, everybody's tokens for my experts in
+    arrived = exchange.dispatch(tokens, choice)                              # my tokens out, everybody's tokens for my experts in
     rows = ops.moe_experts(arrived.x, arrived.ids, arrived.weights, experts, limit, arrived.sum_dtype)
     routed = exchange.combine(rows, arrived, beside)                         # [T, d], as one rank with all experts has it
 
@@ -47,6 +47,22 @@ class ExchangeShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """Of this rank, on their way to their experts."""
+
+    x: torch.Tensor
+    """[T, d]."""
+    ids: torch.Tensor
+    """int64 [T, k], the experts."""
+    weights: torch.Tensor
+    """fp32 [T, k]."""
+    positions: torch.Tensor
+    """int64 [T], -1 for rows that only fill up and whose results nobody reads."""
+    quantized: QuantizedRows | None
+    """x in FP8, if it is at hand, which may be sent in its place."""
+
+
+@dataclass(frozen=True, slots=True)
 class Arrived:
     """Rows for the experts of this rank, as `moe_experts` takes them."""
 
@@ -66,18 +82,8 @@ class ExpertExchange(Protocol):
     rows: int
     """Set before a step: how many rows the ranks bring at most, where they have agreed on it; 0 where they have not."""
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        positions: torch.Tensor,
-        choice: SlotChoice,
-        quantized: QuantizedRows | None = None,
-    ) -> Arrived:
-        """x: [T, d]; ids: int64 [T, k], the experts; weights: fp32 [T, k]; positions: int64 [T], -1 for rows that only fill up and
-        whose results nobody reads; choice: which copy of an expert to use, and where tokens are counted; quantized: x in FP8, if it is
-        at hand, which may be sent in its place."""
+    def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
+        """choice: which copy of an expert to use, and where tokens are counted."""
         ...
 
     def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
@@ -116,16 +122,9 @@ class RowExchange:
         assert shape.num_slots % group.size == 0, f"{shape.num_slots} slots on {group.size} ranks"
         self._group, self._slots_per_rank = group, shape.num_slots // group.size
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        positions: torch.Tensor,
-        choice: SlotChoice,
-        quantized: QuantizedRows | None = None,
-    ) -> Arrived:
-        (num_tokens, top_k), slots = ids.shape, choice.counted(ids, positions)
+    def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
+        x, ids, weights = tokens.x, tokens.ids, tokens.weights
+        (num_tokens, top_k), slots = ids.shape, choice.counted(ids, tokens.positions)
         by_slot = torch.sort(slots.flatten(), stable=True).indices
         token = by_slot // top_k
         slot = slots.flatten()[by_slot]

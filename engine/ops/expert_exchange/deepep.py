@@ -19,7 +19,7 @@ import torch
 from core.errors import ConfigError, GroupLost
 from core.log import get_logger
 from engine.model.quantized import FP8_BLOCK, QuantizedRows
-from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, nothing
+from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, Tokens, nothing
 from engine.ops.moe_experts import Rooms
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import SlotChoice
@@ -99,15 +99,8 @@ class NormalExchange(_Buffer):
             max(config.get_rdma_buffer_size_hint(row_bytes, group.size) for config in configs),
         )
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        positions: torch.Tensor,
-        choice: SlotChoice,
-        quantized: QuantizedRows | None = None,
-    ) -> Arrived:
+    def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
+        x, ids, weights, positions = tokens.x, tokens.ids, tokens.weights, tokens.positions
         codes, scale, slots = self._ops.exchange_slots_fp8(x, ids, positions, choice.table, choice.turns, choice.load)
         per_rank, per_rdma_rank, per_slot, is_in_rank, _ = self._buffer.get_dispatch_layout(slots, self._num_slots)
         (rows, row_scales), places, row_weights, _, handle, _ = self._buffer.dispatch(
@@ -143,23 +136,16 @@ class LowLatencyExchange(_Buffer):
         hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(self._max_tokens, shape.hidden_size, group.size, shape.num_slots)
         super().__init__(group, 0, hint, low_latency_mode=True, num_qps_per_rank=self._experts, allow_mnnvl=True)
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        positions: torch.Tensor,
-        choice: SlotChoice,
-        quantized: QuantizedRows | None = None,
-    ) -> Arrived:
+    def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
         """weights stay at home: `combine` applies them. Rows that only fill up go nowhere."""
+        x, ids, weights, positions = tokens.x, tokens.ids, tokens.weights, tokens.positions
         assert len(x) <= self._max_tokens, f"{len(x)} tokens; the buffers are for {self._max_tokens}"
         slots = self._ops.exchange_slots(ids, positions, choice.table, choice.turns, choice.load)
         (codes, scales), counts, handle, _, _ = self._buffer.low_latency_dispatch(
             x, slots, self._max_tokens, self._num_slots, use_fp8=True, round_scale=True
         )
-        tokens, top_k = max(len(x), self.rows), slots.shape[1]
-        most, usual = tokens * self._size * min(top_k, self._experts), tokens * top_k
+        rows, top_k = max(len(x), self.rows), slots.shape[1]
+        most, usual = rows * self._size * min(top_k, self._experts), rows * top_k
         rooms = Rooms(codes, scales, counts, most, usual, self._buffer.get_next_low_latency_combine_buffer(handle))
         return Arrived(rooms, None, None, (handle, slots, weights), torch.bfloat16)
 

@@ -21,8 +21,8 @@ import torch
 
 from core.errors import ConfigError, GroupLost
 from core.log import get_logger
-from engine.model.quantized import FP8_BLOCK, QuantizedRows
-from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, nothing
+from engine.model.quantized import FP8_BLOCK
+from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, Tokens, nothing
 from engine.ops.expert_exchange.gather import GatherExchange, PaddedGatherExchange
 from engine.ops.expert_exchange.triton_direct import TICK_BITS, TOLD, combine, dispatch
 from engine.ops.registry import BoundOps
@@ -96,24 +96,17 @@ class DirectExchange:
         self._patience = ticks_of(group.limits.step_s)
         group.when_lost(self.give_up)
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        positions: torch.Tensor,
-        choice: SlotChoice,
-        quantized: QuantizedRows | None = None,
-    ) -> Arrived:
+    def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
+        x, ids = tokens.x, tokens.ids
         if len(x) > self._inbox.tokens:
-            arrived = self._others.dispatch(x, ids, weights, positions, choice, quantized)
+            arrived = self._others.dispatch(tokens, choice)
             return dataclasses.replace(arrived, way_back=arrived)
         self._order.join()
         assert ids.shape[1] <= MOST_EXPERTS, f"{ids.shape[1]} experts a token; there is room for {MOST_EXPERTS}"
         dispatched, combined = self._lost
-        sent = x if quantized is None or x.shape[1] % FP8_BLOCK else quantized
+        sent = x if tokens.quantized is None or x.shape[1] % FP8_BLOCK else tokens.quantized
         rows = dispatch(
-            sent, ids, weights, positions, (choice.table, choice.turns, choice.load), self._inboxes, self._inbox.labels_at,
+            sent, ids, tokens.weights, tokens.positions, (choice.table, choice.turns, choice.load), self._inboxes, self._inbox.labels_at,
             (combined, dispatched, self._told), self._rank, self._slots_per_rank, self._patience,
         )  # fmt: skip
         return Arrived(*rows, None, None)
@@ -146,7 +139,7 @@ def problem_of(exchange: DirectExchange, rank: int, ranks: int, shape: ExchangeS
     value = torch.arange(shape.hidden_size, device=device).remainder(64).to(torch.bfloat16)
     ids, zeros = torch.arange(ranks, device=device)[None], torch.zeros(1, dtype=torch.int64, device=device)
     choice = SlotChoice(even_placement(ranks, ranks), rank, device)
-    arrived = exchange.dispatch((value + rank)[None], ids, torch.ones(1, ranks, device=device), zeros, choice)
+    arrived = exchange.dispatch(Tokens((value + rank)[None], ids, torch.ones(1, ranks, device=device), zeros, None), choice)
     assert isinstance(arrived.x, torch.Tensor), "a decode step's tokens are not quantised"
     sums = exchange.combine(arrived.x.unsqueeze(1).repeat(1, ranks, 1), arrived)
     try:

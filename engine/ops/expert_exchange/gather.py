@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from engine.model.quantized import FP8_BLOCK, QuantizedRows
-from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, nothing
+from engine.ops.expert_exchange import Arrived, Beside, ExchangeShape, ExpertExchange, Tokens, nothing
 from engine.ops.registry import BoundOps
 from engine.parallel.expert_placement import SlotChoice
 from engine.parallel.group import Group
@@ -26,15 +26,8 @@ class GatherExchange:
     def __init__(self, group: Group, shape: ExchangeShape, ops: BoundOps) -> None:
         self._group, self._ops, self._slots_per_rank = group, ops, shape.num_slots // group.size
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        positions: torch.Tensor,
-        choice: SlotChoice,
-        quantized: QuantizedRows | None = None,
-    ) -> Arrived:
+    def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
+        x, ids, weights, positions = tokens.x, tokens.ids, tokens.weights, tokens.positions
         message = self._ops.exchange_pack(x, ids, weights, positions, choice.table, choice.turns, choice.load)
         every = message.new_empty(self._group.size * len(x), message.shape[1])
         with self._group.working("the gathering of tokens"):
@@ -62,25 +55,18 @@ class PaddedGatherExchange:
         self._group, self._ops, self._slots_per_rank = group, ops, shape.num_slots // group.size
         self.rows = 0
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        positions: torch.Tensor,
-        choice: SlotChoice,
-        quantized: QuantizedRows | None = None,
-    ) -> Arrived:
+    def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
+        x, ids, weights, positions = tokens.x, tokens.ids, tokens.weights, tokens.positions
         rows = self.rows or self._most(len(x))
         assert len(x) <= rows, f"{len(x)} rows in a step of {rows}"
-        tokens = x, ids, weights, positions, choice.table, choice.turns, choice.load
+        to_pack = x, ids, weights, positions, choice.table, choice.turns, choice.load
         labels = ids.shape[1], self._group.rank, self._slots_per_rank
         if x.dtype != torch.bfloat16 or x.shape[1] % FP8_BLOCK:
-            message = self._ops.exchange_pack(*tokens)
+            message = self._ops.exchange_pack(*to_pack)
             every = self._gathered(torch.nn.functional.pad(message, (0, 0, 0, rows - len(x)), value=-1))
             every_x, places, every_weight = self._ops.exchange_unpack(every, *labels, x.dtype)
             return Arrived(every_x, places, every_weight, len(x))
-        every = self._gathered(self._ops.exchange_pack_fp8(*tokens, rows))
+        every = self._gathered(self._ops.exchange_pack_fp8(*to_pack, rows))
         codes, scale, places, every_weight = self._ops.exchange_unpack_fp8(every, x.shape[1], *labels)
         return Arrived(QuantizedRows(codes, scale, x.dtype), places, every_weight, len(x), torch.bfloat16)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.expert_exchange import ExchangeShape, Tokens
 from engine.ops.moe_experts import Rooms, moe_experts
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
 from engine.parallel.group import Group, Limits
@@ -42,7 +42,7 @@ def test_a_group_gives_the_sums_of_one_rank(
         sums = []
         for turn in range(2):  # buffers are used again
             x, ids, weights = tokens_of(group.rank + 10 * turn, counts[group.rank], torch.bfloat16)
-            arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
+            arrived = exchange.dispatch(Tokens(x, ids, weights, positions_of(x), None), SlotChoice(placement, group.rank))
             assert isinstance(arrived.x, Rooms) == is_latency_bound
             if isinstance(arrived.x, Rooms):
                 assert arrived.x.counts.sum() <= arrived.x.most <= max(counts) * group.size * ids.shape[1], "more rows than there can be"
@@ -72,7 +72,7 @@ def test_in_decode_rows_that_only_fill_up_go_nowhere(deepep: types.ModuleType, m
         exchange = deepep.run(group, shape, reference_ops())
         x, ids, weights = tokens_of(group.rank, len(filling), torch.bfloat16)
         positions = torch.where(filling, -1, positions_of(x))
-        arrived = exchange.dispatch(x, ids, weights, positions, SlotChoice(placement, group.rank))
+        arrived = exchange.dispatch(Tokens(x, ids, weights, positions, None), SlotChoice(placement, group.rank))
         rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT, arrived.sum_dtype)
         return int(arrived.x.counts.sum()), exchange.combine(rows, arrived)
 

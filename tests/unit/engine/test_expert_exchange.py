@@ -13,7 +13,7 @@ from core.request import Request, SamplingParams
 from engine.batch import Chunk
 from engine.config import EngineConfig
 from engine.engine import Engine, LoadedModel
-from engine.ops.expert_exchange import ExchangeShape, expert_exchange
+from engine.ops.expert_exchange import ExchangeShape, Tokens, expert_exchange
 from engine.ops.moe_experts import moe_experts
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
 from engine.parallel.experts import Sharing
@@ -45,7 +45,7 @@ def test_a_group_gives_the_bits_of_one_rank(placement: ExpertPlacement, counts: 
     def rank(group: Group) -> torch.Tensor:
         exchange = expert_exchange(group, shape, reference_ops())
         x, ids, weights = tokens_of(group.rank, counts[group.rank], dtype)
-        arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
+        arrived = exchange.dispatch(Tokens(x, ids, weights, positions_of(x), None), SlotChoice(placement, group.rank))
         assert arrived.x.dtype == dtype and arrived.ids.dtype == torch.int64 and arrived.weights.dtype == torch.float32
         rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT, arrived.sum_dtype)
         return exchange.combine(rows, arrived)

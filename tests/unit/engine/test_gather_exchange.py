@@ -10,7 +10,7 @@ import torch
 
 from engine.model.quantized import QuantizedRows
 from engine.model.side_stream import SideStream
-from engine.ops.expert_exchange import ExchangeShape
+from engine.ops.expert_exchange import ExchangeShape, Tokens
 from engine.ops.expert_exchange.gather import run
 from engine.ops.moe_experts import moe_experts
 from engine.parallel.expert_placement import ExpertPlacement, SlotChoice, even_placement
@@ -40,7 +40,7 @@ def test_a_group_gives_the_sums_of_one_rank(is_latency_bound: bool, placement: E
         x, ids, weights = tokens_of(group.rank, counts[group.rank], torch.bfloat16)
         positions, choice = positions_of(x), SlotChoice(placement, group.rank)
         positions[::3] = -1
-        arrived = exchange.dispatch(x, ids, weights, positions, choice)
+        arrived = exchange.dispatch(Tokens(x, ids, weights, positions, None), choice)
         assert torch.equal(choice.load, torch.bincount(ids[positions >= 0].flatten(), minlength=EXPERTS)), "fillers are not counted"
         if is_latency_bound:  # the rows of each rank, in their order
             has_experts = (arrived.ids >= 0).any(1).view(group.size, -1)
@@ -70,7 +70,7 @@ def test_prompts_travel_in_fp8_and_come_back_in_bf16_unless_nothing_is_rounded(
     def rank(group: Group) -> tuple[torch.Tensor, bool]:
         exchange = run(group, shape, reference_ops())
         x, ids, weights = tokens_of(group.rank, counts[group.rank], dtype)
-        arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
+        arrived = exchange.dispatch(Tokens(x, ids, weights, positions_of(x), None), SlotChoice(placement, group.rank))
         rows = moe_experts(arrived.x, arrived.ids, arrived.weights, of_rank[group.rank], LIMIT, arrived.sum_dtype)
         return exchange.combine(rows, arrived), isinstance(arrived.x, QuantizedRows)
 
@@ -93,7 +93,7 @@ def test_what_can_be_done_beside_is_done_before_other_ranks_sums_are_there() -> 
     def rank(group: Group) -> bool:
         exchange = run(group, shape, reference_ops())
         x, ids, weights = tokens_of(group.rank, 3, torch.bfloat16)
-        arrived = exchange.dispatch(x, ids, weights, positions_of(x), SlotChoice(placement, group.rank))
+        arrived = exchange.dispatch(Tokens(x, ids, weights, positions_of(x), None), SlotChoice(placement, group.rank))
         rows = moe_experts(arrived.x, arrived.ids, arrived.weights, packed(placement.local(group.rank)), LIMIT, arrived.sum_dtype)
         if group.rank == 0:
             exchange.combine(rows, arrived, done.set)
