@@ -64,7 +64,8 @@ class MoE:
             routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
         else:
             arrived = self._share.dispatch(Tokens(x, ids, weights, positions, quantized))
-            rows = self._ops.moe_experts(arrived.x, arrived.ids, arrived.weights, self._experts, self._limit, arrived.sum_dtype)
+            of_rows = arrived.ids, arrived.weights, self._experts, self._limit, arrived.sum_dtype, arrived.among
+            rows = self._ops.moe_experts(arrived.x, *of_rows)
             routed = self._share.exchange.combine(rows, arrived, shared)
         return routed, shared()
 

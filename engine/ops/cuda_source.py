@@ -22,6 +22,8 @@ from core.errors import ConfigError
 
 _CLUSTER_DIMENSION = 4
 """CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION."""
+_MOST_SHARED_BYTES = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
 
 class _Attribute(ctypes.Structure):
@@ -46,11 +48,14 @@ class _Config(ctypes.Structure):
 class CudaKernel:
     """One function of a compiled source, on one device."""
 
-    def __init__(self, cubin: bytes, name: str) -> None:
+    def __init__(self, cubin: bytes, name: str, shared_bytes: int = 0) -> None:
+        """shared_bytes: of each block, beside what the source declares with a size."""
+        self._shared_bytes = shared_bytes
         self._driver = ctypes.CDLL("libcuda.so.1")
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
         self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+        self._check(self._driver.cuFuncSetAttribute(self._function, _MOST_SHARED_BYTES, shared_bytes))
 
     def _check(self, result: int) -> None:
         if result != 0:
@@ -67,6 +72,7 @@ class CudaKernel:
         config = _Config(
             grid=(num_blocks, 1, 1),
             block=(num_threads, 1, 1),
+            shared_bytes=self._shared_bytes,
             stream=torch.cuda.current_stream().cuda_stream,
             attributes=ctypes.pointer(attribute),
             num_attributes=1,
@@ -75,12 +81,12 @@ class CudaKernel:
 
 
 @functools.cache
-def cuda_kernel(source: pathlib.Path, name: str, device: torch.device, **defines: int) -> CudaKernel:
+def cuda_kernel(source: pathlib.Path, name: str, device: torch.device, shared_bytes: int = 0, **defines: int) -> CudaKernel:
     """Compiled once a process for each device and set of macros."""
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes torch's context the thread's current one
-        return CudaKernel(compile_cubin(source, 10 * major + minor, **defines), name)
+        return CudaKernel(compile_cubin(source, 10 * major + minor, **defines), name, shared_bytes)
 
 
 @functools.cache
@@ -92,6 +98,9 @@ def nvrtc_library() -> str | None:
         names += sorted(str(path) for path in pathlib.Path(root).glob("*/lib/libnvrtc.so.1*") if "alt" not in path.name)
     for name in names:
         try:
+            if (path := pathlib.Path(name)).is_absolute():  # NVRTC looks for its other half by name, and not beside itself
+                for other in path.parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(other))
             ctypes.CDLL(name)
         except OSError:
             continue
@@ -99,13 +108,15 @@ def nvrtc_library() -> str | None:
     return None
 
 
+@functools.cache
 def compile_cubin(source: pathlib.Path, architecture: int, **defines: int) -> bytes:
-    """Machine code for sm_<architecture>. Raises ConfigError where there is no NVRTC, RuntimeError with the compiler's log."""
+    """Machine code for sm_<architecture>a, which has what this architecture alone can do. Raises ConfigError where there is no NVRTC,
+    RuntimeError with the compiler's log."""
     library = nvrtc_library()
     if library is None:
         raise ConfigError("libnvrtc (CUDA's run-time compiler) is not installed")
     nvrtc = ctypes.CDLL(library)
-    flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
+    flags = [f"--gpu-architecture=sm_{architecture}a", "--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
     options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)

@@ -62,7 +62,7 @@ class Choice:
 
 
 class BoundOps:
-    """The chosen function of every op as an attribute, and `choices` for the start-up table and metrics."""
+    """The chosen function of every op as an attribute, and `choices` for the start-up table."""
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ The op opens an exchange; every MoE layer of the rank then uses it, all ranks in
 
     exchange = ops.expert_exchange(group, shape, ops)
     arrived = exchange.dispatch(tokens, choice)                              # my tokens out, everybody's tokens for my experts in
-    rows = ops.moe_experts(arrived.x, arrived.ids, arrived.weights, experts, limit, arrived.sum_dtype)
+    rows = ops.moe_experts(arrived.x, arrived.ids, arrived.weights, experts, limit, arrived.sum_dtype, arrived.among)
     routed = exchange.combine(rows, arrived, beside)                         # [T, d], as one rank with all experts has it
 
 Routing is decided at home, for hash layers from the home's token ids, so that token ids never travel. A rank without tokens calls
@@ -76,6 +76,8 @@ class Arrived:
     """The backend's own."""
     sum_dtype: torch.dtype | None = torch.float32
     """In which `combine` takes their sums; None: as they are, [R, j, d]."""
+    among: int | None = None
+    """Experts that `ids` were chosen from, of all ranks; None: only what is for this rank has come."""
 
 
 class ExpertExchange(Protocol):

@@ -112,7 +112,7 @@ class NormalExchange(_Buffer):
             topk_idx=slots,
             topk_weights=weights,
         )
-        return Arrived(QuantizedRows(rows, row_scales, x.dtype), places, row_weights, handle, torch.bfloat16)
+        return Arrived(QuantizedRows(rows, row_scales, x.dtype), places, row_weights, handle, torch.bfloat16, self._num_slots)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         total: torch.Tensor = self._buffer.combine(rows, arrived.way_back)[0]

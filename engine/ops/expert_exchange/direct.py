@@ -86,7 +86,7 @@ class DirectExchange:
         memory: PeerMemory | None,
     ) -> None:
         """addresses: of the ranks' inboxes, as this one sees them; `others`: for larger steps; `memory`: what is to be closed."""
-        self._rank, self._slots_per_rank = group.rank, shape.num_slots // group.size
+        self._rank, self._slots_per_rank, self._num_slots = group.rank, shape.num_slots // group.size, shape.num_slots
         self._seat, self._others, self._memory = group.seat, others, memory
         self._inbox, self._order = Inbox(group.size, shape), InOrder(device)
         self._inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
@@ -109,7 +109,7 @@ class DirectExchange:
             sent, ids, tokens.weights, tokens.positions, (choice.table, choice.turns, choice.load), self._inboxes, self._inbox.labels_at,
             (combined, dispatched, self._told), self._rank, self._slots_per_rank, self._patience,
         )  # fmt: skip
-        return Arrived(*rows, None, None)
+        return Arrived(*rows, None, None, self._num_slots)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         if arrived.way_back is not None:

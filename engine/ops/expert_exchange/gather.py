@@ -24,7 +24,8 @@ class GatherExchange:
     rows = 0
 
     def __init__(self, group: Group, shape: ExchangeShape, ops: BoundOps) -> None:
-        self._group, self._ops, self._slots_per_rank = group, ops, shape.num_slots // group.size
+        self._group, self._ops, self._num_slots = group, ops, shape.num_slots
+        self._slots_per_rank = shape.num_slots // group.size
 
     def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
         x, ids, weights, positions = tokens.x, tokens.ids, tokens.weights, tokens.positions
@@ -33,7 +34,7 @@ class GatherExchange:
         with self._group.working("the gathering of tokens"):
             self._group.backend(x.device)._allgather_base(every, message).wait()
         every_x, places, every_weight = self._ops.exchange_unpack(every, ids.shape[1], self._group.rank, self._slots_per_rank, x.dtype)
-        return Arrived(every_x, places, every_weight, None)
+        return Arrived(every_x, places, every_weight, None, among=self._num_slots)
 
     def combine(self, rows: torch.Tensor, arrived: Arrived, beside: Beside = nothing) -> torch.Tensor:
         out = rows.new_empty(len(rows) // self._group.size, rows.shape[1])
@@ -52,7 +53,8 @@ class PaddedGatherExchange:
     """`rows` is what the ranks fill up to. Where it is not known, they agree on it in each layer, over the host."""
 
     def __init__(self, group: Group, shape: ExchangeShape, ops: BoundOps) -> None:
-        self._group, self._ops, self._slots_per_rank = group, ops, shape.num_slots // group.size
+        self._group, self._ops, self._num_slots = group, ops, shape.num_slots
+        self._slots_per_rank = shape.num_slots // group.size
         self.rows = 0
 
     def dispatch(self, tokens: Tokens, choice: SlotChoice) -> Arrived:
@@ -65,10 +67,10 @@ class PaddedGatherExchange:
             message = self._ops.exchange_pack(*to_pack)
             every = self._gathered(torch.nn.functional.pad(message, (0, 0, 0, rows - len(x)), value=-1))
             every_x, places, every_weight = self._ops.exchange_unpack(every, *labels, x.dtype)
-            return Arrived(every_x, places, every_weight, len(x))
+            return Arrived(every_x, places, every_weight, len(x), among=self._num_slots)
         every = self._gathered(self._ops.exchange_pack_fp8(*to_pack, rows))
         codes, scale, places, every_weight = self._ops.exchange_unpack_fp8(every, x.shape[1], *labels)
-        return Arrived(QuantizedRows(codes, scale, x.dtype), places, every_weight, len(x), torch.bfloat16)
+        return Arrived(QuantizedRows(codes, scale, x.dtype), places, every_weight, len(x), torch.bfloat16, self._num_slots)
 
     def _gathered(self, message: torch.Tensor) -> torch.Tensor:
         every = message.new_empty(self._group.size * len(message), message.shape[1])

@@ -244,13 +244,12 @@ def quantized(x: torch.Tensor | QuantizedRows) -> QuantizedRows:
     return rows
 
 
-def run_many(
-    x: torch.Tensor | QuantizedRows, weight: PackedWeight, out: torch.Tensor, block_m: int = 64, stages: int = 4, warps: int = 4
-) -> None:
+def run_many(x: torch.Tensor | QuantizedRows, weight: PackedWeight, out: torch.Tensor) -> None:
     """x: [M, K], as `flat_rows` has it; out: [M, N]."""
     n_tiles, k_tiles = weight.scale.shape
     rows = quantized(x)
-    grid = (triton.cdiv(len(x), block_m) * n_tiles,)
+    block_rows = 64
+    grid = (triton.cdiv(len(x), block_rows) * n_tiles,)
     fp8_linear_many_kernel[grid](
         rows.codes,
         rows.scale,
@@ -262,10 +261,10 @@ def run_many(
         n_tiles,
         k_tiles,
         rows.scale.stride(1),
-        BLOCK_M=block_m,
+        BLOCK_M=block_rows,
         GROUP=8,
-        NUM_STAGES=stages,
-        num_warps=warps,
+        NUM_STAGES=4,
+        num_warps=4,
     )
 
 

@@ -1,4 +1,4 @@
-"""y_g = x_g W_g^T for each group of heads: the first half of the output projection (spec 2.2.4)."""
+"""y_g = x_g W_g^T for each group of heads: the first half of the output projection (spec 2.2)."""
 
 from __future__ import annotations
 

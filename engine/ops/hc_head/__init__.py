@@ -1,4 +1,4 @@
-"""Hyper-connections, at the end: streams to one hidden state (spec 2.1.3)."""
+"""Hyper-connections, at the end: streams to one hidden state (spec 2.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hyper-connections, after a sublayer: spread its output over the streams and mix the old ones (spec 2.1.2)."""
+"""Hyper-connections, after a sublayer: spread its output over the streams and mix the old ones (spec 2.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections, before a sublayer: mix four streams into one, and norm it (spec 2.1.1, 2.1.2)."""
+"""Manifold-constrained hyper-connections, before a sublayer: mix four streams into one, and norm it (spec 2.1)."""
 
 from __future__ import annotations
 

@@ -44,4 +44,8 @@ def run(logits: torch.Tensor, num_visible: torch.Tensor, k: int) -> torch.Tensor
     return chosen
 
 
-CUDA_AOT = [(SOURCE, "index_topk", {"MAX_K": most, "THREADS": threads}) for most in (512, MOST) for threads in (FEW_THREADS, THREADS)]
+CUDA_AOT = [
+    (SOURCE, "index_topk", {"MAX_K": most, "THREADS": threads}, (90, 100, 103))
+    for most in (512, MOST)
+    for threads in (FEW_THREADS, THREADS)
+]

@@ -51,10 +51,12 @@ def moe_experts(
     experts: PackedExperts,
     limit: float,
     sum_dtype: torch.dtype | None = torch.float32,
+    among: int | None = None,
 ) -> torch.Tensor:
     """x: [T, d], or what `quantize_rows` makes of it, which is the same to experts that quantise; ids: int64 [T, k], places in `experts`,
     -1 for none; weights: fp32 [T, k]. Returns [T, d], the sum over k, in sum_dtype; with None what would be summed, [T, k, d] in x's
-    dtype, undefined for -1.
+    dtype, undefined for -1. among: how many experts, here and elsewhere, the ids were chosen from, None for those here only: so many rows
+    an expert are what tiles are made for.
 
     Products are rounded to x's dtype; the weight is applied in fp32, before W2.
 

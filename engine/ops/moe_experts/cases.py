@@ -78,12 +78,13 @@ def experts(
             ids = ids % top_k
         x = randn(device, seed + 10_001, tokens, width, dtype=torch.bfloat16)
         packed = Weights((w1, w2, w3, True), is_wide)
+        among = num_experts if local else None
         if not as_prompts:
-            return x, ids, weights, packed, LIMIT, torch.float32 if is_summed else None
+            return x, ids, weights, packed, LIMIT, torch.float32 if is_summed else None, among
         rows = quantize_rows(x)
         apart = torch.nn.functional.pad(rows.codes.view(torch.int32), (0, 16)).view(torch.float8_e4m3fn)[:, :width]
         scale = torch.nn.functional.pad(rows.scale, (0, 16))[:, : width // FP8_BLOCK]
-        return QuantizedRows(apart, scale, x.dtype), ids, weights, packed, LIMIT, torch.bfloat16
+        return QuantizedRows(apart, scale, x.dtype), ids, weights, packed, LIMIT, torch.bfloat16, among
 
     return draw
 
@@ -106,7 +107,7 @@ def in_rooms(
     `usual`: 0 for `most`."""
 
     def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        _, _, _, packed, limit, _ = experts(0, num_experts, width, inner, 1, kind=kind, is_wide=is_wide)(device, seed)
+        _, _, _, packed, limit, *_ = experts(0, num_experts, width, inner, 1, kind=kind, is_wide=is_wide)(device, seed)
         random = generator(device, seed + 10_000)
         ends = (torch.rand(num_experts, generator=random, device=device) ** skew).cumsum(0)
         chosen = torch.searchsorted(ends, torch.rand(int(share * most), generator=random, device=device) * ends[-1])
@@ -125,6 +126,17 @@ def in_rooms(
 
 def _case(name: str, draw: Draw, tolerance: float = TOLERANCE, small: bool = False) -> Case:
     return Case(name, draw, LOOSE if small else tolerance, REASON, small)
+
+
+def _evenly(rows: int, num_experts: int, width: int, inner: int, top_k: int = 4) -> Draw:
+    """So many rows for every expert."""
+
+    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
+        tokens = rows * num_experts // top_k
+        x, _, weights, packed, limit, *_ = experts(tokens, num_experts, width, inner, top_k)(device, seed)
+        return x, torch.arange(tokens * top_k, device=device).view(tokens, top_k) % num_experts, weights, packed, limit
+
+    return draw
 
 
 CASES = (
@@ -156,6 +168,8 @@ CASES = (
     _case("rooms, many rows", in_rooms(1, 300, 128, 128, 260, share=1.0), small=True),
     _case("Flash shape, rooms of 12 rows", in_rooms(16, 64, 4096, 2048, 12, share=1.0, gap=64)),
     _case("Flash shape, rooms of 384 rows", in_rooms(16, 512, 4096, 2048, 384, gap=64)),
+    _case("Flash shape, rooms of 768 rows", in_rooms(16, 512, 4096, 2048, 1536, usual=768, gap=64)),
+    _case("Pro shape, rooms of 1,300 rows", in_rooms(12, 512, 7168, 3072, 2600, usual=1300, gap=112)),
     _case("Flash shape, rooms of 6,000 rows", in_rooms(16, 1024, 4096, 2048, 6000, gap=64)),
     _case("Flash shape, rooms, more than usual", in_rooms(16, 512, 4096, 2048, 3072, usual=192, gap=64)),
     _case("Pro shape, rooms", in_rooms(12, 512, 7168, 3072, 768, usual=96, share=0.9, gap=112)),
@@ -172,19 +186,11 @@ CASES = (
     _case("Flash shape, batch 32", experts(32, 16, 4096, 2048)),
     *(_case(f"Flash shape, widened, T={tokens}", experts(tokens, 16, 4096, 2048, is_wide=True)) for tokens in (1, 40, 300, 700)),
     _case("Pro shape, batch 9", experts(9, 12, 7168, 3072)),
+    *(_case(f"Flash shape, {rows} rows each", _evenly(rows, 8, 4096, 2048)) for rows in (29, 64, 65, 200)),
+    _case("29 rows each, wide scales, not summed", experts(116, 16, 512, 384, 4, spread=(110, 121), is_summed=False)),
+    _case("many rows each, odd tiles", experts(200, 8, 640, 256, 2)),
     _case("Flash shape, chunk", experts(1024, 32, 4096, 2048, local=(8, 16))),
 )
-
-
-def _evenly(rows: int, num_experts: int, width: int, inner: int, top_k: int = 4) -> Draw:
-    """So many rows for every expert."""
-
-    def draw(device: torch.device, seed: int) -> tuple[object, ...]:
-        tokens = rows * num_experts // top_k
-        x, _, weights, packed, limit, _ = experts(tokens, num_experts, width, inner, top_k)(device, seed)
-        return x, torch.arange(tokens * top_k, device=device).view(tokens, top_k) % num_experts, weights, packed, limit
-
-    return draw
 
 
 def _deep_gemm_masked(rows: int, num_experts: int, width: int, inner: int) -> Callable[[torch.device, int], Callable[[], object]]:

@@ -6,11 +6,12 @@ import deep_gemm
 import torch
 
 from engine.model.quantized import QuantizedRows, Weight
-from engine.ops.moe_experts import Rooms, triton
+from engine.ops.moe_experts import Rooms, hopper, triton
 from engine.ops.moe_experts.tiles import PackedExperts, pack_experts
 
-MANY_ROWS = 144
-"""Rows an expert from which widening and blocks of 128 pay."""
+MANY_ROWS, MANY_HOPPER_ROWS, MANY_FP8_ROWS = 144, 224, 36
+"""Rows an expert, on average, from which blocks of 128 pay: of experts to be widened first, of those that Hopper's own kernels would take
+(hopper.py), and of FP8."""
 
 
 def run(
@@ -20,10 +21,13 @@ def run(
     experts: PackedExperts,
     limit: float,
     sum_dtype: torch.dtype | None = torch.float32,
+    among: int | None = None,
 ) -> torch.Tensor:
     """As the reference, x in bf16, or quantised from it; sum_dtype float32 or bfloat16."""
-    if isinstance(x, Rooms) or ids is None or weights is None or not experts.widens or ids.numel() < MANY_ROWS * experts.num_experts:
-        return triton.run(x, ids, weights, experts, limit, sum_dtype)
+    least = MANY_FP8_ROWS if not experts.fp4 else MANY_HOPPER_ROWS if hopper.serves(experts) else MANY_ROWS
+    few = ids is None or ids.numel() < least * (among or experts.num_experts)
+    if isinstance(x, Rooms) or ids is None or weights is None or few or not experts.widens:
+        return triton.run(x, ids, weights, experts, limit, sum_dtype, among)
     config = triton.Many(block_m=deep_gemm.get_mk_alignment_for_contiguous_layout())
     return triton.run_with(x, ids, weights, experts, limit, sum_dtype, config, multiply)
 

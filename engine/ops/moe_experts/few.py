@@ -1,6 +1,6 @@
-"""Routed experts of few rows: the launches of triton_few.py's kernels, on a batch of rows and the ids of their experts, or in rooms.
+"""Routed experts of few rows, or of more on Hopper: the launches, on a batch of rows and the ids of their experts, or in rooms.
 
-Blocks of `Few.block_m` slots belong to one expert each. There is room for as many as the routing can need at most, and grids depend on
+Blocks of `block_m` slots belong to one expert each. There is room for as many as the routing can need at most, and grids depend on
 shapes only. On a batch a block has programs of its own, which end at once if it is not needed. In rooms nearly none is, in a large group:
 there are programs for twice the blocks that the usual rows need at most, and they go on as long as there are blocks.
 """
@@ -13,7 +13,8 @@ import torch
 import triton
 
 from engine.model.quantized import FP8_BLOCK, QuantizedRows
-from engine.ops.moe_experts import Rooms
+from engine.ops.moe_experts import Rooms, hopper
+from engine.ops.moe_experts.hopper import Hopper
 from engine.ops.moe_experts.tiles import MOST_SPLIT_BLOCKS, PackedExperts
 from engine.ops.moe_experts.triton_few import moe_hidden_kernel, moe_out_kernel
 from engine.ops.moe_experts.triton_route import MOST_BLOCKS, MOST_EXPERTS, moe_rooms_kernel, moe_route_kernel
@@ -24,7 +25,7 @@ CHUNK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Few:
-    """Tiles, chosen by rows an expert has on average (tests/benchmarks/results)."""
+    """Tiles of triton_few.py's kernels, chosen by rows an expert has on average (tests/benchmarks/results)."""
 
     block_m: int
     group_blocks: int
@@ -63,7 +64,7 @@ def most_blocks(rows: int, experts: PackedExperts, block_m: int) -> int:
 
 
 def run_batch(
-    x: torch.Tensor | QuantizedRows, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float, config: Few
+    x: torch.Tensor | QuantizedRows, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts, limit: float, config: Few | Hopper
 ) -> torch.Tensor:
     """x: contiguous, if a tensor. Returns bf16 [pairs, d]; rows of pairs that are not here are undefined."""
     tokens, pairs, device, w13 = len(ids), ids.numel(), ids.device, experts.w13
@@ -98,7 +99,7 @@ def run_batch(
     return out
 
 
-def run_rooms(x: Rooms, experts: PackedExperts, limit: float, config: Few) -> torch.Tensor:
+def run_rooms(x: Rooms, experts: PackedExperts, limit: float, config: Few | Hopper) -> torch.Tensor:
     """x.out, written: three launches, and rows are read and left where they lie."""
     num_experts, room, width = x.codes.shape
     assert num_experts == experts.num_experts and width == experts.width == experts.w13.k_tiles * FP8_BLOCK, f"{x.codes.shape}"
@@ -109,7 +110,7 @@ def run_rooms(x: Rooms, experts: PackedExperts, limit: float, config: Few) -> to
         return x.out
     assert 0 < x.usual <= x.most, f"{x.usual=} {x.most=}"
     blocks = _Blocks.of(x.most, experts, config.block_m)
-    shares_k = max(config.hidden_splits, config.out_splits) > 1  # then a block has programs of its own
+    shares_k = isinstance(config, Few) and max(config.hidden_splits, config.out_splits) > 1  # then a block has programs of its own
     programs = len(blocks.expert) if shares_k else most_blocks(min(x.most, 2 * x.usual), experts, config.block_m)
     moe_rooms_kernel[(num_experts,)](
         x.counts,
@@ -141,13 +142,17 @@ def _multiply(
     out: torch.Tensor,
     experts: PackedExperts,
     limit: float,
-    config: Few,
+    config: Few | Hopper,
 ) -> None:
     """Both products, into the pairs' rows of `out`, [..., d]. scale_strides: of a row, of a group, and what is between two experts beside
     the rows between them. programs: how many blocks have programs of their own."""
     device, w13, w2 = codes.device, experts.w13, experts.w2
     hidden = torch.empty(len(blocks.pairs), w13.num_tiles * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
     hidden_scales = torch.empty(len(blocks.pairs), w13.num_tiles, dtype=torch.float32, device=device)
+    if isinstance(config, Hopper):
+        listed = blocks.pairs, blocks.expert, blocks.listed
+        hopper.multiply(codes, scales, scale_strides, listed, top_k, weights, hidden, hidden_scales, out, experts, limit, config.block_m)
+        return
     splits = config.hidden_splits, config.out_splits
     assert config.out_splits == 1 or config.out_tiles == 1, f"{config} shares K between programs of several tiles"
     assert max(splits) == 1 or programs <= MOST_SPLIT_BLOCKS, f"{programs} blocks cannot share K"

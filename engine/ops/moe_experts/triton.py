@@ -1,6 +1,6 @@
 """Routed experts, whatever the routing: no host synchronisation, a grid that depends on shapes only, no atomics on values.
 
-Few rows an expert (few.py): four launches, experts read at 4 bits.
+Few rows an expert, or more on Hopper (few.py): four launches, experts read at 4 bits.
 1 route    lists each expert's (token, place) pairs in blocks, and quantises x to FP8
 2 hidden   w1 and w3, clamped SwiGLU, routing weight, FP8 again; one block of pairs and 128 channels a program
 3 out      w2, rounded to bf16, one row a pair
@@ -21,8 +21,9 @@ import triton
 
 from core.errors import ConfigError
 from engine.model.quantized import FP8_BLOCK, QuantizedRows, Weight
-from engine.ops.moe_experts import Rooms
+from engine.ops.moe_experts import Rooms, hopper
 from engine.ops.moe_experts.few import CHUNK, Few, most_blocks, run_batch, run_rooms
+from engine.ops.moe_experts.hopper import Hopper
 from engine.ops.moe_experts.tiles import PackedExperts, Tiles, pack_experts
 from engine.ops.moe_experts.triton_many import moe_act_kernel, moe_gather_kernel, moe_many_kernel, moe_widen_kernel
 from engine.ops.moe_experts.triton_route import moe_count_kernel, moe_list_kernel, moe_sum_kernel
@@ -44,22 +45,20 @@ class Many:
 
 
 MANY_ROWS = 224
-"""Rows an expert from which widening pays."""
-FEW_ROWS = 16
-FEW_PAIRS = 4096
-"""Rows an expert, or pairs in all, up to which tiles are of 16 rows. In a group of ranks most pairs' experts are elsewhere: 4,096 pairs are
-16 rows of each of 256 experts, wherever these are."""
+"""Rows an expert from which widening pays, where Hopper's own kernels do not serve."""
+FEW_ROWS, FEW_ROWS_IN_ROOMS, MORE_ROWS, MANY_HOPPER_ROWS = 16, 14, 32, 66
+"""Rows an expert, on average, up to which blocks are of 16, of 32, and on Hopper of 64; above of 32 or 128."""
 
-BLOCKS_OF_16, BLOCKS_OF_32 = Few(16, 1, 3, out_tiles=2, registers=128), Few(32, 4, 3)
+BLOCKS_OF_16, BLOCKS_OF_32 = Few(16, 1, 3, out_tiles=2, registers=128), Few(32, 1, 3, out_tiles=2)
 
 
-def choose(num_pairs: int, experts: PackedExperts) -> Few | Many:
-    rows = num_pairs / experts.num_experts
-    if rows >= MANY_ROWS and experts.widens:
-        return Many()
-    if rows <= FEW_ROWS:
+def choose(num_pairs: int, rows: float, few_rows: int, experts: PackedExperts) -> Few | Hopper | Many:
+    """rows: of an expert, on average; few_rows: up to which blocks are of 16."""
+    if rows <= few_rows:
         return _choose_few(num_pairs, experts)
-    return BLOCKS_OF_16 if num_pairs <= FEW_PAIRS else BLOCKS_OF_32
+    if rows > MORE_ROWS and hopper.serves(experts):
+        return Hopper(64 if rows <= MANY_HOPPER_ROWS else 128)
+    return Many() if rows >= MANY_ROWS and experts.widens else BLOCKS_OF_32
 
 
 def _choose_few(num_pairs: int, experts: PackedExperts) -> Few:
@@ -96,13 +95,15 @@ def run(
     experts: PackedExperts,
     limit: float,
     sum_dtype: torch.dtype | None = torch.float32,
+    among: int | None = None,
 ) -> torch.Tensor:
     """As the reference, x in bf16, or quantised from it; sum_dtype float32, bfloat16 or None."""
     if isinstance(x, Rooms):
-        is_few = x.usual <= FEW_ROWS * experts.num_experts
-        return run_rooms(x, experts, limit, _choose_few(x.most, experts) if is_few else BLOCKS_OF_32)
+        config = choose(x.most, x.usual / experts.num_experts, FEW_ROWS_IN_ROOMS, experts)
+        return run_rooms(x, experts, limit, BLOCKS_OF_32 if isinstance(config, Many) else config)
     assert ids is not None and weights is not None, "rows that lie in no rooms, without ids or weights"
-    return run_with(x, ids, weights, experts, limit, sum_dtype, choose(ids.numel(), experts))
+    config = choose(ids.numel(), ids.numel() / (among or experts.num_experts), FEW_ROWS, experts)
+    return run_with(x, ids, weights, experts, limit, sum_dtype, config)
 
 
 def run_with(
@@ -112,7 +113,7 @@ def run_with(
     experts: PackedExperts,
     limit: float,
     sum_dtype: torch.dtype | None,
-    config: Few | Many,
+    config: Few | Hopper | Many,
     product: Product | None = None,
 ) -> torch.Tensor:
     """`product` in place of our own for many rows."""
@@ -123,12 +124,12 @@ def run_with(
         )
     x = x.contiguous() if isinstance(x, torch.Tensor) else x
     ids, weights = ids.contiguous(), weights.contiguous()
-    if isinstance(config, Few):
-        rows, slots = run_batch(x, ids, weights, experts, limit, config), ids
-    else:
+    if isinstance(config, Many):
         rows, slots = _many(x, ids, weights, experts, limit, config, product or multiply)
+    else:
+        rows, slots = run_batch(x, ids, weights, experts, limit, config), ids
     if sum_dtype is None:  # sums of one row each, where rows lie in slots
-        if isinstance(config, Few):
+        if not isinstance(config, Many):
             return rows.unflatten(0, (tokens, top_k))
         ids, tokens, top_k = ids.view(-1, 1), tokens * top_k, 1
     out = torch.empty(tokens, experts.width, dtype=sum_dtype or rows.dtype, device=ids.device)

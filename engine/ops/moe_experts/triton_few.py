@@ -290,6 +290,6 @@ AOT = [
     *_variants(moe_hidden_kernel, _HIDDEN, WEIGHTED=True, LOOPS=False, scale_group_stride=1),
     *_variants(moe_hidden_kernel, _HIDDEN, _KINDS[:1], WEIGHTED=False, LOOPS=True, scale_row_stride=1, top_k=1),
     *_variants(moe_out_kernel, _OUT, LOOPS=False, TILES=1),
-    *_variants(moe_out_kernel, _OUT, _KINDS[:1], LOOPS=False, TILES=2),
-    *_variants(moe_out_kernel, _OUT, _KINDS[2:3], LOOPS=True, TILES=1),
+    *_variants(moe_out_kernel, _OUT, (_KINDS[0], _KINDS[2]), LOOPS=False, TILES=2),
+    *_variants(moe_out_kernel, _OUT, _KINDS[2:3], LOOPS=True, TILES=2),
 ]

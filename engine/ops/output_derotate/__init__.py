@@ -1,4 +1,4 @@
-"""Undo the rotation that attention's values carry: the inverse rotation at the query's position (spec 2.2.3)."""
+"""Undo the rotation that attention's values carry: the inverse rotation at the query's position (spec 2.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of one query a sequence over its window ring and selected entries in pages, with a sink (spec 2.2.2, 2.2.3)."""
+"""Attention of one query a sequence over its window ring and selected entries in pages, with a sink (spec 2.2)."""
 
 from __future__ import annotations
 

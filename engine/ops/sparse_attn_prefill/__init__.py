@@ -1,4 +1,4 @@
-"""Attention of many queries of one sequence over selected rows, with a sink (spec 2.2.2)."""
+"""Attention of many queries of one sequence over selected rows, with a sink (spec 2.2)."""
 
 from __future__ import annotations
 

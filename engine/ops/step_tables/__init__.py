@@ -29,7 +29,6 @@ class StepTables(NamedTuple):
     block128_sin: torch.Tensor
     visible4: torch.Tensor
     """int64 [T], how many entries each token sees in ratio-4 layers."""
-    visible128: torch.Tensor
     window_units: torch.Tensor
     """int64 [T], the slot whose window ring keeps the token's row, -1 for none: a chunk's last 128 are kept."""
     window_places: torch.Tensor
@@ -62,7 +61,6 @@ def step_tables(places: TokenPlaces, main: torch.Tensor, compressed: torch.Tenso
         *rotation(positions // 4 * 4, compressed),
         *rotation(positions // 128 * 128, compressed),
         visible4=visible4,
-        visible128=visible128,
         window_units=torch.where(places.is_among_last(WINDOW_ROWS), places.slots_T, -1),
         window_places=positions % WINDOW_ROWS,
         count0=torch.zeros_like(visible4).int(),

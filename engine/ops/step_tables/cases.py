@@ -41,7 +41,7 @@ CASES = (
 
 
 def _bench(tokens: int, position: int, longest: int) -> Bench:
-    num_bytes = tokens * (3 * 8 + 8 * 32 * 4 + 4 * 8 + 3 * 4 + 128 * 4 + longest // 128 * 8)
+    num_bytes = tokens * (3 * 8 + 8 * 32 * 4 + 3 * 8 + 3 * 4 + 128 * 4 + longest // 128 * 8)
     return Bench(f"T={tokens} bucket {longest // 1024}K", _draw([(position, 1)] * tokens, longest=longest), num_bytes)
 
 

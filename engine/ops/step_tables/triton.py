@@ -32,7 +32,7 @@ def step_tables_kernel(
     dense_rows_ptr, window_rows_ptr, num_tokens, vector_stride, table_stride, count, top_k,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
-    """angles: fp32 [8, T, PAIRS]; longs: int64 [4, vector_stride]; counts: int32 [3, vector_stride]; all in the order of StepTables."""
+    """angles: fp32 [8, T, PAIRS]; longs: int64 [3, vector_stride]; counts: int32 [3, vector_stride]; all in the order of StepTables."""
     token = tl.program_id(0).to(tl.int64)
     position, sequence = tl.load(positions_ptr + token), tl.load(sequences_ptr + token)
     visible4, visible128 = (position + 1) >> 2, (position + 1) >> 7
@@ -54,9 +54,8 @@ def step_tables_kernel(
         slot = tl.load(slots_ptr + token)
         later = tl.load(sequences_ptr + token + WINDOW, mask=token + WINDOW < num_tokens, other=-1)
         tl.store(longs_ptr + token, visible4)
-        tl.store(longs_ptr + vector_stride + token, visible128)
-        tl.store(longs_ptr + 2 * vector_stride + token, tl.where((later != sequence) & (position >= 0), slot, -1))
-        tl.store(longs_ptr + 3 * vector_stride + token, position & (WINDOW - 1))
+        tl.store(longs_ptr + vector_stride + token, tl.where((later != sequence) & (position >= 0), slot, -1))
+        tl.store(longs_ptr + 2 * vector_stride + token, position & (WINDOW - 1))
         tl.store(counts_ptr + token, 0)
         tl.store(counts_ptr + vector_stride + token, tl.minimum(visible4, top_k).to(tl.int32))
         tl.store(counts_ptr + 2 * vector_stride + token, visible128.to(tl.int32))
@@ -72,7 +71,7 @@ def run(places: TokenPlaces, main: torch.Tensor, compressed: torch.Tensor, top_k
     assert all(vector.is_contiguous() for vector in vectors), [vector.stride() for vector in vectors]
     angles = torch.empty(8, tokens, pairs, dtype=torch.float32, device=device)
     stride = -(-tokens // ALIGNMENT) * ALIGNMENT
-    longs = torch.empty(4, stride, dtype=torch.int64, device=device)
+    longs = torch.empty(3, stride, dtype=torch.int64, device=device)
     counts = torch.empty(3, stride, dtype=torch.int32, device=device)
     dense = torch.empty(tokens, count, dtype=torch.int32, device=device)
     dense_rows = torch.empty(tokens, count if places.is_decode else 0, dtype=torch.int32, device=device)

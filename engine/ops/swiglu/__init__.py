@@ -11,6 +11,7 @@ from engine.ops.registry import Impl, Op
 
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """As `swiglu`, without quantisation."""
     gate64, up64 = gate.double().clamp(max=limit), up.double().clamp(-limit, limit)
     return (gate64 * torch.sigmoid(gate64) * up64).to(out_dtype)
 

@@ -12,9 +12,9 @@ from engine.ops.moe_experts.tiles import pack_experts as pack
 from engine.parallel.packed import check_expert, put_expert
 
 
-def weight(scale: torch.Tensor, value: int = 0x11) -> QuantizedWeight:
-    """[128, 128] of 0.5 (or `value`, two codes), scale bytes [128, 4]."""
-    return QuantizedWeight("mxfp4", torch.full((128, 64), value, dtype=torch.uint8), scale.to(torch.uint8))
+def weight(scale: torch.Tensor) -> QuantizedWeight:
+    """[128, 128] of 0.5, scale bytes [128, 4]."""
+    return QuantizedWeight("mxfp4", torch.full((128, 64), 0x11, dtype=torch.uint8), scale.to(torch.uint8))
 
 
 def widens(scale: torch.Tensor) -> bool:
@@ -67,3 +67,14 @@ def test_unquantised_and_mixed_experts_are_refused() -> None:
             pack([w1], [quantized], [quantized], True)
     with pytest.raises(ConfigError, match="float32"):
         pack([quantized], [quantized], [quantized], False)
+
+
+def test_tiles_are_for_the_rows_of_an_expert_and_not_for_those_that_pass_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("engine.ops.moe_experts.triton")
+    one = quantize_mxfp4(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)))
+    experts, x, weights = pack([one] * 4, [one] * 4, [one] * 4, True), torch.zeros(256, 128), torch.ones(256, 6)
+    ids, chosen = torch.full((256, 6), -1), []
+    monkeypatch.setattr(triton, "run_with", lambda *arguments: chosen.append(arguments[-1]))
+    for among in (None, 4, 60, 256):
+        triton.run(x, ids, weights, experts, 10.0, among=among)
+    assert chosen == [triton.Many(), triton.Many(), triton.BLOCKS_OF_32, triton.BLOCKS_OF_16]

@@ -42,6 +42,7 @@ def test_a_group_gives_the_sums_of_one_rank(is_latency_bound: bool, placement: E
         positions[::3] = -1
         arrived = exchange.dispatch(Tokens(x, ids, weights, positions, None), choice)
         assert torch.equal(choice.load, torch.bincount(ids[positions >= 0].flatten(), minlength=EXPERTS)), "fillers are not counted"
+        assert arrived.among == shape.num_slots, "pairs of experts elsewhere came, too"
         if is_latency_bound:  # the rows of each rank, in their order
             has_experts = (arrived.ids >= 0).any(1).view(group.size, -1)
             assert not has_experts[:, ::3].any() and has_experts.any(), "an expert would be read for a filler"

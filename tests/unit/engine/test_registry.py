@@ -92,7 +92,7 @@ def test_the_deep_gemm_that_is_asked_for_is_the_one_that_the_extra_installs() ->
     assert "==".join(requires.DEEP_GEMM) in project["project"]["optional-dependencies"]["kernels"]
 
 
-def test_a_backend_with_another_signature_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_with_another_signature_is_a_mistake_of_ours() -> None:
     op = get_op("rms_norm")
     with pytest.raises(AttributeError):
         load_backend(Op(op.name, op.reference, op.pack, {"x": Impl("math", lambda device: None)}), "x")
