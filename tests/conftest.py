@@ -46,14 +46,6 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """`TINY` with random float32 weights: for comparison in float32 (head_dim 64 does not fit the FP8 cache format)."""
-    from tests.support.checkpoints import TINY, write_random
-
-    return write_random(tmp_path_factory.mktemp("tiny"), TINY, quantized=False)
-
-
-@pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """`SMALL` with random weights in the published formats (MXFP4 experts, FP8 linears): every layer type, head_dim 512, MTP."""
     from tests.support.checkpoints import SMALL, write_random

@@ -28,6 +28,7 @@ import torch
 
 from engine.parallel.expert_placement import ExpertPlacement, balanced_placement, even_placement, imbalance, rebalanced
 from engine.parallel.rebalance import LEAST_GAIN, MOST_COMING
+from tests.benchmarks.command_line import ints
 from tests.benchmarks.hardware import HARDWARE, SOFTWARE, Hardware, Software
 from tests.benchmarks.scaling_model import table, work_of
 from tests.benchmarks.step_model import Work, decode_parts, experts_s, prefill_parts
@@ -174,9 +175,6 @@ def in_one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    def ints(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
-
     parser = argparse.ArgumentParser(description="Imbalance of expert-parallel ranks before and after rebalancing, and its price.")
     parser.add_argument("--model", choices=["v4_flash", "v4_pro"], default="v4_flash")
     parser.add_argument("--hardware", choices=sorted(HARDWARE), default="gb300")

@@ -45,6 +45,7 @@ from router.tokens import TextCodec
 from tests.benchmarks import cluster_metrics
 from tests.benchmarks.bench_serving import Outcome, Workload, run_load, summarise, table
 from tests.benchmarks.cluster_report import devices, plot, report
+from tests.benchmarks.command_line import commit, ints, pairs
 from tests.benchmarks.tiny_cluster import tiny_overrides
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -194,11 +195,8 @@ class Bench:
     # -- the record ------------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
         self.record |= {
-            "command": " ".join(sys.argv[1:]), "commit": commit, "hardware": devices(), "date": time.strftime("%Y-%m-%d"),
+            "command": " ".join(sys.argv[1:]), "commit": commit(), "hardware": devices(), "date": time.strftime("%Y-%m-%d"),
             "file": self.options.file.name, "overrides": self.overrides, "devices": self.gpus,
         }  # fmt: skip
         self._path("times.json.gz").write_bytes(gzip.compress(json.dumps(self.times, separators=(",", ":")).encode(), 6))
@@ -216,12 +214,6 @@ def _compact(outcome: Outcome) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    def ints(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
-
-    def pairs(text: str) -> list[tuple[int, int]]:
-        return [(int(prompt), int(output)) for prompt, output in (part.split("x") for part in text.split(",") if part)]
-
     parser = argparse.ArgumentParser(description="Start a cluster, load it at rising concurrency, take it down.")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER")
     parser.add_argument("--file", type=pathlib.Path, default=ROOT / "deploy/clusters/h200_flash_1p1d.yaml")

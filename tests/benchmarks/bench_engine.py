@@ -16,8 +16,6 @@ import argparse
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +34,7 @@ from engine.parallel.group import Group, Limits, Rendezvous, Seat
 from engine.sequence import Sequence
 from engine.widening import widen_outputs
 from tests.benchmarks.bench_ops import ceilings
+from tests.benchmarks.command_line import command, commit, ints, pairs
 from tests.benchmarks.step_profile import profile_step
 
 NUM_REPLAYS = 20
@@ -230,15 +229,6 @@ def bench_prefill(
         yield row
 
 
-def command() -> str:
-    """That which runs, as it is typed in the repository's folder, wherever that lies."""
-    return " ".join(["python -m", f"tests.benchmarks.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-
-
 def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     torch.cuda.set_device(rank)
     limits = ceilings(torch.device("cuda"))
@@ -294,12 +284,6 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    def ints(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
-
-    def pairs(text: str) -> list[tuple[int, int]]:
-        return [(int(batch), int(context)) for batch, context in (part.split("x") for part in text.split(",") if part)]
-
     parser = argparse.ArgumentParser(description="Time steps of a model with dummy weights.")
     parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path("deploy/model_shapes/v4_flash"))
     parser.add_argument("--layers", type=int, default=None)

@@ -41,8 +41,8 @@ from engine.ops.moe_experts import Rooms
 from engine.ops.registry import bind, get_op, load_backend
 from engine.parallel.expert_placement import SlotChoice, even_placement
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
-from tests.benchmarks.bench_engine import command, commit
 from tests.benchmarks.bench_serving import table
+from tests.benchmarks.command_line import command, commit, ints
 
 CALLS = 16
 """In one graph."""
@@ -314,9 +314,6 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    def ints(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
-
     parser = argparse.ArgumentParser(description="Time the exchange of experts against bare calls.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

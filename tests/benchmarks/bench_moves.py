@@ -49,6 +49,7 @@ from engine.widening import widen_outputs
 from tests.benchmarks.bench_engine import FILLED_TOKENS, cut_shape, new_sequence
 from tests.benchmarks.bench_exchange import publish, run_ranks, slowest_of
 from tests.benchmarks.bench_waiting import Bench
+from tests.benchmarks.command_line import ints
 from tests.benchmarks.timeline_parts import visible_gpu
 
 BEFORE, AGAIN, MOVING, AFTER = "before experts move", "again", "while they move", "after"
@@ -251,9 +252,6 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    def ints(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
-
     parser = argparse.ArgumentParser(description="Time steps of a group with unequal loads before, while and after experts move.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -15,7 +15,6 @@ import importlib
 import json
 import pathlib
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from engine.ops.cases import Bench, prepared
 from engine.ops.names import OP_NAMES
 from engine.ops.registry import get_op
+from tests.benchmarks.command_line import commit
 
 NUM_REPLAYS = 21
 COLD_BYTES = 400 * 2**20
@@ -139,12 +139,11 @@ def main() -> None:
     names = [name for name in args.ops.split(",") if name] or [name for name in OP_NAMES if get_op(name).backends]
     device = torch.device("cuda")
     limits = ceilings(device)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name(device)
-    print(f"{gpu}, torch {torch.__version__}, commit {commit}")
+    print(f"{gpu}, torch {torch.__version__}, commit {commit()}")
     print(f"copy {limits['copy'] / 1e12:.2f} TB/s, bf16 {limits['bf16'] / 1e12:.0f} TFLOP/s, fp8 {limits['fp8'] / 1e12:.0f} TFLOP/s")
     print(f"{'op':<16} {'shape':<34} {'backend':<18} {'median':>12} {'spread':>6} {'bytes':>12} {'copy':>6} {'cold':<4} rate")
-    rows, header = [], {"gpu": gpu, "torch": torch.__version__, "commit": commit, "ceilings": limits}
+    rows, header = [], {"gpu": gpu, "torch": torch.__version__, "commit": commit(), "ceilings": limits}
     for name in names:
         for row in rows_of(name, device, limits, [backend for backend in args.backends.split(",") if backend], args.shape):
             rows.append(row)

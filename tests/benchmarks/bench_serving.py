@@ -22,7 +22,6 @@ import os
 import pathlib
 import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -31,6 +30,8 @@ import httpx
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
+
+from tests.benchmarks.command_line import command, commit
 
 STAGE_METRIC = "baton_router_stage_seconds"
 
@@ -295,11 +296,10 @@ def main() -> int:
         rows.append(summarise(name, outcomes, seconds, *goals, arguments.gpus))
         stage_rows.append({stage: total - before.get(stage, 0.0) for stage, total in read_stages(load).items()})
         runs.append(outcomes)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     text = "\n".join(
         [
-            f"Command: `python -m tests.benchmarks.bench_serving {' '.join(sys.argv[1:])}`  ",
-            f"Commit {commit}, {hardware()}, {time.strftime('%Y-%m-%d')}. Good: TTFT <= {arguments.slo_ttft_ms:g} ms and "
+            f"Command: `{command()}`  ",
+            f"Commit {commit()}, {hardware()}, {time.strftime('%Y-%m-%d')}. Good: TTFT <= {arguments.slo_ttft_ms:g} ms and "
             f"mean ITL <= {arguments.slo_itl_ms:g} ms.",
             "",
             table(rows),

@@ -23,7 +23,8 @@ from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.runner import Launched, ModelRunner
 from engine.sequence import Sequence
-from tests.benchmarks.bench_engine import command, commit, cut_shape, fill, time_replays
+from tests.benchmarks.bench_engine import cut_shape, fill, time_replays
+from tests.benchmarks.command_line import command, commit
 
 NUM_STEPS = 100
 PENALISED: dict[str, Any] = {"seed": 5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((9, 1.0),)}

@@ -23,8 +23,6 @@ import multiprocessing.connection
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -49,6 +47,7 @@ from kv_transfer.sender import Closed, CommitOrder
 from kv_transfer.sending import KVSender
 from kv_transfer.transport import Write
 from kv_transfer.transports import open_transport
+from tests.benchmarks.command_line import command, commit
 from tests.benchmarks.timeline_parts import visible_gpu
 
 MODEL = pathlib.Path(__file__).resolve().parents[2] / "deploy" / "model_shapes" / "v4_flash"
@@ -326,9 +325,8 @@ def main() -> None:
     parser.add_argument("--isolated", action="store_true", help="the receiver's process sees its own GPU only")
     arguments = parser.parse_args()
     devices = arguments.devices.split(",")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     names = [torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu" for device in devices]
-    report: dict[str, Any] = {"command": " ".join(["bench_transfer", *sys.argv[1:]]), "commit": commit, "devices": names, "rows": []}
+    report: dict[str, Any] = {"command": command(), "commit": commit(), "devices": names, "rows": []}
 
     def show(found: dict[str, Any]) -> None:
         print(found, flush=True)

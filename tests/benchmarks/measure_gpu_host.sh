@@ -68,4 +68,4 @@ if [ "$gpus" -ge 2 ]; then
     step timeline 240 -m tests.benchmarks.timeline --devices cuda:0,cuda:1 --model deploy/model_shapes/v4_flash --layers 16 --out "$out/timeline"
     step exchange 90 -m tests.benchmarks.bench_exchange --out "$out/exchange.json"
 fi
-step parity_rest 300 -m pytest -q -n 4 -m gpu tests/parity -k "not ($new) and not test_gpu_model and not test_gpu_steps and not test_exchange"
+step parity_rest 300 -m pytest -q -n 4 -m gpu tests/parity -k "not ($new) and not test_gpu_model and not test_gpu_steps and not test_exchange and not test_direct"

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.config import ModelConfig
+from tests.benchmarks.command_line import ints
 from tests.benchmarks.hardware import HARDWARE, SOFTWARE, Hardware, Software
 from tests.benchmarks.scaling_check import PARTS, beside, check, recorded
 from tests.benchmarks.step_model import Work, decode_parts, largest_batch, prefill_parts, touched, widened_layers
@@ -216,9 +217,6 @@ def plot(checked: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[dict[s
 
 
 def parse() -> argparse.Namespace:
-    def ints(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
-
     parser = argparse.ArgumentParser(description="Predicted decode and prefill of groups of ranks, beside what was measured.")
     parser.add_argument("--model", choices=["v4_flash", "v4_pro"], default="v4_pro")
     parser.add_argument("--hardware", choices=sorted(HARDWARE), default="gb300")

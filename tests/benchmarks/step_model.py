@@ -77,9 +77,9 @@ class Work:
             page_bytes=layout.page_bytes, slot_bytes=layout.slot_bytes, resident_bytes=resident,
         )  # fmt: skip
 
-    def rank_bytes(self, ranks: int, redundant: int = 0) -> float:
+    def rank_bytes(self, ranks: int) -> float:
         """Weights on one rank, the MTP block's experts included."""
-        held = self.held(ranks, redundant)
+        held = self.held(ranks)
         return self.resident_bytes + (self.model.num_hidden_layers + self.model.num_nextn_predict_layers) * held * self.expert_bytes
 
     def held(self, ranks: int, redundant: int = 0) -> int:
@@ -237,9 +237,9 @@ def prefill_parts(
     }
 
 
-def widened_layers(work: Work, hardware: Hardware, ranks: int, memory_share: float = 0.85) -> int:
+def widened_layers(work: Work, hardware: Hardware, ranks: int) -> int:
     """Layers whose experts fit into memory in FP8, with a part of it left to caches and activations."""
-    room = hardware.memory_bytes * memory_share - work.rank_bytes(ranks)
+    room = hardware.memory_bytes * 0.85 - work.rank_bytes(ranks)
     return max(0, min(work.model.num_hidden_layers, int(room / (work.held(ranks) * (work.expert_params - work.expert_bytes)))))
 
 
@@ -260,10 +260,10 @@ def stream_token_bytes(model: ModelConfig) -> float:
 
 def largest_batch(
     work: Work, hardware: Hardware, software: Software, *, ranks: int, tokens: int, context: int, limit_s: float, drafts: int = 0,
-    imbalance: float = 1.0, memory_share: float = 0.94,
+    imbalance: float = 1.0,
 ) -> int:  # fmt: skip
     """Most sequences a rank can have, so that a step takes at most `limit_s` and `tokens` of each fit into memory; 0 if none."""
-    room = hardware.memory_bytes * memory_share - work.rank_bytes(ranks)
+    room = hardware.memory_bytes * 0.94 - work.rank_bytes(ranks)
     least, most = 0, max(0, int(room / work.sequence_bytes(tokens)))
     while least < most:
         middle = (least + most + 1) // 2

@@ -19,7 +19,6 @@ import json
 import pathlib
 import random
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -27,7 +26,8 @@ from typing import Any
 import httpx
 
 from kv_transfer.config import TransferConfig
-from tests.benchmarks.bench_engine import commit, cut_shape
+from tests.benchmarks.bench_engine import cut_shape
+from tests.benchmarks.command_line import command, commit
 from tests.benchmarks.timeline_parts import Parts
 from tests.benchmarks.timeline_story import Story, draw, read_story
 
@@ -114,7 +114,7 @@ def main() -> None:
         with Parts(pathlib.Path(folder), model, DEMO, arguments) as parts:
             report = measure(parts, arguments, vocab)
     story = report.pop("story")
-    report = {"command": " ".join(["timeline", *sys.argv[1:]]), "commit": commit(), "devices": parts.devices, **report}
+    report = {"command": command(), "commit": commit(), "devices": parts.devices, **report}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     where = f"{', '.join(parts.devices)}, {report['path']}, {report['commit']}"

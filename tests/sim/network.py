@@ -137,11 +137,11 @@ class Link:
         if seconds > wait and other.is_open:
             other.process.later(wait, self._lose, other, f"nothing heard for {self.network.times.liveness_s:g} s")
 
-    def reset(self, reason: str = "connection reset") -> None:
+    def reset(self) -> None:
         """The connection breaks; both ends notice."""
         for end in self.ends:
             if end.is_open:
-                end.process.later(RESET_S * (1 + self.network.rng.random()), self._lose, end, reason)
+                end.process.later(RESET_S * (1 + self.network.rng.random()), self._lose, end, "connection reset")
 
     def _lose(self, end: End, reason: str) -> None:
         if not end.is_open:

@@ -67,10 +67,10 @@ class SimRunner:
     def clear_slot(self, slot_id: int) -> None:
         self.slots[slot_id] = 0
 
-    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
-        return self.collect(self.launch(chunks, batch))
+    def step(self, chunks: list[Chunk], budget: int = 0) -> list[ChunkResult]:
+        return self.collect(self.launch(chunks, budget))
 
-    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
+    def launch(self, chunks: list[Chunk], budget: int = 0) -> Launched:
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
         return Launched(chunks)

@@ -81,25 +81,23 @@ SMALL: dict[str, Any] = _SHARED | {
 }
 
 
-def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Float values of every tensor, none degenerate: sinks, ape, gate bias, norms and hyper-connections are random too."""
-    weights = dict(dummy_weights(ModelConfig.from_dict(config), seed=seed))
+    weights = dict(dummy_weights(ModelConfig.from_dict(config)))
     return {name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in weights.items()}
 
 
-def float_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+def float_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """`random_tensors` in float32; tables of ids stay int64."""
-    return {name: value if value.dtype == torch.int64 else value.float() for name, value in random_tensors(config, seed).items()}
+    return {name: value if value.dtype == torch.int64 else value.float() for name, value in random_tensors(config).items()}
 
 
-def write_random(
-    folder: pathlib.Path, config: dict[str, Any], seed: int = 0, *, quantized: bool, max_shard_bytes: int = 2**62
-) -> pathlib.Path:
+def write_random(folder: pathlib.Path, config: dict[str, Any], *, quantized: bool) -> pathlib.Path:
     """A checkpoint of random weights: published formats, or (`quantized=False`) float32 throughout. Returns the folder."""
 
     def formats(name: str) -> str:
         form = published_format(name)
         return form if quantized or form == "int64" else "fp32"
 
-    write_checkpoint(folder, config, random_tensors(config, seed), formats=formats, max_shard_bytes=max_shard_bytes)
+    write_checkpoint(folder, config, random_tensors(config), formats=formats)
     return folder

@@ -26,6 +26,9 @@ from tests.support.shared_memory import left_over
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy/demo_model/checkpoint"
 
+HEALTH_TIMEOUT_S = 60.0
+"""A rank that is late on a busy machine is not to be restarted under a test that looks at processes. Tests of frozen ones set less."""
+
 ANSWER_S = 20.0
 """How long the controller, or one that is started in its place, is asked until it answers."""
 
@@ -49,7 +52,7 @@ class Cluster:
             "decode: {num_pages: 128}\n"
             f"router: {{port: {self.port}, control_address: '127.0.0.1:{self.control_port}', default_thinking: false, "
             "wait_for_members_s: 120}\n"
-            "placement: {cpus_per_rank: 0.2, restart_backoff_s: 0.5}\n"
+            f"placement: {{cpus_per_rank: 0.2, restart_backoff_s: 0.5, health_timeout_s: {HEALTH_TIMEOUT_S:g}}}\n"
         )
         self.folder = ClusterFolder(home, name)
         self.shared_memory_before = left_over()

@@ -87,10 +87,10 @@ def good_body(rng: random.Random, route: str, model: str) -> dict[str, Any]:
     return body
 
 
-def http(route: str, content: bytes, *, method: str = "POST", headers: str = "", length: int | None = None) -> bytes:
+def http(route: str, content: bytes, *, method: str = "POST", length: int | None = None) -> bytes:
     size = len(content) if length is None else length
     head = f"{method} {route} HTTP/1.1\r\nhost: fuzz\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {size}\r\n{headers}\r\n".encode() + content
+    return f"{head}content-length: {size}\r\n\r\n".encode() + content
 
 
 def deep(depth: int) -> str:

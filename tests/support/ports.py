@@ -29,8 +29,8 @@ def is_free(port: int) -> bool:
     return True
 
 
-async def freed(port: int, timeout_s: float = 10.0) -> None:
+async def freed(port: int) -> None:
     """Returns when nobody listens on it any more: gRPC lets go of a stopped server's a moment after it said that it has stopped."""
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(10.0):
         while not is_free(port):
             await asyncio.sleep(0.02)

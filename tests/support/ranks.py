@@ -13,9 +13,9 @@ T = TypeVar("T")
 LIMITS = Limits(start_s=20.0, step_s=20.0)
 
 
-def seats(size: int, name: str = "decode/0", host: str = "127.0.0.1") -> tuple[Rendezvous, list[Seat]]:
-    rendezvous = Rendezvous(host)
-    return rendezvous, [Seat(rank=rank, size=size, name=name, host=host, rendezvous=rendezvous.address) for rank in range(size)]
+def seats(size: int, name: str = "decode/0") -> tuple[Rendezvous, list[Seat]]:
+    rendezvous = Rendezvous("127.0.0.1")
+    return rendezvous, [Seat(rank=rank, size=size, name=name, host="127.0.0.1", rendezvous=rendezvous.address) for rank in range(size)]
 
 
 def run_group(size: int, work: Callable[[Group], T], limits: Limits = LIMITS) -> list[T]:

@@ -72,7 +72,9 @@ class Serving:
         self._thread.start()
         self.run(self._start())
         self.url = f"http://127.0.0.1:{self.router.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+        # A pool that closes connections which have lain idle for 5 s can close one that another thread has just been given.
+        limits = httpx.Limits(max_connections=100, max_keepalive_connections=100, keepalive_expiry=None)
+        self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False, limits=limits)
         self.wait(lambda: self.client.get("/ready").status_code == 200)
         return self
 

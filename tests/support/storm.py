@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 
 from decode_worker.config import DecodeConfig
 from engine.config import EngineConfig
-from engine.null import NullRunner
 from engine.runner import Runner
 from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
+from tests.support.null_runner import NullRunner
 from tests.support.serving import Serving
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks.bench_engine import command
+from tests.benchmarks.command_line import command
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results"
 

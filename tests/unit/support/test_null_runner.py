@@ -6,8 +6,8 @@ import torch
 from core.errors import InternalError
 from core.request import FinishReason, Request, SamplingParams
 from engine.batch import Chunk
-from engine.null import NullRunner
 from engine.sequence import Sequence
+from tests.support.null_runner import NullRunner
 
 VOCAB = 300
 

@@ -1,4 +1,4 @@
-"""NullRunner: a runner without a model, for tests of workers, transfer and router, and for the simulation.
+"""NullRunner: a runner without a model, for tests of workers, transfer and router.
 
 The next token is a hash of the history, so every correct path gives the same stream and a wrong history another one. Pages and slot
 are filled with a pattern of the tokens they cover, and every step first checks all of it: a page that was not transferred, was
@@ -34,12 +34,15 @@ def _mix(x: Hashes) -> Hashes:
     return x ^ (x >> np.uint64(31))
 
 
-def prefix_hashes(seed: int, token_ids: list[int]) -> Hashes:
+EOS_TOKEN_ID = 1
+
+
+def prefix_hashes(token_ids: list[int]) -> Hashes:
     """uint64 [len + 1]: element n stands for the first n tokens in their order."""
     tokens = np.asarray(token_ids, dtype=np.uint64)
     places = np.arange(1, len(tokens) + 1, dtype=np.uint64)
-    each = _mix(_mix(tokens + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)) + places * np.uint64(0xD1342543DE82EF95))
-    return np.cumsum(np.concatenate((np.full(1, seed, np.uint64), each)), dtype=np.uint64)
+    each = _mix(_mix(tokens) + places * np.uint64(0xD1342543DE82EF95))
+    return np.cumsum(np.concatenate((np.zeros(1, np.uint64), each)), dtype=np.uint64)
 
 
 def null_layout(page_bytes: int, slot_bytes: int) -> KVLayout:
@@ -69,31 +72,29 @@ class NullRunner:
         slot_bytes: int = 1024,
         vocab_size: int = 512,
         max_model_len: int = 65536,
-        eos_token_id: int = 1,
-        seed: int = 0,
         step_s: float = 0.0,
         token_s: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
         overlap: bool = False,
     ) -> None:
         """A step takes `step_s` and `token_s` for each of its tokens, spent in `sleep`. Runners that serve together need equal
-        `seed`, `vocab_size`, `eos_token_id` and layouts. `overlap`: a step may be launched before the last one is collected."""
+        `vocab_size` and layouts. `overlap`: a step may be launched before the last one is collected."""
         self.layout = null_layout(page_bytes, slot_bytes)
         self.arena = Arena(self.layout, num_pages, num_slots)
-        self.vocab_size, self.max_model_len, self.eos_token_id = vocab_size, max_model_len, eos_token_id
-        self._seed, self._step_s, self._token_s, self._sleep, self._overlap = seed, step_s, token_s, sleep, overlap
+        self.vocab_size, self.max_model_len = vocab_size, max_model_len
+        self._step_s, self._token_s, self._sleep, self._overlap = step_s, token_s, sleep, overlap
         self._pages: npt.NDArray[np.uint8] = self.arena.pages.numpy().reshape(num_pages, PAGE_TOKENS, page_bytes // PAGE_TOKENS)
         self._slots: Hashes = self.arena.slots.numpy().view(np.uint64)
         for slot_id in range(num_slots):
             self._slots[slot_id] = np.uint64(2**64 - 1)  # a slot that nobody cleared is not an empty one
 
     def clear_slot(self, slot_id: int) -> None:
-        self._write_slot(slot_id, 0, np.uint64(self._seed))
+        self._write_slot(slot_id, 0, np.uint64(0))
 
     def next_token(self, token_ids: list[int], sampling: SamplingParams) -> int:
         """The token after `token_ids`: what any correct path must produce. Greedy requests ignore their seed."""
         salt = 0 if sampling.is_greedy else sampling.seed % 2**64
-        last = prefix_hashes(self._seed, token_ids)[-1:]
+        last = prefix_hashes(token_ids)[-1:]
         return int(_mix(last ^ _mix(np.full(1, salt, np.uint64)))[0] % np.uint64(self.vocab_size))
 
     def continuation(self, token_ids: list[int], sampling: SamplingParams) -> list[int]:
@@ -101,14 +102,14 @@ class NullRunner:
         ids = list(token_ids)
         while len(ids) - len(token_ids) < sampling.max_tokens:
             ids.append(self.next_token(ids, sampling))
-            if ids[-1] in sampling.stop_token_ids or (ids[-1] == self.eos_token_id and not sampling.ignore_eos):
+            if ids[-1] in sampling.stop_token_ids or (ids[-1] == EOS_TOKEN_ID and not sampling.ignore_eos):
                 break
         return ids[len(token_ids) :]
 
-    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
-        return self.collect(self.launch(chunks, batch))
+    def step(self, chunks: list[Chunk], budget: int = 0) -> list[ChunkResult]:
+        return self.collect(self.launch(chunks, budget))
 
-    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
+    def launch(self, chunks: list[Chunk], budget: int = 0) -> Launched:
         assert chunks, "a step needs at least one chunk"
         for chunk in chunks:
             sequence = chunk.sequence
@@ -131,7 +132,7 @@ class NullRunner:
     def _run(self, chunk: Chunk) -> ChunkResult | None:
         sequence, start, end = chunk.sequence, chunk.start, chunk.end
         assert chunk.length >= 1 and end <= len(sequence.token_ids), f"{sequence.request_id}: {start=} {end=}"
-        hashes = prefix_hashes(self._seed, sequence.token_ids[:end])
+        hashes = prefix_hashes(sequence.token_ids[:end])
         self._check(sequence, start, hashes)
         rows = self._rows(hashes[start + 1 : end + 1])
         for index in range(start // PAGE_TOKENS, -(-end // PAGE_TOKENS)):
@@ -150,7 +151,7 @@ class NullRunner:
             return ChunkResult(sequence, None, None, prompt, start + 1)
         token = self.next_token(sequence.token_ids, sampling)
         sequence.token_ids.append(token)
-        sequence.finish_reason = finish_reason_of(sequence, self.eos_token_id)
+        sequence.finish_reason = finish_reason_of(sequence, EOS_TOKEN_ID)
         logprobs = None if sampling.num_logprobs is None else self._logprobs(token, sampling.num_logprobs)
         return ChunkResult(sequence, token, logprobs, prompt, start + 1)
 
