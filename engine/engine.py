@@ -83,6 +83,7 @@ class LoadedModel:
             self.layout,
             num_pages,
             num_slots,
+            least_pages=self.layout.num_pages(self.engine.max_model_len),
             weights_bytes=tensor_bytes(self.network),
             device=self.device,
             workspace_bytes=workspace_bytes,

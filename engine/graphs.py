@@ -126,18 +126,18 @@ class DecodeGraphs:
         is_decode = all(chunk.length == 1 and chunk.logits == "last" for chunk in chunks)
         return is_decode and len(chunks) <= self._sizes[-1]
 
-    def run(self, chunks: list[Chunk], least: int = 0, rows_before: list[int] | None = None) -> torch.Tensor:
-        """fp32 logits [n, vocab] of the chunks, valid until the next step. In a group all ranks give the same `least`, the number of
+    def run(self, chunks: list[Chunk], budget: int = 0, rows_before: list[int] | None = None) -> torch.Tensor:
+        """fp32 logits [n, vocab] of the chunks, valid until the next step. In a group all ranks give the same `budget`, the number of
         rows that none of them exceeds. `rows_before`: for each chunk the row of the step before whose token it takes in, -1: the host
         knows the token."""
-        graph, logits = self.fill(chunks, least, rows_before)
+        graph, logits = self.fill(chunks, budget, rows_before)
         graph.replay()
         return logits[: len(chunks)]
 
-    def draw(self, chunks: list[Chunk], least: int = 0, rows_before: list[int] | None = None) -> Drawn:
+    def draw(self, chunks: list[Chunk], budget: int = 0, rows_before: list[int] | None = None) -> Drawn:
         """As `run`, and draws the tokens; waits for nothing."""
         assert self._histories is not None
-        graph, logits = self.fill(chunks, least, rows_before, self._histories.slots_of(chunks))
+        graph, logits = self.fill(chunks, budget, rows_before, self._histories.slots_of(chunks))
         graph.replay()
         logprobs: dict[int, tuple[torch.Tensor, ...]] = {}
         if chunks:
@@ -152,11 +152,11 @@ class DecodeGraphs:
         return Drawn(self._recorder.mark(), tokens, logprobs)
 
     def fill(
-        self, chunks: list[Chunk], least: int = 0, rows_before: list[int] | None = None, histories: list[int] | None = None
+        self, chunks: list[Chunk], budget: int = 0, rows_before: list[int] | None = None, histories: list[int] | None = None
     ) -> tuple[Graph, torch.Tensor]:
         """Copy a step's inputs in; its graph, to be replayed, and the logits that it will write. `histories`: for each chunk what
         `SlotHistories.slots_of` says, if tokens are to be drawn."""
-        size = self._size(len(chunks), least)
+        size = self._size(len(chunks), budget)
         most_pages = max((len(chunk.sequence.page_ids) for chunk in chunks), default=0)
         width = self._widths[bisect.bisect_left(self._widths, most_pages)]
         most = self._inputs.shape[1]
@@ -181,8 +181,8 @@ class DecodeGraphs:
         self._recorder.put(self._tables[width][:size], table)
         return self._graphs[size, width], self._logits[:size]
 
-    def _size(self, count: int, least: int) -> int:
-        return self._sizes[bisect.bisect_left(self._sizes, max(count, least))]
+    def _size(self, count: int, budget: int) -> int:
+        return self._sizes[bisect.bisect_left(self._sizes, max(count, budget))]
 
     @torch.inference_mode()
     def _forward(self, size: int, width: int) -> None:

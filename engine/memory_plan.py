@@ -58,6 +58,7 @@ class MemoryPlan:
         num_pages: int,
         num_slots: int,
         *,
+        least_pages: int,
         weights_bytes: int,
         device: torch.device,
         workspace_bytes: int = 0,
@@ -65,17 +66,19 @@ class MemoryPlan:
         num_widened: int = 0,
         wide_outputs: WideOutputs = WideOutputs(),
     ) -> MemoryPlan:
-        """num_pages 0: as many as fit, on a GPU. Raises ConfigError if that is less than one, or the device is none."""
+        """num_pages 0: as many as fit, on a GPU. Raises ConfigError if the device is none, or if that is less than `least_pages`, which the
+        longest sequence takes: it would be refused as if it were too long."""
         available, slot_bytes = available_bytes(device), layout.slot_bytes + history_bytes
         if not num_pages:
             if device.type != "cuda" or available is None:
                 raise ConfigError("num_pages is 0, which fits pages to the memory of a GPU; without one, say how many")
             num_pages = max(0, available - workspace_bytes - num_slots * slot_bytes) // layout.page_bytes
-            if not num_pages:
+            if num_pages < least_pages:
                 raise ConfigError(
-                    f"no page fits: {_size(available).strip()} are free beside the weights, the largest step takes "
-                    f"{_size(workspace_bytes).strip()} and num_slots={num_slots} of {slot_bytes} bytes the rest; lower num_slots, "
-                    f"chunk_tokens, max_running or engine.max_model_len"
+                    f"there is room for {num_pages} pages, and a sequence of engine.max_model_len takes {least_pages}: "
+                    f"{_size(available).strip()} are free beside the weights, the largest step takes {_size(workspace_bytes).strip()} and "
+                    f"num_slots={num_slots} of {slot_bytes} bytes the rest; lower num_slots, chunk_tokens, max_running or "
+                    f"engine.max_model_len"
                 )
         return MemoryPlan(
             weights_bytes=weights_bytes,

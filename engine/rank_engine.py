@@ -74,6 +74,8 @@ class RankEngine:
                 group=group, max_tokens=work.max_tokens, is_latency_bound=work.is_latency_bound, num_redundant=work.redundant_experts
             )
         loaded = LoadedModel.load(folder, self._config, sharing)
+        if group is not None:
+            group.gather_bytes("weights", b"-")  # some read longer than others, and the first step waits for a step's time only
         runner = work.new_runner(loaded)
         if loaded.share is not None:
             loaded.share.forget_load()  # of steps that were run to measure memory

@@ -69,9 +69,9 @@ class Runner(Protocol):
         """Make a slot that of an empty sequence. To be called when a slot gets an owner."""
         ...
 
-    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
+    def launch(self, chunks: list[Chunk], budget: int = 0) -> Launched:
         """Start the forward pass of the chunks and the sampling for those that reach the end of their sequence, whose num_computed grows
-        by the chunk's length. The chunks must not be empty, but in a group: there all ranks step together, and `batch` is the number of
+        by the chunk's length. The chunks must not be empty, but in a group: there all ranks step together, and `budget` is the number of
         tokens that none of them exceeds in this step. Pages and slots of the sequences may be read and written until `collect` returns,
         whatever becomes of the sequences meanwhile. When it raises nothing is under way, and no sequence has changed."""
         ...
@@ -87,7 +87,7 @@ class Runner(Protocol):
         whoever reads them next."""
         ...
 
-    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
+    def step(self, chunks: list[Chunk], budget: int = 0) -> list[ChunkResult]:
         """Launch and collect."""
         ...
 
@@ -152,24 +152,24 @@ class ModelRunner:
         """Graphs find tokens only where graphs have drawn them."""
         return self._overlaps if self._graphs is None else launched.drawn is not None
 
-    def step(self, chunks: list[Chunk], batch: int = 0) -> list[ChunkResult]:
-        return self.collect(self.launch(chunks, batch))
+    def step(self, chunks: list[Chunk], budget: int = 0) -> list[ChunkResult]:
+        return self.collect(self.launch(chunks, budget))
 
-    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
+    def launch(self, chunks: list[Chunk], budget: int = 0) -> Launched:
         if self._loaded.share is not None:
-            self._loaded.share.begin_step(batch)
+            self._loaded.share.begin_step(budget)
         else:
             assert chunks, "a step needs at least one chunk"
         rows = fed_rows(chunks, self._newest)
         if self._graphs is not None and self._graphs.holds(chunks):
-            launched = self._replayed(self._graphs, chunks, batch, rows)
+            launched = self._replayed(self._graphs, chunks, budget, rows)
         elif not chunks:
             self._loaded.network.join()
             launched = Launched(chunks)
         else:
             feedback = None if self._newest is None or self._newest.tokens is None else Feedback(self._newest.tokens, rows)
-            batch_of = build_batch(chunks, self._loaded.device, feedback)
-            launched = self._with_tokens(chunks, self._loaded.network.forward(batch_of, self._caches), feedback)
+            batch = build_batch(chunks, self._loaded.device, feedback)
+            launched = self._with_tokens(chunks, self._loaded.network.forward(batch, self._caches), feedback)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
         self._newest = launched
@@ -208,11 +208,11 @@ class ModelRunner:
         if self._loaded.share is not None:
             self._loaded.share.check()
 
-    def _replayed(self, graphs: DecodeGraphs, chunks: list[Chunk], batch: int, rows_before: list[int]) -> Launched:
+    def _replayed(self, graphs: DecodeGraphs, chunks: list[Chunk], budget: int, rows_before: list[int]) -> Launched:
         """The device draws the tokens, unless a step waits for the last one anyway."""
         if self._overlaps:
-            return Launched(chunks, drawn=graphs.draw(chunks, batch, rows_before))
-        return self._with_tokens(chunks, graphs.run(chunks, batch, rows_before))
+            return Launched(chunks, drawn=graphs.draw(chunks, budget, rows_before))
+        return self._with_tokens(chunks, graphs.run(chunks, budget, rows_before))
 
     def _with_tokens(self, chunks: list[Chunk], logits: torch.Tensor, feedback: Feedback | None = None) -> Launched:
         """Sampled by the host, which waits for the logits. `feedback`: where tokens are that the sequences do not have yet."""

@@ -34,7 +34,7 @@ class Attention:
         self._kv_norm = build.tensor(f"{prefix}.kv_norm.weight")
         self._sink = build.tensor(f"{prefix}.attn_sink").float()
         self._wo_b = Linear(build, f"{prefix}.wo_b.weight")
-        # Its input is not quantised, whatever the weight's format (spec 2.2.4).
+        # Its input is not quantised, whatever the weight's format (spec 2.2).
         self._wo_a = build.ops.pack["grouped_linear"](build.weights[f"{prefix}.wo_a.weight"], self._groups)
         self._compressor = Compressor(build, f"{prefix}.compressor", ratio) if ratio else None
         self._indexer = Indexer(build, f"{prefix}.indexer") if ratio == 4 else None

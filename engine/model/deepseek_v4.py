@@ -86,7 +86,7 @@ class Block:
 
 
 class DeepseekV4:
-    """The main model. Weights are packed for the bound backends at construction; `mtp_weights` are kept as read, for the drafter."""
+    """The main model. Weights are packed for the bound backends at construction; `mtp_weights` are kept as read, and not used yet."""
 
     def __init__(
         self,

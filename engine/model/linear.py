@@ -35,6 +35,7 @@ class Build:
         return self.dtype == torch.bfloat16
 
     def tensor(self, name: str) -> torch.Tensor:
+        """A weight that is never quantised, as read."""
         weight = self.weights[name]
         assert isinstance(weight, torch.Tensor), f"{name} is quantised"
         return weight

@@ -86,6 +86,7 @@ Weight = torch.Tensor | QuantizedWeight
 
 
 def to_float64(weight: Weight) -> torch.Tensor:
+    """[N, K], the values unchanged."""
     return weight.dequantize(torch.float64) if isinstance(weight, QuantizedWeight) else weight.double()
 
 
@@ -126,13 +127,15 @@ def ceil_exponent_byte(scale: torch.Tensor) -> torch.Tensor:
     return exponent.clamp(0, 254).to(torch.uint8)
 
 
-def dequantize_fp8(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize_fp8(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """data: e4m3 [N, K]; scale: uint8 [N / 128, K / 128], rounded up. Returns [N, K]."""
     rows, columns = data.shape
     factors = exp2_of_byte(scale, dtype).repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
     return data.to(dtype) * factors
 
 
-def dequantize_mxfp4(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize_mxfp4(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """data: uint8 [N, K / 2], the even channel in the low nibble; scale: uint8 [N, K / 32]. Returns [N, K]."""
     table = constant(FP4_OF_CODE, dtype, data.device)
     codes = torch.stack((data & 0xF, data >> 4), dim=-1).flatten(1)
     return table[codes.long()] * exp2_of_byte(scale, dtype).repeat_interleave(FP4_GROUP, 1)

@@ -219,16 +219,16 @@ def _read(name: str, found: Mapping[str, Entry], model: ModelConfig) -> Weight:
     return QuantizedWeight("fp8" if entry.dtype == "F8_E4M3" else "mxfp4", value, scale)
 
 
-def dummy_weights(model: ModelConfig, device: torch.device = CPU, seed: int = 0, skew: float = 0.0) -> WeightSource:
+def dummy_weights(model: ModelConfig, device: torch.device = CPU, skew: float = 0.0) -> WeightSource:
     """Random weights in the formats of the published checkpoints, drawn on the device: MXFP4 routed experts, FP8 linears, the rest bf16
-    or fp32. Each tensor depends on its name, the seed and the kind of device alone. `skew`: as EngineConfig.dummy_skew."""
+    or fp32. Each tensor depends on its name and the kind of device alone. `skew`: as EngineConfig.dummy_skew."""
     specs = expected_tensors(model)
-    return WeightSource(specs, lambda name: _dummy(name, specs[name].shape, model, device, seed, skew), device)
+    return WeightSource(specs, lambda name: _dummy(name, specs[name].shape, model, device, skew), device)
 
 
-def _dummy(name: str, shape: tuple[int, ...], model: ModelConfig, device: torch.device, seed: int, skew: float) -> Weight:
+def _dummy(name: str, shape: tuple[int, ...], model: ModelConfig, device: torch.device, skew: float) -> Weight:
     """Scaled so that activations stay of order one, and nothing degenerate: sinks, ape, biases and norms vary too."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) >> 1
+    key = int.from_bytes(hashlib.sha256(f"0:{name}".encode()).digest()[:8]) >> 1
     generator = torch.Generator(device).manual_seed(key)
     form = published_format(name)
     if form == "int64":

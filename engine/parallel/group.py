@@ -177,11 +177,11 @@ class Group:
         return wait
 
     def gather_bytes(self, name: str, mine: bytes) -> list[bytes]:
-        """Everybody's, in the order of ranks; for the opening of things, over the store."""
+        """Everybody's, in the order of ranks; for the opening of things, over the store. Waits for `limits.start_s`. Raises GroupLost."""
         self._gathered += 1
         key = f"{name}/{self._gathered}"
-        self.store.set(f"{key}/{self.rank}", mine)  # type: ignore[arg-type]  # bytes are taken, too
-        with self.working(f"the gathering of {name}"):
+        with _lost(self.seat, f"lost a rank, or waited over {self.limits.start_s:g} s, in the gathering of {name}"):
+            self.store.set(f"{key}/{self.rank}", mine)  # type: ignore[arg-type]  # bytes are taken, too
             return [bytes(self.store.get(f"{key}/{rank}")) for rank in range(self.size)]
 
     def barrier(self) -> None:

@@ -67,7 +67,7 @@ class PageAllocator(Allocator):
     def __init__(self, count: int) -> None:
         super().__init__(count)
         self._kept: OrderedDict[bytes, int] = OrderedDict()
-        """Digest of what it holds -> free page, the first to be given away first."""
+        """Digest of what it holds -> free page, the first to be given away first: those after a page of a prompt go before it."""
         self._contents: dict[str, Sequence[bytes]] = {}
         """Owner -> digests of what its first pages hold."""
 
@@ -108,6 +108,7 @@ class PageAllocator(Allocator):
         self._free.extend(reversed(ids[len(kept) :]))
         for digest, page in reversed(kept):  # a page without those before it is of no use, so the last ones go first
             if digest in self._kept:
+                self._kept.move_to_end(digest)
                 self._free.append(page)
             else:
                 self._kept[digest] = page

@@ -238,6 +238,20 @@ class TestMemory:
         dataclasses.replace(plan, num_pages=7).check()
         assert "history  " in plan.table() and "history  " not in dataclasses.replace(plan, history_bytes=0).table()
 
+    def test_a_gpu_has_room_for_the_longest_sequence_or_the_rank_does_not_start(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The router lets in what engine.max_model_len allows, and the rank would refuse it as the client's fault."""
+        on_gpu = dataclasses.replace(
+            loaded, device=torch.device("cuda"), engine=dataclasses.replace(loaded.engine, max_model_len=3 * 256 + 1)
+        )
+        needed = 4 * loaded.layout.page_bytes + 2 * loaded.layout.slot_bytes + 100
+        monkeypatch.setattr("engine.memory_plan.available_bytes", lambda device: needed)
+        assert on_gpu.memory_plan(0, 2, workspace_bytes=100).num_pages == 4
+        monkeypatch.setattr("engine.memory_plan.available_bytes", lambda device: needed - 1)
+        with pytest.raises(ConfigError, match=r"room for 3 pages, and a sequence of engine\.max_model_len takes 4: "):
+            on_gpu.memory_plan(0, 2, workspace_bytes=100)
+
     def test_table_counts_what_was_loaded(self, loaded: LoadedModel) -> None:
         plan = loaded.memory_plan(3, 2)
         assert plan.weights_bytes == tensor_bytes(loaded.network) > 10**6

@@ -24,7 +24,6 @@ from decode_worker.config import DecodeConfig
 from decode_worker.loop import DecodeLoop
 from decode_worker.metrics import DecodeMetrics
 from engine.batch import Chunk
-from engine.null import NullRunner, prefix_hashes
 from engine.parallel.lockstep import GroupSteps
 from engine.parallel.steps import batch_bucket, even_budget
 from engine.runner import Launched
@@ -35,6 +34,7 @@ from prefill_worker.loop import PrefillLoop
 from prefill_worker.metrics import PrefillMetrics
 from protos import decode_pb2, prefill_pb2
 from tests.support.manual_clock import ManualClock
+from tests.support.null_runner import NullRunner, prefix_hashes
 
 DECODE = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)
 NUM_PAGES, NUM_SLOTS, MOST = 3, 6, {"decode": 4, "prefill": 256}
@@ -63,10 +63,10 @@ class StepRunner(NullRunner):
 
     budgets: list[int]
 
-    def launch(self, chunks: list[Chunk], batch: int = 0) -> Launched:
-        assert sum(chunk.length for chunk in chunks) <= batch
-        self.budgets.append(batch)
-        return super().launch(chunks, batch) if chunks else Launched(chunks)
+    def launch(self, chunks: list[Chunk], budget: int = 0) -> Launched:
+        assert sum(chunk.length for chunk in chunks) <= budget
+        self.budgets.append(budget)
+        return super().launch(chunks, budget) if chunks else Launched(chunks)
 
 
 class Rank:
@@ -108,7 +108,7 @@ class Rank:
         held, count = self.loop._reservations.get(request.request_id), len(request.token_ids)
         if held is None:
             return
-        hashes = prefix_hashes(0, list(request.token_ids))
+        hashes = prefix_hashes(list(request.token_ids))
         rows = self.runner._rows(hashes[1:])
         for number, page in enumerate(held.page_ids):
             part = rows[256 * number : 256 * (number + 1)]

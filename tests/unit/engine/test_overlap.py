@@ -16,10 +16,10 @@ from engine.batch import Chunk
 from engine.config import EngineConfig
 from engine.engine import Engine, LoadedModel
 from engine.graphs import DecodeGraphs
-from engine.null import NullRunner
 from engine.runner import ChunkResult, Launched
 from engine.sequence import Sequence
 from tests.support.eager_recorder import EagerGraph, EagerRecorder
+from tests.support.null_runner import NullRunner
 
 VOCAB = 512
 SAMPLINGS: list[dict[str, Any]] = [
@@ -62,11 +62,11 @@ class Watch:
         self.num_led = self.num_dropped = self._under_way = 0
         launch, collect = engine._runner.launch, engine._runner.collect
 
-        def watched_launch(chunks: list[Chunk], batch: int = 0) -> Launched:
+        def watched_launch(chunks: list[Chunk], budget: int = 0) -> Launched:
             self.num_led += self._under_way
             self._under_way += 1
             assert self._under_way <= 2
-            return launch(chunks, batch)
+            return launch(chunks, budget)
 
         def watched_collect(launched: Launched) -> list[ChunkResult]:
             results = collect(launched)

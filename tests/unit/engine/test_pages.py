@@ -119,6 +119,16 @@ def test_of_two_pages_with_one_content_one_is_kept() -> None:
     pages.check_integrity()
 
 
+def test_a_beginning_that_two_prompts_share_outlives_what_follows_it_whoever_ended_first() -> None:
+    pages = PageAllocator(4)
+    pages.allocate("short", 1)
+    pages.allocate("long", 3)
+    give_back(pages, "short", [b"1"])
+    give_back(pages, "long", [b"1", b"12", b"123"])
+    pages.allocate("other", 2)  # the page whose content is kept already, and another
+    assert len(pages.claim("next turn", [b"1", b"12", b"123"])) == 2, "only the end of the long prompt is gone"
+
+
 def test_any_order_of_keeping_and_claiming_leaves_each_page_with_one_owner(rng: random.Random) -> None:
     pages, owners = PageAllocator(12), dict[str, list[bytes]]()
     for number in range(3000):

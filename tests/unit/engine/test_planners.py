@@ -87,7 +87,7 @@ class TestPrefill:
                 assert chunk.logits == ("all" if chunk.sequence.request_id == "b" else "last" if ends else "none")
                 chunk.sequence.num_computed += chunk.length
 
-    def test_no_step_wants_more_logits_than_there_is_memory_for(self, rng: random.Random) -> None:
+    def test_no_step_wants_more_logits_than_there_is_memory_for(self) -> None:
         """Neither does it leave a prompt that wants none waiting, nor a short one of those that do."""
         planner = PrefillPlanner(chunk_tokens=8192, max_sequences=8)
         waiting = [new_sequence(f"scored{i}", 5000, num_prompt_logprobs=1) for i in range(3)]

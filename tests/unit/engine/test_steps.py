@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from core.clock import Clock, SystemClock
 from core.errors import GroupLost
+from core.metrics import new_registry
 from engine.config import EngineConfig
+from engine.engine import LoadedModel
+from engine.parallel.experts import Sharing
 from engine.parallel.group import Group, Limits
 from engine.parallel.lockstep import GroupSteps, SoloSteps
 from engine.parallel.steps import Go, StepBoard, batch_bucket, even_budget
@@ -243,6 +249,19 @@ def test_a_rank_whose_start_fails_hangs_up_and_the_others_know() -> None:
     assert run_group(2, rank) == [[], [-1, -1, -1]]
 
 
+def work_of_two(new_runner: Callable[..., Any]) -> Work:
+    """That of a decode group of two ranks."""
+    return Work(
+        role="decode",
+        ranks_per_replica=2,
+        redundant_experts=0,
+        max_tokens=4,
+        budget_of=batch_bucket,
+        is_latency_bound=True,
+        new_runner=new_runner,
+    )
+
+
 def test_a_rank_that_does_not_get_its_connection_for_votes_leaves_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[int] = []
     true_close = Group.close
@@ -253,18 +272,36 @@ def test_a_rank_that_does_not_get_its_connection_for_votes_leaves_its_group(monk
 
     monkeypatch.setattr(GroupSteps, "_connect", connect)
     rendezvous, places = seats(1)
-    work = Work(
-        role="decode",
-        ranks_per_replica=2,
-        redundant_experts=0,
-        max_tokens=4,
-        budget_of=batch_bucket,
-        is_latency_bound=True,
-        new_runner=pytest.fail,
-    )
+    work = work_of_two(pytest.fail)
     with pytest.raises(GroupLost, match=r"connection for votes.*nobody listens"):
         RankEngine.join(work, places[0], rendezvous, EngineConfig(), SystemClock())
     assert closed == [0]
+
+
+def test_no_rank_takes_a_step_to_measure_before_all_have_read_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step would wait for the others for no longer than a step's time, and reading can take one rank minutes longer."""
+    have_read, is_first = set[int](), threading.Event()
+
+    def load(folder: pathlib.Path, config: EngineConfig, sharing: Sharing) -> Any:
+        if sharing.group.rank == 1:
+            assert is_first.wait(20)
+            time.sleep(0.03)  # the other one would be at its step by now
+        have_read.add(sharing.group.rank)
+        is_first.set()
+        return SimpleNamespace(engine=config, share=None)
+
+    def new_runner(loaded: Any) -> Any:
+        assert have_read == {0, 1}, f"only {have_read} have read their weights"
+
+    monkeypatch.setattr(LoadedModel, "load", load)
+    work = work_of_two(new_runner)
+
+    def rank(group: Group) -> None:
+        engine = RankEngine(work, EngineConfig(), group, GroupSteps(group, max, SystemClock()))
+        engine.load(pathlib.Path("none"), new_registry(), pytest.fail)
+        engine.close()
+
+    run_group(2, rank)
 
 
 def test_a_stuck_rank_is_named_after_the_deadline() -> None:
