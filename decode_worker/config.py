@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.errors import ConfigError
+from core.rpc import check_liveness
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +17,8 @@ class DecodeConfig:
     redundant_experts: int = 0
     """Further copies of experts in each layer of a group, for experts with much to do; rounded up so that all ranks hold as many."""
     num_pages: int = 256
-    """Pages of 256 tokens on each rank. 0: as many as fit beside the rest, on a GPU."""
+    """Pages of 256 tokens on each rank. 0: as many as fit beside the rest, on a GPU, and no fewer than a sequence of
+    engine.max_model_len takes."""
     num_slots: int = 24
     """Sequences on each rank at once: running and arriving."""
     max_running: int = 16
@@ -42,8 +44,7 @@ class DecodeConfig:
             )
         if not 0 < self.expected_output <= 1:
             raise ConfigError(f"decode.expected_output is {self.expected_output}; it must be in (0, 1]")
-        if self.liveness_timeout_s <= 0:
-            raise ConfigError(f"decode.liveness_timeout_s is {self.liveness_timeout_s}; it must be above 0")
+        check_liveness("decode", self.liveness_timeout_s)
 
     @property
     def most_running(self) -> int:

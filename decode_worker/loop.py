@@ -90,6 +90,11 @@ class DecodeLoop:
         self._thread.join()
 
     @property
+    def thread(self) -> InboxThread:
+        """For whoever watches that it does not stand still."""
+        return self._thread
+
+    @property
     def is_idle(self) -> bool:
         return not self._jobs and self._flight is None and not self._reservations.num_quarantined
 

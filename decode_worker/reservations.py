@@ -57,12 +57,12 @@ class Expired:
 class Reservations:
     """Owner of the rank's pages and slots."""
 
-    def __init__(self, *, num_pages: int, num_slots: int, lease_s: float, expected_output: float, first_epoch: int = 1) -> None:
+    def __init__(self, *, num_pages: int, num_slots: int, lease_s: float, expected_output: float) -> None:
         """`expected_output`: share of max_tokens that a sequence is expected to produce; below 1 pages are overcommitted, and
         decode must be able to preempt."""
         self.pages, self.slots = PageAllocator(num_pages), SlotAllocator(num_slots)
         self._lease_s, self._expected_output = lease_s, expected_output
-        self._next_epoch = first_epoch
+        self._next_epoch = 1
         self._held: dict[str, Held] = {}
         self._by_epoch: dict[int, Held] = {}
         self._quarantined: set[int] = set()

@@ -79,6 +79,7 @@ class DecodeWorker(RankWorker):
         parts.push_async_callback(asyncio.to_thread, loop.stop)
         engine.start()
         parts.push_async_callback(asyncio.to_thread, engine.leave)
+        self._threads = (loop.thread, receiver.thread)
         service = DecodeService(loop, self.member, config.liveness_timeout_s)
         decode_pb2_grpc.add_DecodeServicer_to_server(service, listener.server)
 

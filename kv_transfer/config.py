@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from core.errors import ConfigError
+from core.rpc import check_liveness
 
 TRANSPORTS = ("nixl", "memory")
 
@@ -61,12 +62,15 @@ class TransferConfig:
             "max_bytes_in_flight",
             "deadline_s",
             "write_timeout_s",
-            "lease_s",
-            "liveness_timeout_s",
             "poll_interval_ms",
         ):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"transfer.{key} is {getattr(self, key)}; it must be above 0")
+        check_liveness("transfer", self.liveness_timeout_s)
+        if self.lease_s < 1:
+            raise ConfigError(
+                f"transfer.lease_s is {self.lease_s}; it must be at least 1: it is renewed when a third of it is over, and late"
+            )
         for key, least, most in (("num_threads", 0, 64), ("ucx_rdma_gid_index", -1, 255), ("ucx_rdma_traffic_class", -1, 255)):
             if not least <= getattr(self, key) <= most:
                 raise ConfigError(f"transfer.{key} is {getattr(self, key)}; it must be from {least} to {most}")

@@ -120,6 +120,11 @@ class KVReceiver(transfer_pb2_grpc.TransferServicer):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def thread(self) -> InboxThread:
+        """For whoever watches that it does not stand still."""
+        return self._thread
+
     def expect(self, epoch: int, request_id: str, page_ids: tuple[int, ...], slot_id: int, num_tokens: int) -> None:
         """Let a sender open this epoch."""
 

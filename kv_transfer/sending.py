@@ -19,7 +19,7 @@ from core.inbox import InboxThread
 from core.kv_layout import KVLayout
 from core.log import get_logger
 from core.region import Region
-from core.request import Member, Reservation
+from core.request import Member, MemberKey, Reservation
 from kv_transfer.checksum import checksum
 from kv_transfer.config import TransferConfig
 from kv_transfer.lanes import this_machine
@@ -73,7 +73,7 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         )
         self._sessions: dict[str, PeerSession] = {}
         """By link; owned by the thread."""
-        self._links: dict[tuple[str, int], str] = {}
+        self._links: dict[MemberKey, str] = {}
         """Member.key -> its latest link, while that is not dropped."""
         self._waiting: dict[str, str] = {}
         """Lost link that is not dropped -> the one that is to follow: there is one connection to a rank at a time."""
@@ -109,6 +109,11 @@ class KVSender(transfer_pb2_grpc.EndingServicer):
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def thread(self) -> InboxThread:
+        """For whoever watches that it does not stand still."""
+        return self._thread
 
     @property
     def num_open(self) -> int:

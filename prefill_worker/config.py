@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.errors import ConfigError
+from core.rpc import check_liveness
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +17,8 @@ class PrefillConfig:
     redundant_experts: int = 0
     """Further copies of experts in each layer of a group, for experts with much to do; rounded up so that all ranks hold as many."""
     num_pages: int = 128
-    """Pages of 256 tokens on each rank: prompts being computed or being handed off. 0: as many as fit beside the rest, on a GPU."""
+    """Pages of 256 tokens on each rank: prompts being computed or being handed off. 0: as many as fit beside the rest, on a
+    GPU, and no fewer than a sequence of engine.max_model_len takes."""
     num_slots: int = 8
     """Sequences on each rank at once."""
     chunk_tokens: int = 256
@@ -44,5 +46,4 @@ class PrefillConfig:
             raise ConfigError(
                 f"prefill.redundant_experts is {self.redundant_experts}; with ranks_per_replica = 1 there is nobody to share with"
             )
-        if self.liveness_timeout_s <= 0:
-            raise ConfigError(f"prefill.liveness_timeout_s is {self.liveness_timeout_s}; it must be above 0")
+        check_liveness("prefill", self.liveness_timeout_s)

@@ -80,7 +80,6 @@ class HandOffs:
         log.info("prefill.handed_off", request_id=job.request_id, num_bytes=event.num_bytes, seconds=event.seconds)
         done = prefill_pb2.HandedOff(
             request_id=job.request_id,
-            num_bytes=event.num_bytes,
             stages=encode_stages({"transfer": event.seconds}),
             reserved_as=event.request_id,
         )

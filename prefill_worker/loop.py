@@ -79,6 +79,11 @@ class PrefillLoop:
         self._thread.join()
 
     @property
+    def thread(self) -> InboxThread:
+        """For whoever watches that it does not stand still."""
+        return self._thread
+
+    @property
     def is_idle(self) -> bool:
         return not self._jobs
 

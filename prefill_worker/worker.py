@@ -74,6 +74,7 @@ class PrefillWorker(RankWorker):
         parts.push_async_callback(asyncio.to_thread, loop.stop)
         engine.start()
         parts.push_async_callback(asyncio.to_thread, engine.leave)
+        self._threads = (loop.thread, sender.thread)
         service = PrefillService(loop, self.member, config.liveness_timeout_s)
         prefill_pb2_grpc.add_PrefillServicer_to_server(service, listener.server)
 

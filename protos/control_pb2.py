@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import common_pb2 as protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\x05\x62\x61ton\x1a\x13protos/common.proto\"\x1c\n\x0cWatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x07Members\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1e\n\x07members\x18\x02 \x03(\x0b\x32\r.baton.Member\"\x0f\n\rStatusRequest\"\x93\x01\n\nRankStatus\x12\x1d\n\x06member\x18\x01 \x01(\x0b\x32\r.baton.Member\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x10\n\x08restarts\x18\x05 \x01(\r\x12\x19\n\x04load\x18\x06 \x01(\x0b\x32\x0b.baton.Load\x12\x0c\n\x04note\x18\x07 \x01(\t\"\xe1\x02\n\rClusterStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x05ranks\x18\x03 \x03(\x0b\x32\x11.baton.RankStatus\x12\"\n\x07routers\x18\x04 \x03(\x0b\x32\x11.baton.RankStatus\x12\x43\n\x10\x64\x65sired_replicas\x18\x05 \x03(\x0b\x32).baton.ClusterStatus.DesiredReplicasEntry\x12\x1b\n\x13\x63ontroller_uptime_s\x18\x06 \x01(\x01\x12\x0e\n\x06\x65vents\x18\x07 \x03(\t\x12\x0f\n\x07settled\x18\x08 \x01(\x08\x12\x10\n\x08problems\x18\t \x03(\t\x12\x11\n\tspec_yaml\x18\n \x01(\t\x12\r\n\x05quiet\x18\x0b \x01(\x08\x1a\x36\n\x14\x44\x65siredReplicasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x98\x01\n\x0c\x41pplyRequest\x12\x11\n\tspec_yaml\x18\x01 \x01(\t\x12\x33\n\x08replicas\x18\x02 \x03(\x0b\x32!.baton.ApplyRequest.ReplicasEntry\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x1a/\n\rReplicasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\":\n\nApplyReply\x12\x0f\n\x07\x63hanges\x18\x01 \x03(\t\x12\x1b\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x0c.baton.Error\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06member\x18\x01 \x01(\t\"\x11\n\x0fShutdownRequest2\x88\x02\n\x07\x43ontrol\x12.\n\x05Watch\x12\x13.baton.WatchRequest\x1a\x0e.baton.Members0\x01\x12\x34\n\x06Status\x12\x14.baton.StatusRequest\x1a\x14.baton.ClusterStatus\x12/\n\x05\x41pply\x12\x13.baton.ApplyRequest\x1a\x11.baton.ApplyReply\x12/\n\x05\x44rain\x12\x13.baton.DrainRequest\x1a\x11.baton.ApplyReply\x12\x35\n\x08Shutdown\x12\x16.baton.ShutdownRequest\x1a\x11.baton.ApplyReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\x05\x62\x61ton\x1a\x13protos/common.proto\"\x1c\n\x0cWatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"/\n\x07Members\x12\x1e\n\x07members\x18\x02 \x03(\x0b\x32\r.baton.MemberJ\x04\x08\x01\x10\x02\"\x0f\n\rStatusRequest\"\x93\x01\n\nRankStatus\x12\x1d\n\x06member\x18\x01 \x01(\x0b\x32\r.baton.Member\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x10\n\x08restarts\x18\x05 \x01(\r\x12\x19\n\x04load\x18\x06 \x01(\x0b\x32\x0b.baton.Load\x12\x0c\n\x04note\x18\x07 \x01(\t\"\xe1\x02\n\rClusterStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x05ranks\x18\x03 \x03(\x0b\x32\x11.baton.RankStatus\x12\"\n\x07routers\x18\x04 \x03(\x0b\x32\x11.baton.RankStatus\x12\x43\n\x10\x64\x65sired_replicas\x18\x05 \x03(\x0b\x32).baton.ClusterStatus.DesiredReplicasEntry\x12\x1b\n\x13\x63ontroller_uptime_s\x18\x06 \x01(\x01\x12\x0e\n\x06\x65vents\x18\x07 \x03(\t\x12\x0f\n\x07settled\x18\x08 \x01(\x08\x12\x10\n\x08problems\x18\t \x03(\t\x12\x11\n\tspec_yaml\x18\n \x01(\t\x12\r\n\x05quiet\x18\x0b \x01(\x08\x1a\x36\n\x14\x44\x65siredReplicasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x98\x01\n\x0c\x41pplyRequest\x12\x11\n\tspec_yaml\x18\x01 \x01(\t\x12\x33\n\x08replicas\x18\x02 \x03(\x0b\x32!.baton.ApplyRequest.ReplicasEntry\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x1a/\n\rReplicasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\":\n\nApplyReply\x12\x0f\n\x07\x63hanges\x18\x01 \x03(\t\x12\x1b\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x0c.baton.Error\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06member\x18\x01 \x01(\t\"\x11\n\x0fShutdownRequest2\x88\x02\n\x07\x43ontrol\x12.\n\x05Watch\x12\x13.baton.WatchRequest\x1a\x0e.baton.Members0\x01\x12\x34\n\x06Status\x12\x14.baton.StatusRequest\x1a\x14.baton.ClusterStatus\x12/\n\x05\x41pply\x12\x13.baton.ApplyRequest\x1a\x11.baton.ApplyReply\x12/\n\x05\x44rain\x12\x13.baton.DrainRequest\x1a\x11.baton.ApplyReply\x12\x35\n\x08Shutdown\x12\x16.baton.ShutdownRequest\x1a\x11.baton.ApplyReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,25 +39,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST']._serialized_start=52
   _globals['_WATCHREQUEST']._serialized_end=80
   _globals['_MEMBERS']._serialized_start=82
-  _globals['_MEMBERS']._serialized_end=140
-  _globals['_STATUSREQUEST']._serialized_start=142
-  _globals['_STATUSREQUEST']._serialized_end=157
-  _globals['_RANKSTATUS']._serialized_start=160
-  _globals['_RANKSTATUS']._serialized_end=307
-  _globals['_CLUSTERSTATUS']._serialized_start=310
-  _globals['_CLUSTERSTATUS']._serialized_end=663
-  _globals['_CLUSTERSTATUS_DESIREDREPLICASENTRY']._serialized_start=609
-  _globals['_CLUSTERSTATUS_DESIREDREPLICASENTRY']._serialized_end=663
-  _globals['_APPLYREQUEST']._serialized_start=666
-  _globals['_APPLYREQUEST']._serialized_end=818
-  _globals['_APPLYREQUEST_REPLICASENTRY']._serialized_start=771
-  _globals['_APPLYREQUEST_REPLICASENTRY']._serialized_end=818
-  _globals['_APPLYREPLY']._serialized_start=820
-  _globals['_APPLYREPLY']._serialized_end=878
-  _globals['_DRAINREQUEST']._serialized_start=880
-  _globals['_DRAINREQUEST']._serialized_end=910
-  _globals['_SHUTDOWNREQUEST']._serialized_start=912
-  _globals['_SHUTDOWNREQUEST']._serialized_end=929
-  _globals['_CONTROL']._serialized_start=932
-  _globals['_CONTROL']._serialized_end=1196
+  _globals['_MEMBERS']._serialized_end=129
+  _globals['_STATUSREQUEST']._serialized_start=131
+  _globals['_STATUSREQUEST']._serialized_end=146
+  _globals['_RANKSTATUS']._serialized_start=149
+  _globals['_RANKSTATUS']._serialized_end=296
+  _globals['_CLUSTERSTATUS']._serialized_start=299
+  _globals['_CLUSTERSTATUS']._serialized_end=652
+  _globals['_CLUSTERSTATUS_DESIREDREPLICASENTRY']._serialized_start=598
+  _globals['_CLUSTERSTATUS_DESIREDREPLICASENTRY']._serialized_end=652
+  _globals['_APPLYREQUEST']._serialized_start=655
+  _globals['_APPLYREQUEST']._serialized_end=807
+  _globals['_APPLYREQUEST_REPLICASENTRY']._serialized_start=760
+  _globals['_APPLYREQUEST_REPLICASENTRY']._serialized_end=807
+  _globals['_APPLYREPLY']._serialized_start=809
+  _globals['_APPLYREPLY']._serialized_end=867
+  _globals['_DRAINREQUEST']._serialized_start=869
+  _globals['_DRAINREQUEST']._serialized_end=899
+  _globals['_SHUTDOWNREQUEST']._serialized_start=901
+  _globals['_SHUTDOWNREQUEST']._serialized_end=918
+  _globals['_CONTROL']._serialized_start=921
+  _globals['_CONTROL']._serialized_end=1185
 # @@protoc_insertion_point(module_scope)

@@ -14,12 +14,10 @@ class WatchRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Members(_message.Message):
-    __slots__ = ("version", "members")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("members",)
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
-    version: int
     members: _containers.RepeatedCompositeFieldContainer[_common_pb2.Member]
-    def __init__(self, version: _Optional[int] = ..., members: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ...) -> None: ...
+    def __init__(self, members: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

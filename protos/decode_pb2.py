@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import common_pb2 as protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/decode.proto\x12\x05\x62\x61ton\x1a\x13protos/common.proto\"m\n\rDecodeCommand\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12 \n\x08reserves\x18\x02 \x03(\x0b\x32\x0e.baton.Request\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\t\x12\x0c\n\x04ping\x18\x04 \x01(\x04\"G\n\x08Reserved\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x0breservation\x18\x02 \x01(\x0b\x32\x12.baton.Reservation\"<\n\x08\x46inished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x06stages\x18\x02 \x03(\x0b\x32\x0c.baton.Stage\"\xfb\x01\n\x0c\x44\x65\x63odeUpdate\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12!\n\x08reserved\x18\x02 \x03(\x0b\x32\x0f.baton.Reserved\x12\x1d\n\x06tokens\x18\x03 \x03(\x0b\x32\r.baton.Tokens\x12 \n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x0e.baton.Failure\x12!\n\x08\x66inished\x18\x05 \x03(\x0b\x32\x0f.baton.Finished\x12\x19\n\x04load\x18\x06 \x01(\x0b\x32\x0b.baton.Load\x12\x11\n\x04pong\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x42\x07\n\x05_pong2B\n\x06\x44\x65\x63ode\x12\x38\n\x07Session\x12\x14.baton.DecodeCommand\x1a\x13.baton.DecodeUpdate(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/decode.proto\x12\x05\x62\x61ton\x1a\x13protos/common.proto\"e\n\rDecodeCommand\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12 \n\x08reserves\x18\x02 \x03(\x0b\x32\x0e.baton.Request\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\tJ\x04\x08\x04\x10\x05\"G\n\x08Reserved\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x0breservation\x18\x02 \x01(\x0b\x32\x12.baton.Reservation\"<\n\x08\x46inished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x06stages\x18\x02 \x03(\x0b\x32\x0c.baton.Stage\"\xe5\x01\n\x0c\x44\x65\x63odeUpdate\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12!\n\x08reserved\x18\x02 \x03(\x0b\x32\x0f.baton.Reserved\x12\x1d\n\x06tokens\x18\x03 \x03(\x0b\x32\r.baton.Tokens\x12 \n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x0e.baton.Failure\x12!\n\x08\x66inished\x18\x05 \x03(\x0b\x32\x0f.baton.Finished\x12\x19\n\x04load\x18\x06 \x01(\x0b\x32\x0b.baton.Load\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08J\x04\x08\x07\x10\x08\x32\x42\n\x06\x44\x65\x63ode\x12\x38\n\x07Session\x12\x14.baton.DecodeCommand\x1a\x13.baton.DecodeUpdate(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.decode_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODECOMMAND']._serialized_start=51
-  _globals['_DECODECOMMAND']._serialized_end=160
-  _globals['_RESERVED']._serialized_start=162
-  _globals['_RESERVED']._serialized_end=233
-  _globals['_FINISHED']._serialized_start=235
-  _globals['_FINISHED']._serialized_end=295
-  _globals['_DECODEUPDATE']._serialized_start=298
-  _globals['_DECODEUPDATE']._serialized_end=549
-  _globals['_DECODE']._serialized_start=551
-  _globals['_DECODE']._serialized_end=617
+  _globals['_DECODECOMMAND']._serialized_end=152
+  _globals['_RESERVED']._serialized_start=154
+  _globals['_RESERVED']._serialized_end=225
+  _globals['_FINISHED']._serialized_start=227
+  _globals['_FINISHED']._serialized_end=287
+  _globals['_DECODEUPDATE']._serialized_start=290
+  _globals['_DECODEUPDATE']._serialized_end=519
+  _globals['_DECODE']._serialized_start=521
+  _globals['_DECODE']._serialized_end=587
 # @@protoc_insertion_point(module_scope)

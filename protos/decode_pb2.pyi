@@ -8,16 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("hello", "reserves", "cancels", "ping")
+    __slots__ = ("hello", "reserves", "cancels")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVES_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
-    PING_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
     reserves: _containers.RepeatedCompositeFieldContainer[_common_pb2.Request]
     cancels: _containers.RepeatedScalarFieldContainer[str]
-    ping: int
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., reserves: _Optional[_Iterable[_Union[_common_pb2.Request, _Mapping]]] = ..., cancels: _Optional[_Iterable[str]] = ..., ping: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., reserves: _Optional[_Iterable[_Union[_common_pb2.Request, _Mapping]]] = ..., cancels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("request_id", "reservation")
@@ -36,14 +34,13 @@ class Finished(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
 
 class DecodeUpdate(_message.Message):
-    __slots__ = ("hello", "reserved", "tokens", "failures", "finished", "load", "pong", "draining")
+    __slots__ = ("hello", "reserved", "tokens", "failures", "finished", "load", "draining")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
-    PONG_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
     reserved: _containers.RepeatedCompositeFieldContainer[Reserved]
@@ -51,6 +48,5 @@ class DecodeUpdate(_message.Message):
     failures: _containers.RepeatedCompositeFieldContainer[_common_pb2.Failure]
     finished: _containers.RepeatedCompositeFieldContainer[Finished]
     load: _common_pb2.Load
-    pong: int
     draining: bool
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., reserved: _Optional[_Iterable[_Union[Reserved, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Tokens, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[_common_pb2.Failure, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., pong: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., reserved: _Optional[_Iterable[_Union[Reserved, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Tokens, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[_common_pb2.Failure, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...

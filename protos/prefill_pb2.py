@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import common_pb2 as protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/prefill.proto\x12\x05\x62\x61ton\x1a\x13protos/common.proto\"\x8e\x01\n\x0ePrefillCommand\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12\x1f\n\x04runs\x18\x02 \x03(\x0b\x32\x11.baton.PrefillRun\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\t\x12\x0c\n\x04ping\x18\x04 \x01(\x04\x12\x1f\n\x08hand_ons\x18\x05 \x03(\x0b\x32\r.baton.HandOn\"V\n\nPrefillRun\x12\x1f\n\x07request\x18\x01 \x01(\x0b\x32\x0e.baton.Request\x12\'\n\x0breservation\x18\x02 \x01(\x0b\x32\x12.baton.Reservation\"E\n\x06HandOn\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x0breservation\x18\x02 \x01(\x0b\x32\x12.baton.Reservation\"\xc6\x02\n\rPrefillUpdate\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12\'\n\x0c\x66irst_tokens\x18\x02 \x03(\x0b\x32\x11.baton.FirstToken\x12.\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x15.baton.PromptLogprobs\x12$\n\nhanded_off\x18\x04 \x03(\x0b\x32\x10.baton.HandedOff\x12 \n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x0e.baton.Failure\x12\x19\n\x04load\x18\x06 \x01(\x0b\x32\x0b.baton.Load\x12\x11\n\x04pong\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12.\n\x10hand_offs_failed\x18\t \x03(\x0b\x32\x14.baton.HandOffFailedB\x07\n\x05_pong\"I\n\nFirstToken\x12\x1d\n\x06tokens\x18\x01 \x01(\x0b\x32\r.baton.Tokens\x12\x1c\n\x06stages\x18\x02 \x03(\x0b\x32\x0c.baton.Stage\"[\n\x0ePromptLogprobs\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12&\n\x08logprobs\x18\x03 \x03(\x0b\x32\x14.baton.TokenLogprobs\"e\n\tHandedOff\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x1c\n\x06stages\x18\x03 \x03(\x0b\x32\x0c.baton.Stage\x12\x13\n\x0breserved_as\x18\x04 \x01(\t\"U\n\rHandOffFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0breserved_as\x18\x02 \x01(\t\x12\x1b\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0c.baton.Error2E\n\x07Prefill\x12:\n\x07Session\x12\x15.baton.PrefillCommand\x1a\x14.baton.PrefillUpdate(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/prefill.proto\x12\x05\x62\x61ton\x1a\x13protos/common.proto\"\x86\x01\n\x0ePrefillCommand\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12\x1f\n\x04runs\x18\x02 \x03(\x0b\x32\x11.baton.PrefillRun\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\t\x12\x1f\n\x08hand_ons\x18\x05 \x03(\x0b\x32\r.baton.HandOnJ\x04\x08\x04\x10\x05\"V\n\nPrefillRun\x12\x1f\n\x07request\x18\x01 \x01(\x0b\x32\x0e.baton.Request\x12\'\n\x0breservation\x18\x02 \x01(\x0b\x32\x12.baton.Reservation\"E\n\x06HandOn\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x0breservation\x18\x02 \x01(\x0b\x32\x12.baton.Reservation\"\xb0\x02\n\rPrefillUpdate\x12\x1b\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.baton.Hello\x12\'\n\x0c\x66irst_tokens\x18\x02 \x03(\x0b\x32\x11.baton.FirstToken\x12.\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x15.baton.PromptLogprobs\x12$\n\nhanded_off\x18\x04 \x03(\x0b\x32\x10.baton.HandedOff\x12 \n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x0e.baton.Failure\x12\x19\n\x04load\x18\x06 \x01(\x0b\x32\x0b.baton.Load\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12.\n\x10hand_offs_failed\x18\t \x03(\x0b\x32\x14.baton.HandOffFailedJ\x04\x08\x07\x10\x08\"I\n\nFirstToken\x12\x1d\n\x06tokens\x18\x01 \x01(\x0b\x32\r.baton.Tokens\x12\x1c\n\x06stages\x18\x02 \x03(\x0b\x32\x0c.baton.Stage\"[\n\x0ePromptLogprobs\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12&\n\x08logprobs\x18\x03 \x03(\x0b\x32\x14.baton.TokenLogprobs\"X\n\tHandedOff\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x06stages\x18\x03 \x03(\x0b\x32\x0c.baton.Stage\x12\x13\n\x0breserved_as\x18\x04 \x01(\tJ\x04\x08\x02\x10\x03\"U\n\rHandOffFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0breserved_as\x18\x02 \x01(\t\x12\x1b\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0c.baton.Error2E\n\x07Prefill\x12:\n\x07Session\x12\x15.baton.PrefillCommand\x1a\x14.baton.PrefillUpdate(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.prefill_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLCOMMAND']._serialized_start=53
-  _globals['_PREFILLCOMMAND']._serialized_end=195
-  _globals['_PREFILLRUN']._serialized_start=197
-  _globals['_PREFILLRUN']._serialized_end=283
-  _globals['_HANDON']._serialized_start=285
-  _globals['_HANDON']._serialized_end=354
-  _globals['_PREFILLUPDATE']._serialized_start=357
-  _globals['_PREFILLUPDATE']._serialized_end=683
-  _globals['_FIRSTTOKEN']._serialized_start=685
-  _globals['_FIRSTTOKEN']._serialized_end=758
-  _globals['_PROMPTLOGPROBS']._serialized_start=760
-  _globals['_PROMPTLOGPROBS']._serialized_end=851
-  _globals['_HANDEDOFF']._serialized_start=853
-  _globals['_HANDEDOFF']._serialized_end=954
-  _globals['_HANDOFFFAILED']._serialized_start=956
-  _globals['_HANDOFFFAILED']._serialized_end=1041
-  _globals['_PREFILL']._serialized_start=1043
-  _globals['_PREFILL']._serialized_end=1112
+  _globals['_PREFILLCOMMAND']._serialized_end=187
+  _globals['_PREFILLRUN']._serialized_start=189
+  _globals['_PREFILLRUN']._serialized_end=275
+  _globals['_HANDON']._serialized_start=277
+  _globals['_HANDON']._serialized_end=346
+  _globals['_PREFILLUPDATE']._serialized_start=349
+  _globals['_PREFILLUPDATE']._serialized_end=653
+  _globals['_FIRSTTOKEN']._serialized_start=655
+  _globals['_FIRSTTOKEN']._serialized_end=728
+  _globals['_PROMPTLOGPROBS']._serialized_start=730
+  _globals['_PROMPTLOGPROBS']._serialized_end=821
+  _globals['_HANDEDOFF']._serialized_start=823
+  _globals['_HANDEDOFF']._serialized_end=911
+  _globals['_HANDOFFFAILED']._serialized_start=913
+  _globals['_HANDOFFFAILED']._serialized_end=998
+  _globals['_PREFILL']._serialized_start=1000
+  _globals['_PREFILL']._serialized_end=1069
 # @@protoc_insertion_point(module_scope)

@@ -8,18 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillCommand(_message.Message):
-    __slots__ = ("hello", "runs", "cancels", "ping", "hand_ons")
+    __slots__ = ("hello", "runs", "cancels", "hand_ons")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
-    PING_FIELD_NUMBER: _ClassVar[int]
     HAND_ONS_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
     runs: _containers.RepeatedCompositeFieldContainer[PrefillRun]
     cancels: _containers.RepeatedScalarFieldContainer[str]
-    ping: int
     hand_ons: _containers.RepeatedCompositeFieldContainer[HandOn]
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[PrefillRun, _Mapping]]] = ..., cancels: _Optional[_Iterable[str]] = ..., ping: _Optional[int] = ..., hand_ons: _Optional[_Iterable[_Union[HandOn, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[PrefillRun, _Mapping]]] = ..., cancels: _Optional[_Iterable[str]] = ..., hand_ons: _Optional[_Iterable[_Union[HandOn, _Mapping]]] = ...) -> None: ...
 
 class PrefillRun(_message.Message):
     __slots__ = ("request", "reservation")
@@ -38,14 +36,13 @@ class HandOn(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., reservation: _Optional[_Union[_common_pb2.Reservation, _Mapping]] = ...) -> None: ...
 
 class PrefillUpdate(_message.Message):
-    __slots__ = ("hello", "first_tokens", "prompt_logprobs", "handed_off", "failures", "load", "pong", "draining", "hand_offs_failed")
+    __slots__ = ("hello", "first_tokens", "prompt_logprobs", "handed_off", "failures", "load", "draining", "hand_offs_failed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     HANDED_OFF_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
-    PONG_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     HAND_OFFS_FAILED_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.Hello
@@ -54,10 +51,9 @@ class PrefillUpdate(_message.Message):
     handed_off: _containers.RepeatedCompositeFieldContainer[HandedOff]
     failures: _containers.RepeatedCompositeFieldContainer[_common_pb2.Failure]
     load: _common_pb2.Load
-    pong: int
     draining: bool
     hand_offs_failed: _containers.RepeatedCompositeFieldContainer[HandOffFailed]
-    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., handed_off: _Optional[_Iterable[_Union[HandedOff, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[_common_pb2.Failure, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., pong: _Optional[int] = ..., draining: _Optional[bool] = ..., hand_offs_failed: _Optional[_Iterable[_Union[HandOffFailed, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., handed_off: _Optional[_Iterable[_Union[HandedOff, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[_common_pb2.Failure, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., draining: _Optional[bool] = ..., hand_offs_failed: _Optional[_Iterable[_Union[HandOffFailed, _Mapping]]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("tokens", "stages")
@@ -78,16 +74,14 @@ class PromptLogprobs(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., start: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class HandedOff(_message.Message):
-    __slots__ = ("request_id", "num_bytes", "stages", "reserved_as")
+    __slots__ = ("request_id", "stages", "reserved_as")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     RESERVED_AS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    num_bytes: int
     stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
     reserved_as: str
-    def __init__(self, request_id: _Optional[str] = ..., num_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., reserved_as: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., reserved_as: _Optional[str] = ...) -> None: ...
 
 class HandOffFailed(_message.Message):
     __slots__ = ("request_id", "reserved_as", "error")

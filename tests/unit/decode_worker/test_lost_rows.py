@@ -17,7 +17,6 @@ from decode_worker.loop import DecodeLoop
 from decode_worker.metrics import DecodeMetrics
 from engine.batch import Chunk
 from engine.failed_steps import MAX_FAILED_STEPS
-from engine.null import NullRunner, prefix_hashes
 from engine.parallel.lockstep import SoloSteps
 from engine.runner import ChunkResult
 from kv_transfer.receiver import Committed
@@ -26,6 +25,7 @@ from prefill_worker.loop import PrefillLoop
 from prefill_worker.metrics import PrefillMetrics
 from protos import decode_pb2, prefill_pb2
 from tests.support.manual_clock import ManualClock
+from tests.support.null_runner import NullRunner, prefix_hashes
 
 DECODE = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)
 PROMPT = (5, 6, 7)
@@ -83,7 +83,7 @@ class DecodeRank:
             self.loop._reserve(request, self.outbox)
             held = self.loop._reservations.get(name)
             assert held is not None
-            hashes = prefix_hashes(0, list(prompt))
+            hashes = prefix_hashes(list(prompt))
             for number, page in enumerate(held.page_ids):
                 rows = self.runner._rows(hashes[1:])[256 * number : 256 * (number + 1)]
                 self.runner._pages[page, : len(rows)] = rows

@@ -39,12 +39,12 @@ def post(sender: Sender, write_id: int, now: float = 0.0) -> Post:
     return found
 
 
-def sent(sender: Sender, name: str = "r") -> None:
+def sent(sender: Sender) -> None:
     """A whole hand-off up to the landing of its commit."""
-    sender.push(name, 0, [10, 11, 12])
-    sender.commit(name, ORDER, 1.0)
+    sender.push("r", 0, [10, 11, 12])
+    sender.commit("r", ORDER, 1.0)
     post(sender, 1)
-    assert sender.write_finished(name, 1, True, 2.0) == [HandedOff(name, 340, 1.0)]
+    assert sender.write_finished("r", 1, True, 2.0) == [HandedOff("r", 340, 1.0)]
 
 
 def test_nothing_is_written_before_the_epoch_is_live() -> None:

@@ -173,7 +173,7 @@ def test_another_wire_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
     run(test)
 
 
-def test_another_transport_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_transport_is_refused_by_name() -> None:
     async def test(ends: Ends) -> None:
         ends.sender._speaker = dataclasses.replace(ends.sender._speaker, transport="nixl")
         await _refused(ends, "'nixl'", "'memory'")

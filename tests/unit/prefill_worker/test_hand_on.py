@@ -13,7 +13,6 @@ from core.kv_layout import PAGE_TOKENS
 from core.metrics import new_registry
 from core.request import Member, Request, Reservation, SamplingParams
 from core.session import Outbox
-from engine.null import NullRunner
 from engine.parallel.lockstep import SoloSteps
 from kv_transfer.sender import Closed, CommitOrder
 from kv_transfer.sending import KVSender
@@ -22,6 +21,7 @@ from prefill_worker.loop import PrefillLoop
 from prefill_worker.metrics import PrefillMetrics
 from protos import prefill_pb2
 from tests.support.manual_clock import ManualClock
+from tests.support.null_runner import NullRunner
 
 NUM_PAGES, NUM_TOKENS, TOKEN_S = 8, 3 * PAGE_TOKENS - 10, 0.01
 DECODE = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=7)
