@@ -3,9 +3,9 @@
     spec = load_config(pathlib.Path("cluster.yaml"), ClusterSpec, overrides=["prefill.replicas=2"])
 
 The dataclasses are the schema: keys are fields, a field without a default is required. Types: bool, int, float, str, nested
-dataclasses, `tuple[X, ...]`, `dict[str, X]`, `X | None`, and `Any` for what another reader checks, which becomes None. Scalars are read
-by the declared type (`no` is text where text is wanted, 1e-6 is a number, quoted digits are not), so none of YAML's surprises apply.
-Anchors, tags and several documents are refused.
+dataclasses, `dict[str, X]`, and `Any` for what another reader checks, which becomes None. Scalars are read by the declared type (`no`
+is text where text is wanted, 1e-6 is a number, quoted digits are not), so none of YAML's surprises apply. Anchors, tags and several
+documents are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import difflib
 import math
 import pathlib
 import re
-import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,8 +111,6 @@ def to_yaml(config: Any) -> str:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
     return value
 
 
@@ -215,24 +212,14 @@ def _build(node: _Node, kind: Any, path: str, root: _Node) -> Any:
     """`node` as a value of the annotated type `kind`; `path` is its dotted name, "" for the file."""
     if kind is Any:
         return None
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if node.is_null:
-            return None
-        (kind,) = [argument for argument in arguments if argument is not type(None)]
-        return _build(node, kind, path, root)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _build_dataclass(node, kind, path, root)
-    if origin is tuple:
-        if not isinstance(node.value, list):
-            raise _wrong(node, path, "a list")
-        return tuple(_build(item, arguments[0], f"{path}[{index}]", root) for index, item in enumerate(node.value))
-    if origin is dict:
+    if typing.get_origin(kind) is dict:
         if node.is_null:
             return {}
         if not isinstance(node.value, dict):
             raise _wrong(node, path, "a mapping")
-        return {key: _build(item, arguments[1], f"{path}.{key}", root) for key, item in node.value.items()}
+        return {key: _build(item, typing.get_args(kind)[1], f"{path}.{key}", root) for key, item in node.value.items()}
     return _build_scalar(node, kind, path)
 
 

@@ -54,6 +54,7 @@ class KVLayout:
 
     @staticmethod
     def from_json(text: str) -> KVLayout:
+        """Raises ValueError, TypeError or KeyError for a text that `to_json` has not made."""
         raw = json.loads(text)
         for key in ("page_fields", "slot_fields"):
             raw[key] = tuple(Field(**field) for field in raw[key])

@@ -55,17 +55,17 @@ class DelayedHandler(logging.StreamHandler[Any]):
         self._wake = threading.Event()
         self._writing = threading.RLock()  # a signal's handler may have something to say in the midst of it
         threading.Thread(target=self._run, name="log", daemon=True).start()
-        atexit.register(self.write_out)
+        atexit.register(self.flush)
 
     def handle(self, record: logging.LogRecord) -> bool:
         self._records.append(record)
         if record.levelno >= logging.WARNING or len(self._records) > MOST_WAITING:
-            self.write_out()
+            self.flush()
         elif not self._wake.is_set():
             self._wake.set()
         return True
 
-    def write_out(self) -> None:
+    def flush(self) -> None:
         """Returns when all that was said before is written."""
         with self._writing:
             lines = []
@@ -81,7 +81,7 @@ class DelayedHandler(logging.StreamHandler[Any]):
             self._wake.wait()
             time.sleep(DELAY_S)
             self._wake.clear()
-            self.write_out()
+            self.flush()
 
 
 def _quote(value: Any) -> str:
@@ -133,3 +133,9 @@ def set_up_logging(default: str = "info") -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     root.propagate = False
+
+
+def write_out() -> None:
+    """Returns when all that this process has said is written: for one that is about to be killed."""
+    for handler in logging.getLogger("baton").handlers:
+        handler.flush()

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import os
 import pathlib
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -78,9 +79,9 @@ def place_of(options: argparse.Namespace) -> Place:
 
 async def serve(part: Part) -> None:
     """Run the part until SIGTERM or SIGINT. One that is still starting ends the process at once: a thread that reads a model for minutes
-    cannot be told to stop, and nobody is served yet."""
-    told = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    cannot be told to stop, and nobody is served yet. So does a second signal: what a thread of the part does may not end."""
+    told, signals = asyncio.Event(), (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     starting, ending = asyncio.ensure_future(part.start()), asyncio.ensure_future(told.wait())
     await asyncio.wait((starting, ending), return_when=asyncio.FIRST_COMPLETED)
@@ -90,6 +91,8 @@ async def serve(part: Part) -> None:
     await starting
     await ending
     log.info("process.stopping", pid=os.getpid())
+    for number in signals:
+        asyncio.get_running_loop().add_signal_handler(number, os._exit, 1)
     await part.stop()
 
 
@@ -97,6 +100,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
     """Exit status: 0 stopped by a signal, 1 with the reason on standard error."""
     try:
         set_up_logging()
+        raise_file_limit()
         asyncio.run(main())
     except BatonError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,6 +108,15 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
     except KeyboardInterrupt:  # before it served
         return 130
     return 0
+
+
+def raise_file_limit() -> None:
+    """As many open files as the process may have: each client is one, and most shells leave 1,024 of them. Ray does it for its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:  # the hard limit is above the kernel's own, fs.nr_open
+        log.warning("process.file_limit", limit=soft, reason=error)
 
 
 def die(reason: str) -> NoReturn:

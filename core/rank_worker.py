@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
 from core.clock import new_incarnation
+from core.inbox import InboxThread
 from core.kv_layout import KVLayout
 from core.log import get_logger
 from core.metrics import MetricsEndpoint, new_registry
@@ -23,12 +25,20 @@ STOP_GRACE_S = 0.2
 """Sessions have so long to send what they still hold."""
 
 
+LOOK_S, MOST_LOOKS = 5.0, 60
+"""How often the rank looks at its threads, and how many times it may find one in the midst of the same order or turn: five minutes. It
+counts looks, not seconds: of the time for which the whole process stands still only one passes."""
+
+
 class Loop(Protocol):
     """A rank's engine thread. May be used from any thread."""
 
     load: Load
     is_draining: bool
     """Set by `RankWorker.drain`: no new work is taken."""
+
+    @property
+    def thread(self) -> InboxThread: ...
 
     @property
     def is_idle(self) -> bool:
@@ -69,6 +79,9 @@ class RankWorker:
 
     member: Member
     _loop: Loop
+    _threads: Sequence[InboxThread]
+    """That of the loop, and that of the rank's end of transfers."""
+    _on_death: Callable[[str], None]
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -85,6 +98,8 @@ class RankWorker:
             endpoint = MetricsEndpoint(registry, host)
             self._parts.push_async_callback(asyncio.to_thread, endpoint.close)
             await self._open(listener, registry, endpoint.address)
+            watching = asyncio.create_task(watch(self._threads, self._on_death))
+            self._parts.callback(watching.cancel)
             await listener.start()
             self._parts.push_async_callback(listener.stop, STOP_GRACE_S)  # no command comes any more while the parts end
             self._parts.push_async_callback(self._end_writes)
@@ -95,7 +110,7 @@ class RankWorker:
         return self.member
 
     async def _open(self, listener: Listener, registry: CollectorRegistry, metrics_address: str) -> None:
-        """Set `member` and `_loop`, add services to the listener, and push onto `_parts` whatever has to be ended."""
+        """Set `member`, `_loop` and `_threads`, add services to the listener, and push onto `_parts` whatever has to be ended."""
         raise NotImplementedError
 
     async def _end_writes(self) -> None:
@@ -119,3 +134,19 @@ class RankWorker:
     async def stop(self) -> None:
         """End everything; whatever was running is lost to its routers, which run it again elsewhere. Harmless when not started."""
         await self._parts.aclose()
+
+
+async def watch(threads: Sequence[InboxThread], stuck: Callable[[str], None]) -> None:
+    """Returns when one of the threads stands still, in a step that a device does not end, say, and `stuck(reason)` was called. Nothing
+    else would tell: the rank's sessions go on."""
+    seen: dict[str, tuple[int | None, int]] = {}
+    while True:
+        await asyncio.sleep(LOOK_S)
+        for thread in threads:
+            before, looks = seen.get(thread.name, (None, 0))
+            found = thread.progress
+            looks = looks + 1 if found is not None and found == before else 0
+            seen[thread.name] = found, looks
+            if looks >= MOST_LOOKS:
+                stuck(f"{thread.name} stands still: what it does takes over {looks * LOOK_S:g} s")
+                return

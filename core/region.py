@@ -10,9 +10,11 @@ class Region:
     """Contiguous."""
 
     address: int
+    """Of the first byte, as the process sees it."""
     num_pieces: int
     piece_bytes: int
     device_id: int = 0
+    """Of a GPU, as the process counts them."""
     memory: str = "DRAM"
     """"DRAM" or "VRAM"."""
 

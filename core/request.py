@@ -106,17 +106,22 @@ class Tokens:
     """Set on the last one; the end token itself is among token_ids when it was produced."""
 
 
+MemberKey = tuple[str, int]
+"""Name and incarnation: one life of one rank."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """One rank of one replica as the router and its peers address it. A restarted rank is a new member."""
+    """One rank of one replica, or a router process, as others address it. One that was restarted is a new member."""
 
     role: str
-    """"prefill" or "decode"."""
+    """"prefill", "decode" or "router"."""
     replica: int
     rank: int
     """Rank inside its replica's group."""
     address: str
-    """host:port of its gRPC server: router sessions and, on decode ranks, transfer sessions."""
+    """host:port of its gRPC server: sessions with routers; on decode ranks transfer sessions, on prefill ranks what receivers ask. Of a
+    router: of its HTTP API."""
     incarnation: int
     """Random 63-bit number drawn at process start."""
     fingerprint: str = ""
@@ -134,7 +139,7 @@ class Member:
         return f"{self.role}/{self.replica}.{self.rank}"
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> MemberKey:
         """(name, incarnation): unique, one life of the rank."""
         return self.name, self.incarnation
 
@@ -161,7 +166,7 @@ class Reservation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What a rank has and does, sent with its updates; the router's placement reads nothing else."""
+    """What a rank has and does, sent with its updates: what placement knows of it beside what its own router has sent there."""
 
     num_running: int = 0
     num_waiting: int = 0

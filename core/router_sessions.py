@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from typing import Any
 
 import grpc
@@ -45,7 +44,7 @@ class RouterSessions:
 
         reason = ""
         try:
-            await serve_session(commands, context.write, outbox, partial(self._take, handle, outbox), self.finish, self._timeout_s)
+            await serve_session(commands, context.write, outbox, lambda command: handle(command, outbox), self.finish, self._timeout_s)
         except Unavailable as error:
             reason = str(error)
         finally:
@@ -53,11 +52,6 @@ class RouterSessions:
             self._loop.session_closed(outbox)
         if reason:
             await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
-
-    def _take(self, handle: Callable[[Any, Outbox], None], outbox: Outbox, command: Any) -> None:
-        handle(command, outbox)
-        if command.ping:
-            outbox.post(self._update(pong=command.ping))
 
     def finish(self, update: Any) -> None:
         """Add what every update carries."""

@@ -24,6 +24,13 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 NO_PROXY = ("grpc.enable_http_proxy", 0)
 """Peers are reached directly, whatever `http_proxy` in the environment says: a proxy knows no rank's address, least of all 127.0.0.1."""
 
+
+def check_liveness(section: str, timeout_s: float) -> None:
+    """Raises ConfigError for a `liveness_timeout_s` of a section of the cluster file that would find every peer silent."""
+    if not timeout_s > PING_INTERVAL_S:
+        raise ConfigError(f"{section}.liveness_timeout_s is {timeout_s}; it must be above {PING_INTERVAL_S:g}, the time between pings")
+
+
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

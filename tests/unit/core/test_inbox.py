@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from core.inbox import InboxThread
 
@@ -53,3 +54,33 @@ def test_an_order_that_raises_ends_the_thread_and_is_told() -> None:
     thread.start()
     thread.join()
     assert deaths == ["ValueError('broken')"]
+
+
+def test_a_thread_has_progress_while_it_works_and_none_while_it_waits() -> None:
+    goes_on, is_in_order = threading.Event(), threading.Event()
+    in_turns: list[int | None] = []
+
+    def order() -> None:
+        is_in_order.set()
+        assert goes_on.wait(5)
+
+    def turn() -> float:
+        in_turns.append(thread.progress)
+        return 10.0
+
+    thread = InboxThread("t", turn, lambda error: None)
+    assert thread.progress is None
+    thread.put(lambda: None)
+    thread.put(order)
+    thread.start()
+    assert is_in_order.wait(5)
+    assert thread.progress == thread.progress == 1, "the first order has ended, the second has not"
+    goes_on.set()
+    end = time.monotonic() + 5
+    while thread.progress is not None:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    assert in_turns == [2]
+    thread.end()
+    thread.join()
+    assert thread.progress is None

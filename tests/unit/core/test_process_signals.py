@@ -19,6 +19,9 @@ class Part:
         print("ready", flush=True)
 
     async def stop(self):
+        if len(sys.argv) > 2:
+            print("stopping", flush=True)
+            await asyncio.to_thread(time.sleep, float(sys.argv[2]))
         print("stopped", flush=True)
 
 sys.exit(run(lambda: serve(Part())))
@@ -40,3 +43,17 @@ def test_a_signal_ends_a_process_at_once(number: int, start_s: float, said: str)
             process.kill()
         assert process.stdout.read() == said
         assert "process.stopping" in process.stderr.read()
+
+
+def test_a_second_signal_ends_a_process_that_does_not_stop() -> None:
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, "0", "60"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for number, said in ((signal.SIGTERM, "ready\n"), (signal.SIGINT, "stopping\n")):
+                while process.stdout.readline() not in (said, ""):
+                    pass
+                process.send_signal(number)
+            assert process.wait(20) == 1
+        finally:
+            process.kill()
+        assert process.stdout.read() == ""

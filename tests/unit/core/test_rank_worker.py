@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import pathlib
 import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import pytest
 
+import core.rank_worker
 from core.errors import CheckpointError, ConfigError
+from core.inbox import InboxThread
 from core.rank_worker import Place
 from core.rpc import Listener, new_channel
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
 from engine.config import EngineConfig
-from engine.null import NullRunner
 from engine.rank_engine import RankEngine
 from engine.runner import Runner
 from kv_transfer.config import TransferConfig
 from kv_transfer.own_transport import OwnTransport
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
+from tests.support.null_runner import NullRunner
 from tests.support.ports import free_ports, freed
 
 ROLES: dict[str, Callable[..., PrefillWorker | DecodeWorker]] = {
@@ -36,14 +39,18 @@ ROLES: dict[str, Callable[..., PrefillWorker | DecodeWorker]] = {
 
 
 def new_worker(
-    role: str, port: int, new_runner: Callable[[], Runner] = lambda: NullRunner(num_pages=8, num_slots=2), host: str = "127.0.0.1"
+    role: str,
+    port: int,
+    new_runner: Callable[[], Runner] = lambda: NullRunner(num_pages=8, num_slots=2),
+    host: str = "127.0.0.1",
+    on_death: Callable[[str], None] = pytest.fail,
 ) -> Any:
     return ROLES[role](
         model_path=pathlib.Path("none"),
         engine=EngineConfig(),
         transfer=TransferConfig(transport="memory"),
         place=Place(host=host, port=port),
-        on_death=pytest.fail,
+        on_death=on_death,
         new_runner=new_runner,
     )
 
@@ -131,6 +138,49 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_nothing_behind(role: str) 
 
     asyncio.run(live())
     assert threads_since(before) == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("place", [0, 1], ids=["engine", "transfers"])
+def test_a_rank_is_given_up_when_a_thread_of_it_stands_still(monkeypatch: pytest.MonkeyPatch, role: str, place: int) -> None:
+    """Its sessions and reports go on meanwhile, so nobody else would notice."""
+    monkeypatch.setattr(core.rank_worker, "LOOK_S", 0.005)
+    monkeypatch.setattr(core.rank_worker, "MOST_LOOKS", 8)
+
+    async def live() -> None:
+        told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        goes_on = threading.Event()
+        worker = new_worker(role, 0, on_death=told.set_result)
+        await worker.start()
+        thread = worker._threads[place]
+        thread.put(lambda: cast(None, goes_on.wait(20)))
+        reason = await asyncio.wait_for(told, 20)
+        assert reason.startswith(f"{thread.name} stands still"), reason
+        goes_on.set()
+        await worker.stop()
+
+    asyncio.run(live())
+
+
+class ScriptedThread:
+    name = "scripted"
+
+    def __init__(self, progress: Iterable[int | None]) -> None:
+        self._progress = iter(progress)
+
+    @property
+    def progress(self) -> int | None:
+        return next(self._progress)
+
+
+def test_a_thread_that_waits_or_goes_on_does_not_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core.rank_worker, "LOOK_S", 0.0)
+    monkeypatch.setattr(core.rank_worker, "MOST_LOOKS", 3)
+    long, told = [[None] * 9, [1] * 3, [2] * 3, [None], [2] * 3, range(3, 20), [20] * 4], list[str]()
+    thread = ScriptedThread(itertools.chain(*long))
+    asyncio.run(core.rank_worker.watch([cast(InboxThread, thread)], told.append))
+    assert told == ["scripted stands still: what it does takes over 0 s"]
+    assert not list(thread._progress), "it was given up at the last look, and not before"
 
 
 def has_ipv6() -> bool:
