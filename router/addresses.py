@@ -81,18 +81,19 @@ async def _wait_for(place: Address) -> Member:
 
 
 async def follow_addresses(places: Sequence[Address], members: Members) -> None:
-    """For ever: whoever answers at the addresses is a member until another does. A rank that is away keeps its place."""
+    """For ever: whoever answers at the addresses is a member until another does. A rank that is away keeps its place. Each address is
+    asked for itself: one that says nothing takes ANSWER_TIMEOUT_S each time."""
     known: dict[Address, Member] = {}
-    while True:
-        connected = {
-            session.member.incarnation for role in ("prefill", "decode") for session in members.sessions(role) if session.is_connected
-        }
-        for place in places:
-            if place in known and known[place].incarnation in connected:
-                continue
-            try:
-                known[place] = await ask(place)
-            except BatonError as error:
-                log.debug("rank.away", role=place.role, address=place.address, reason=str(error))
-        members.update(list(known.values()))
-        await asyncio.sleep(ASK_INTERVAL_S)
+
+    async def follow(place: Address) -> None:
+        while True:
+            connected = {session.member.incarnation for session in members.sessions(place.role) if session.is_connected}
+            if place not in known or known[place].incarnation not in connected:
+                try:
+                    known[place] = await ask(place)
+                    members.update(list(known.values()))
+                except BatonError as error:
+                    log.debug("rank.away", role=place.role, address=place.address, reason=str(error))
+            await asyncio.sleep(ASK_INTERVAL_S)
+
+    await asyncio.gather(*(follow(place) for place in places))

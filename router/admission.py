@@ -12,8 +12,8 @@ from collections import deque
 from core.clock import Clock
 from core.errors import Overloaded
 
-WINDOW_S = 30.0
-"""How far back durations count."""
+WINDOW_S, MOST_FREED = 30.0, 4096
+"""How far back durations count, and how many do."""
 
 UNKNOWN_S = 5.0
 """Retry-After while nothing has come free."""
@@ -27,8 +27,9 @@ class Room:
     def __init__(self, limit: int, clock: Clock) -> None:
         self.limit, self.taken = limit, 0
         self._clock = clock
-        self._freed: deque[tuple[float, int, float]] = deque(maxlen=4096)
-        """When, how much, and for how long it was taken."""
+        self._freed: deque[tuple[float, int, float]] = deque()
+        """When, how much, and that times the seconds for which it was taken, of late; `_amount` and `_busy` are their sums."""
+        self._amount, self._busy = 0, 0.0
         self._given_until = clock.now()
 
     def fits(self, amount: int) -> bool:
@@ -41,17 +42,27 @@ class Room:
     def free(self, amount: int, seconds: float) -> None:
         """It was taken for so long."""
         self.taken -= amount
-        self._freed.append((self._clock.now(), amount, seconds))
+        if amount:
+            self._freed.append((self._clock.now(), amount, amount * seconds))
+            self._amount, self._busy = self._amount + amount, self._busy + amount * seconds
+            self._forget()
 
     def turn_s(self, amount: int) -> float:
         """Seconds until it is this client's turn, behind those refused before it; between 1 and 60."""
         now = self._clock.now()
-        recent = [(freed, seconds) for when, freed, seconds in self._freed if freed and now - when < WINDOW_S]
-        if not recent:
+        self._forget()
+        if not self._freed:
             return UNKNOWN_S
-        mean_s = sum(freed * seconds for freed, seconds in recent) / sum(freed for freed, _ in recent)
-        self._given_until = min(max(self._given_until, now) + amount * mean_s / self.limit, now + MAX_RETRY_S)
+        self._given_until = min(max(self._given_until, now) + amount * self._busy / self._amount / self.limit, now + MAX_RETRY_S)
         return max(self._given_until - now, MIN_RETRY_S)
+
+    def _forget(self) -> None:
+        now = self._clock.now()
+        while self._freed and (len(self._freed) > MOST_FREED or now - self._freed[0][0] >= WINDOW_S):
+            _, amount, busy = self._freed.popleft()
+            self._amount, self._busy = self._amount - amount, self._busy - busy
+        if not self._freed:
+            self._busy = 0.0  # what roundings left
 
 
 class Admission:
@@ -72,17 +83,22 @@ class Admission:
 
     def enter(self, num_requests: int, num_tokens: int) -> None:
         """Count a request in (it may stand for several sequences). Raises Overloaded when full; one request always fits an empty router."""
-        for room, amount, what in (
-            (self._requests, num_requests, "requests are in progress"),
-            (self._tokens, num_tokens, "prompt tokens wait"),
-        ):
-            if not room.fits(amount):
-                raise Overloaded(f"{room.taken} {what}, the limit is {room.limit}", retry_after_s=room.turn_s(amount))
+        self.refuse_if_full(num_requests)
+        _refuse_beyond(self._tokens, num_tokens, "prompt tokens wait")
         self._requests.take(num_requests)
         self._tokens.take(num_tokens)
+
+    def refuse_if_full(self, num_requests: int = 1) -> None:
+        """Raises Overloaded if so many more are too many, however few tokens they have."""
+        _refuse_beyond(self._requests, num_requests, "requests are in progress")
 
     def first_token(self, num_tokens: int, seconds: float) -> None:
         self._tokens.free(num_tokens, seconds)
 
     def leave(self, num_requests: int, seconds: float) -> None:
         self._requests.free(num_requests, seconds)
+
+
+def _refuse_beyond(room: Room, amount: int, what: str) -> None:
+    if not room.fits(amount):
+        raise Overloaded(f"{room.taken} {what}, the limit is {room.limit}", retry_after_s=room.turn_s(amount))

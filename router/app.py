@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -12,12 +13,13 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from core.errors import BatonError, Cancelled, InternalError, InvalidRequest, ModelNotFound, TooLarge, Unauthorized
+from core.errors import BatonError, Cancelled, InternalError, InvalidRequest, ModelNotFound, Overloaded, TooLarge, Unauthorized
 from core.log import get_logger
 from router import completions
 from router.chat import Chat, ChatFormat
@@ -47,7 +49,7 @@ class ApiKeys:
         if scope["type"] == "http" and scope["path"].startswith("/v1") and self._keys and not self._is_known(scope):
             self._refused()
             error = Unauthorized("no valid API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
-            await response_of(error, anthropic=_is_anthropic(scope["path"]))(scope, receive, send)
+            await refusal(scope, error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -59,8 +61,39 @@ class ApiKeys:
         return any(matches)
 
 
+class RequestIds:
+    """ASGI middleware: every reply says what its request is called, in the headers where clients of OpenAI's and Anthropic's APIs look for
+    it. The ids of answers end in the same name, and the log has it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        name = uuid.uuid4().hex
+        scope.setdefault("state", {})["name"] = name
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = name
+            await send(message)
+
+        await self._app(scope, receive, send_named)
+
+
 def _is_anthropic(path: str) -> bool:
     return path.startswith("/v1/messages")
+
+
+def refusal(scope: Scope, error: BatonError) -> Response:
+    """The error as the reply of a route. The log has it under the request's name, unless there may be thousands of them a second."""
+    path = scope["path"]
+    if not isinstance(error, Overloaded):
+        log.info("http.refused", id=scope["state"]["name"], path=path[:200], status=error.http_status, error=f"{error.code}: {error}")
+    return response_of(error, anthropic=_is_anthropic(path))
 
 
 def create_app(service: Service, form: ChatFormat, members: Members, registry: CollectorRegistry, api_keys: tuple[str, ...]) -> FastAPI:
@@ -68,11 +101,12 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
     created = int(time.time())
     app = FastAPI(title="baton", version="0.1", docs_url="/docs", redoc_url=None)
     app.add_middleware(ApiKeys, keys=api_keys, refused=lambda: service.metrics.requests.labels("/v1", "401").inc())
+    app.add_middleware(RequestIds)
 
     @app.exception_handler(BatonError)
     async def failed(request: Request, error: BatonError) -> Response:
         _count(request, error.http_status)
-        return response_of(error, anthropic=_is_anthropic(request.url.path))
+        return refusal(request.scope, error)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
@@ -81,13 +115,13 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
         path, allowed = request.url.path, (error.headers or {}).get("Allow")
         remedy = f"allowed: {allowed}" if allowed else "the API is under /v1, and described at /docs"
         shown = NoRoute(f"no route {request.method} {path[:200]}; {remedy}", error.status_code)
-        response = response_of(shown, anthropic=_is_anthropic(path))
+        response = refusal(request.scope, shown)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        log.exception("http.broken", path=request.url.path)
+        log.exception("http.broken", id=request.state.name, path=request.url.path)
         _count(request, 500)
         return response_of(InternalError(f"internal error: {type(error).__name__}"), anthropic=_is_anthropic(request.url.path))
 
@@ -135,7 +169,7 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
                         yield event
             except Exception as error:  # outermost: this stream ends, the process goes on
                 if not isinstance(error, BatonError):
-                    log.exception("http.stream_broken", path=request.url.path)
+                    log.exception("http.stream_broken", id=request.state.name, path=request.url.path)
                     error = InternalError(f"internal error: {type(error).__name__}")
                 yield sse(orjson.dumps(body_of(error, anthropic=anthropic)), "error" if anthropic else None)
 
@@ -151,8 +185,9 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
 
     async def chat_route(request: Request, dialect: Dialect) -> Response:
         body, size = await read_body(request)
+        service.refuse_if_full()
         parsed = await parsed_by(request, size, lambda: form.parse(body, dialect))
-        return await answered(request, Chat(service, form, dialect, parsed), parsed.stream)
+        return await answered(request, Chat(service, form, dialect, parsed, request.state.name), parsed.stream)
 
     def documented(**example: Any) -> dict[str, Any]:
         content = {"schema": {"type": "object"}, "example": {"model": service.model, **example}}
@@ -184,11 +219,12 @@ def create_app(service: Service, form: ChatFormat, members: Members, registry: C
     async def text_completions(request: Request) -> Response:
         """OpenAI Completions: text or token ids."""
         body, size = await read_body(request)
+        service.refuse_if_full()
         if body.get("model") not in (service.model, None):
             raise ModelNotFound(f"the model {str(body['model'])[:100]!r} does not exist; this server has {service.model!r}", param="model")
         service.metrics.ignore(body.keys() - completions.KNOWN)
         parsed = await parsed_by(request, size, lambda: completions.parse(body, service))
-        return await answered(request, Completion(service, parsed), parsed.stream)
+        return await answered(request, Completion(service, parsed, request.state.name), parsed.stream)
 
     @app.get("/v1/models")
     async def models() -> Response:

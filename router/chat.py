@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -155,9 +154,10 @@ def _with_call(conversation: recipe.Conversation) -> recipe.Conversation:
 class Chat:
     """Runs a parsed chat request: `events` for streaming, `response` for a whole answer."""
 
-    def __init__(self, service: Service, form: ChatFormat, dialect: Dialect, request: ChatRequest) -> None:
+    def __init__(self, service: Service, form: ChatFormat, dialect: Dialect, request: ChatRequest, name: str) -> None:
+        """name: of its own, for the answer's id and the log."""
         self._service, self._form, self._dialect, self._request = service, form, dialect, request
-        self.id = dialect.id_prefix + uuid.uuid4().hex
+        self.id = dialect.id_prefix + name
         self._created = int(time.time())
         self._usage: list[dict[str, Any]] = []
 

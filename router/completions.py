@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -166,9 +165,10 @@ def usage_of(num_prompt: int, num_output: int) -> dict[str, int]:
 class Completion:
     """Runs a parsed request: `events` for streaming, `response` for a whole answer."""
 
-    def __init__(self, service: Service, request: CompletionRequest) -> None:
+    def __init__(self, service: Service, request: CompletionRequest, name: str) -> None:
+        """name: of its own, for the answer's id and the log."""
         self._service, self._request = service, request
-        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.id = f"cmpl-{name}"
         self._created = int(time.time())
         self.num_output_tokens = 0
 

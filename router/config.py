@@ -8,6 +8,7 @@ import pathlib
 from dataclasses import dataclass
 
 from core.errors import ConfigError
+from core.rpc import check_liveness
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +53,10 @@ class RouterConfig:
         for key in ("processes", "max_requests", "max_waiting_tokens", "max_body_bytes", "max_n", "max_attempts"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"router.{key} is {getattr(self, key)}; it must be at least 1")
-        for key in ("request_timeout_s", "reserve_timeout_s", "liveness_timeout_s"):
+        for key in ("request_timeout_s", "reserve_timeout_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"router.{key} is {getattr(self, key)}; it must be above 0")
+        check_liveness("router", self.liveness_timeout_s)
         for key in ("wait_for_members_s", "drain_timeout_s"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"router.{key} is {getattr(self, key)}; it must be at least 0")

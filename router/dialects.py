@@ -11,10 +11,14 @@ import deepseek_recipe as recipe
 @dataclass(frozen=True, slots=True)
 class Dialect:
     request: Any
+    """The library's class of a request."""
     response: Any
+    """And of a whole answer, which also knows the events of a stream."""
     id_prefix: str
     prompt_key: str
+    """The field of the prompt, for refusals."""
     max_tokens_keys: tuple[str, ...]
+    """Fields that bound the answer; the first that is set counts."""
 
 
 CHAT = Dialect(

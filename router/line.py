@@ -1,8 +1,8 @@
 """Requests that wait for room on the decode ranks, oldest first.
 
-    with line.place() as place:
+    with line.place(arrived) as place:
         if len(line):
-            place.join()                # behind those who wait already
+            place.join()                # behind those who came before it
         await place.turn()              # then ask, but none of place.forbidden(); and
         place.refused([rank, ...])      # again from turn on, or
         place.granted()
@@ -20,9 +20,7 @@ from contextlib import contextmanager
 from itertools import islice
 
 from core.clock import Clock
-
-Rank = tuple[str, int]
-"""Name and incarnation."""
+from core.request import MemberKey
 
 MAX_FRONT = 64
 
@@ -38,10 +36,11 @@ class Line:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._waiting: dict[Place, None] = {}
+        """By arrival."""
         self._front = 1
         self._oldest: Place | None = None
         self._oldest_since = 0.0
-        self._claimed: Rank | None = None
+        self._claimed: MemberKey | None = None
         """By the oldest."""
 
     def __len__(self) -> int:
@@ -49,9 +48,9 @@ class Line:
         return len(self._waiting)
 
     @contextmanager
-    def place(self) -> Iterator[Place]:
-        """For one request; it is given up at the end, whatever happens."""
-        place = Place(self)
+    def place(self, arrived: float) -> Iterator[Place]:
+        """For one request that came at that time; it is given up at the end, whatever happens."""
+        place = Place(self, arrived)
         try:
             yield place
         finally:
@@ -60,16 +59,23 @@ class Line:
     def join(self, place: Place) -> None:
         if place not in self._waiting:
             place.may_ask.clear()
+            is_last = not self._waiting or next(reversed(self._waiting)).arrived <= place.arrived
             self._waiting[place] = None
+            if not is_last:  # it has lost the rank that it had
+                self._waiting = dict.fromkeys(sorted(self._waiting, key=lambda waiting: waiting.arrived))
+                for pushed_back in islice(self._waiting, self._front, self._front + 1):
+                    pushed_back.may_ask.clear()
         self._call()
 
     def leave(self, place: Place) -> None:
-        """Who is not in the line waits for nobody; it may be asking, and others may have narrowed the front meanwhile."""
+        """Who is not in the line waits for nobody; it may be asking, and others may have narrowed the front meanwhile. If it comes back it
+        is the last."""
         self._waiting.pop(place, None)
+        place.arrived = self._clock.now()
         place.may_ask.set()
         self._call()
 
-    def narrow(self, place: Place, refused_by: Sequence[Rank]) -> None:
+    def narrow(self, place: Place, refused_by: Sequence[MemberKey]) -> None:
         """There is no room for this one: only the oldest ask."""
         waited_s = self._clock.now() - self._oldest_since
         front = PASSING_FRONT if waited_s > PASSED_AFTER_S else 1
@@ -90,7 +96,7 @@ class Line:
             self._front = len(self._waiting)
             self._call()
 
-    def forbidden(self, place: Place) -> list[Rank]:
+    def forbidden(self, place: Place) -> list[MemberKey]:
         return [self._claimed] if self._claimed is not None and place is not self._oldest else []
 
     def _call(self) -> None:
@@ -106,8 +112,10 @@ class Line:
 class Place:
     """A request's, in the line from its `join` or its first refusal on."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, arrived: float) -> None:
         self._line = line
+        self.arrived = arrived
+        """Whose was earlier is before it in the line."""
         self.may_ask = asyncio.Event()
         """Set by the line."""
         self.is_in_line = False
@@ -116,7 +124,7 @@ class Place:
         self.is_in_line = True
         self._line.join(self)
 
-    def refused(self, ranks: Sequence[Rank]) -> None:
+    def refused(self, ranks: Sequence[MemberKey]) -> None:
         """By all of them, the one that suits it best first."""
         self.join()
         self._line.narrow(self, ranks)
@@ -129,7 +137,7 @@ class Place:
         """It is at the end of the line if it is refused again."""
         self._line.leave(self)
 
-    def forbidden(self) -> list[Rank]:
+    def forbidden(self) -> list[MemberKey]:
         """Claimed by another."""
         return self._line.forbidden(self)
 

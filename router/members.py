@@ -10,7 +10,7 @@ import grpc.aio
 from core.clock import new_incarnation
 from core.codec import decode_member
 from core.log import get_logger
-from core.request import Member
+from core.request import Member, MemberKey
 from core.rpc import new_channel, token_metadata
 from protos import control_pb2, control_pb2_grpc
 from router.session import RankSession
@@ -24,7 +24,7 @@ class Members:
     def __init__(self, liveness_timeout_s: float, router_name: str = "") -> None:
         self.router_name = router_name or f"router-{new_incarnation():x}"
         self._timeout_s = liveness_timeout_s
-        self._sessions: dict[tuple[str, int], RankSession] = {}
+        self._sessions: dict[MemberKey, RankSession] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def sessions(self, role: str) -> list[RankSession]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from core.errors import Mismatch, Unavailable
 from core.kv_layout import PAGE_TOKENS
-from core.request import Load, Member, Request
+from core.request import Load, Member, MemberKey, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,7 @@ class Candidate:
     """Of the prompt's pages, those that the rank may still hold from an earlier turn; 0 to 1."""
 
 
-def place_decode(
-    request: Request, decodes: Sequence[Candidate], prefills: Sequence[Member], avoid: Iterable[tuple[str, int]] = ()
-) -> Member:
+def place_decode(request: Request, decodes: Sequence[Candidate], prefills: Sequence[Member], avoid: Iterable[MemberKey] = ()) -> Member:
     """Among the decode ranks with the KV layout of a prefill rank the one that has the least to do: the least that the request adds to the
     squares of the shares of slots and of pages in use. A short request goes where few sequences are, a long one where few pages are taken,
     and both stay even; a rank that holds the whole prompt may have one sequence more than others.
@@ -51,7 +49,7 @@ def place_decode(
     )
 
 
-def place_prefill(request: Request, prefills: Sequence[Candidate], fingerprint: str, avoid: Iterable[tuple[str, int]] = ()) -> Member:
+def place_prefill(request: Request, prefills: Sequence[Candidate], fingerprint: str, avoid: Iterable[MemberKey] = ()) -> Member:
     """Among the prefill ranks with this KV layout, that of the decode rank, the one with the fewest prompt tokens to compute before this
     one's turn. Groups, room and `avoid` count as for `place_decode`. Raises Unavailable when none has it."""
     fitting = [candidate for candidate in prefills if candidate.member.fingerprint == fingerprint]
@@ -74,7 +72,7 @@ def decode_load(rank: Candidate, num_pages: int) -> float:
     return (requests - rank.kept_share) / slots_total**2 + pages * num_pages / pages_total**2
 
 
-def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], num_pages: int, avoided: set[tuple[str, int]]) -> Member:
+def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], num_pages: int, avoided: set[MemberKey]) -> Member:
     loads = [load_of(rank) for rank in ranks]
     groups: dict[int, list[float]] = {}
     for rank, its_load in zip(ranks, loads, strict=True):

@@ -6,9 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from core.prefix import page_digests
-
-Rank = tuple[str, int]
-"""Name and incarnation."""
+from core.request import MemberKey
 
 MAX_PROMPTS = 16_384
 """Remembered prompts: a few megabytes."""
@@ -17,10 +15,10 @@ MAX_PROMPTS = 16_384
 class PrefixIndex:
     def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
         self._max_prompts = max_prompts
-        self._ranks: OrderedDict[bytes, tuple[Rank, int]] = OrderedDict()
+        self._ranks: OrderedDict[bytes, tuple[MemberKey, int]] = OrderedDict()
         """Digest of a prompt's last whole page -> who ran it, and its number of pages."""
 
-    def note(self, token_ids: Sequence[int], rank: Rank) -> None:
+    def note(self, token_ids: Sequence[int], rank: MemberKey) -> None:
         """The rank has run this prompt to its end."""
         digests = page_digests(token_ids)
         if digests:
@@ -29,7 +27,7 @@ class PrefixIndex:
             if len(self._ranks) > self._max_prompts:
                 self._ranks.popitem(last=False)
 
-    def find(self, token_ids: Sequence[int]) -> tuple[Rank, float] | None:
+    def find(self, token_ids: Sequence[int]) -> tuple[MemberKey, float] | None:
         """The rank that ran the longest known beginning of this prompt, and that beginning's share of its whole pages."""
         digests = page_digests(token_ids) if self._ranks else []
         for digest in reversed(digests):

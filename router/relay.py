@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from core.clock import Clock
 from core.errors import BatonError, DeadlineExceeded, MemberLost, Overloaded, Preempted, TransferFailed
 from core.log import get_logger
-from core.request import FinishReason, Request, TokenLogprobs
+from core.request import FinishReason, MemberKey, Request, TokenLogprobs
 from router.config import RouterConfig
 from router.members import Members
 from router.reserving import Events, Reserver, into
@@ -132,8 +132,9 @@ class Relay:
         Closing the generator cancels the request everywhere."""
         produced: list[int] = []
         num_scored = 0  # prompt tokens whose log-probabilities the client has: another run scores them again
-        avoid: list[tuple[str, int]] = []
+        avoid: list[MemberKey] = []
         pause = RETRY_S
+        arrived = journey.began
         deadline = journey.began + self._config.request_timeout_s
         while True:
             journey.attempts += 1
@@ -144,7 +145,7 @@ class Relay:
                 deadline_s=max(deadline - self._clock.now(), 0.001),
             )
             try:
-                async with aclosing(self._attempt(attempt, journey, avoid, deadline)) as outputs:
+                async with aclosing(self._attempt(attempt, journey, avoid, arrived, deadline)) as outputs:
                     async for output in outputs:
                         if output.prompt_logprobs:
                             output = output.scored_after(num_scored)
@@ -158,6 +159,7 @@ class Relay:
                 if self._clock.now() > deadline:
                     raise
                 journey.num_preemptions += 1
+                arrived = self._clock.now()
                 log.info("relay.preempted", request_id=attempt.request_id, num_tokens=len(produced))
             except BatonError as error:
                 has_to_wait = isinstance(error, Overloaded) and bool(produced)  # for the prefill rank; without tokens the client comes back
@@ -171,12 +173,12 @@ class Relay:
                 pause = min(2 * pause, 1.0)
 
     async def _attempt(
-        self, request: Request, journey: Journey, avoid: list[tuple[str, int]], deadline: float
+        self, request: Request, journey: Journey, avoid: list[MemberKey], arrived: float, deadline: float
     ) -> AsyncGenerator[Output, None]:
         """One prompt on one prefill rank, handed to a decode rank, or to a second one."""
         events: Events = asyncio.Queue()
         began = self._clock.now()
-        prefill, decode, reservation = await self._reserver.reserve(request, events, avoid, deadline)
+        prefill, decode, reservation = await self._reserver.reserve(request, events, avoid, arrived, deadline)
         journey.add({"reserve": self._clock.now() - began})
         journey.ranks += [prefill.member.name, decode.member.name]
         run = _Run(request, prefill, decode, request.request_id)
@@ -234,7 +236,7 @@ class Relay:
             run.leave(run.decode)
 
     async def _hand_on(
-        self, run: _Run, events: Events, journey: Journey, avoid: list[tuple[str, int]], deadline: float, error: BatonError
+        self, run: _Run, events: Events, journey: Journey, avoid: list[MemberKey], deadline: float, error: BatonError
     ) -> None:
         """Have the prefill rank hand what it keeps to another decode rank. Raises `error` if that cannot be: decode has taken over
         already, it is not the rank that failed, or a second rank could not be reached either."""
@@ -253,7 +255,7 @@ class Relay:
             run.request, request_id=f"{base}.{journey.attempts}", deadline_s=max(deadline - self._clock.now(), 0.001)
         )
         try:
-            _, run.decode, reservation = await self._reserver.reserve(request, events, avoid, deadline, run.prefill)
+            _, run.decode, reservation = await self._reserver.reserve(request, events, avoid, journey.began, deadline, run.prefill)
             run.reserved_as = request.request_id
             run.prefill.hand_on(run.request.request_id, reservation)
             journey.num_runs += 1

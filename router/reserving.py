@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from core.clock import Clock
 from core.errors import DeadlineExceeded, NoMembers, Overloaded, Unavailable
-from core.request import Request, Reservation
+from core.request import MemberKey, Request, Reservation
 from router.config import RouterConfig
 from router.line import Line, Place
 from router.members import Members
@@ -48,15 +48,23 @@ class Reserver:
         self._prefixes.note(request.token_ids, decode.member.key)
 
     async def reserve(
-        self, request: Request, events: Events, avoid: list[tuple[str, int]], deadline: float, keeper: RankSession | None = None
+        self,
+        request: Request,
+        events: Events,
+        avoid: list[MemberKey],
+        arrived: float,
+        deadline: float,
+        keeper: RankSession | None = None,
     ) -> tuple[RankSession, RankSession, Reservation]:
         """Pages on a decode rank, and a prefill rank to fill them (`keeper`, which has computed it already). When all decode ranks are
-        full, and while others wait, waits in line for room; a keeper's request goes first and waits for KEPT_S at most. Whatever the
-        decode rank says afterwards is put into `events`."""
+        full, and while others wait, waits in line for room, behind those that came before `arrived`; a keeper's request goes first and
+        waits for KEPT_S at most. Whatever the decode rank says afterwards is put into `events`. `avoid`: ranks that failed this request,
+        to which a decode rank that does not grant is added unless it is only full. Raises NoMembers, Mismatch, Unavailable,
+        DeadlineExceeded, with a keeper Overloaded, and what the decode rank refuses with."""
         kept_until, found = self._clock.now() + KEPT_S, self._prefixes.find(request.token_ids)
         shares = {} if found is None else {found[0]: found[1]}
-        full, pause_s = list[tuple[str, int]](), 0.0
-        with self.line.place() as place:
+        full, pause_s = list[MemberKey](), 0.0
+        with self.line.place(arrived) as place:
             if keeper is None and len(self.line):
                 place.join()
             while True:
@@ -124,8 +132,8 @@ class Reserver:
     async def _find_decode(
         self,
         request: Request,
-        shares: dict[tuple[str, int], float],
-        avoid: list[tuple[str, int]],
+        shares: dict[MemberKey, float],
+        avoid: list[MemberKey],
         deadline: float,
         keeper: RankSession | None,
     ) -> RankSession:
@@ -144,7 +152,7 @@ class Reserver:
             else:
                 return next(session for session in found if session.member is chosen)
 
-    def _find_prefill(self, request: Request, decode: RankSession, avoid: list[tuple[str, int]]) -> RankSession:
+    def _find_prefill(self, request: Request, decode: RankSession, avoid: list[MemberKey]) -> RankSession:
         """Not before pages are granted: requests that ask for theirs at the same time see equal loads. Raises Unavailable."""
         found = self._members.ready("prefill")
         chosen = place_prefill(request, [_candidate(s, {}) for s in found], decode.member.fingerprint, avoid)
@@ -168,7 +176,7 @@ def into(events: Events, name: str, answer: asyncio.Future[Event] | None = None)
     return listener
 
 
-def _candidate(session: RankSession, shares: dict[tuple[str, int], float]) -> Candidate:
+def _candidate(session: RankSession, shares: dict[MemberKey, float]) -> Candidate:
     in_flight = session.in_flight
     share = shares.get(session.member.key, 0.0) if shares else 0.0
     return Candidate(session.member, session.load, len(in_flight), sum(in_flight.values()), share)

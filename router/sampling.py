@@ -32,6 +32,7 @@ def number(
 
 
 def boolean(body: Mapping[str, Any], key: str, default: bool) -> bool:
+    """body[key], or the default if absent or null. Raises InvalidRequest."""
     value = body.get(key)
     if value is None:
         return default
@@ -41,7 +42,7 @@ def boolean(body: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def text_list(body: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """body[key]: a string or a list of strings; empty ones are refused."""
+    """body[key]: a string or a list of strings; () if absent or null. Raises InvalidRequest, also for empty ones."""
     value = body.get(key)
     if value is None:
         return ()
@@ -54,6 +55,7 @@ def text_list(body: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def logit_bias(body: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """(token id, bias) of body["logit_bias"], whose keys are texts. Raises InvalidRequest."""
     value = body.get("logit_bias")
     if value is None:
         return ()
@@ -70,6 +72,7 @@ def logit_bias(body: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, flo
 
 
 def token_ids(body: Mapping[str, Any], key: str, vocab_size: int) -> tuple[int, ...]:
+    """body[key]: a list of ids; () if absent or null. Raises InvalidRequest."""
     value = body.get(key)
     if value is None:
         return ()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pathlib
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -67,7 +68,7 @@ class Router:
         app = create_app(service, ChatFormat(service, config.default_thinking), self.members, registry, self._api_keys)
         self._socket = _listen(config.host, config.port, self._is_port_shared, config.request_timeout_s)
         self.port = self._socket.getsockname()[1]
-        self._server = uvicorn.Server(
+        self._server = _Server(
             uvicorn.Config(
                 app,
                 log_config=None,
@@ -108,6 +109,14 @@ class Router:
             await asyncio.gather(self._watch, return_exceptions=True)
         await self.members.close()
         self._service.close()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process, which has the router stop. Else it sends itself again, at its end, those that came."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 def _end_with(watch: asyncio.Task[None]) -> None:

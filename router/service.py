@@ -71,6 +71,10 @@ class Service:
             )
         return max_tokens or room
 
+    def refuse_if_full(self) -> None:
+        """Before a request is parsed: under load that would be most of the work of refusing it. Raises Overloaded."""
+        self._admission.refuse_if_full()
+
     @asynccontextmanager
     async def admitted(self, num_sequences: int, num_tokens: int) -> AsyncIterator[None]:
         """Count a request in for as long as the block runs. Raises Overloaded."""

@@ -200,7 +200,7 @@ class RankSession:
                 async with asyncio.timeout(PING_INTERVAL_S):
                     command = await self._outgoing.get()
             except TimeoutError:
-                command = self._command(ping=1)
+                command = self._command()
             while not self._outgoing.empty() and command.ByteSize() < MERGED_BYTES:
                 command.MergeFrom(self._outgoing.get_nowait())
             try:

@@ -11,6 +11,10 @@ from tokenizers.decoders import DecodeStream
 from core.errors import CheckpointError, PromptTooLong
 
 PIECE_CHARS = 65_536
+"""Of a text that may be too long, tokenised at a time."""
+
+MAX_PENDING = 16
+"""Tokens that wait for the end of a character. It has 4 bytes at most, and a token one at least: with so many something is broken."""
 
 
 def context_length(max_tokens: int) -> str:
@@ -70,16 +74,25 @@ class Detokenizer:
             return ""
         self._pending.append(token_id)
         text: str | None = self._stream.step(self._codec.tokenizer, token_id)
-        if not text:
-            return ""
-        self._pending.clear()
-        return text
+        if text:
+            self._pending.clear()
+            return text
+        return self._let_go() if len(self._pending) >= MAX_PENDING else ""
 
     def finish(self) -> str:
         """What was held back; broken characters show as replacement characters."""
         rest = self._codec.decode(self._pending)
         self._pending.clear()
         return rest
+
+    def _let_go(self) -> str:
+        """Text of what is pending, but for a last character that may yet become whole. The stream, which would decode all of it again with
+        each token, begins anew."""
+        pending, decode = self._pending, self._codec.decode
+        whole, last = decode(pending), len(pending) - 3
+        cut = next((at for at in range(last, 0, -1) if decode(pending[:at]) + decode(pending[at:]) == whole), last)
+        self._pending, self._stream = [], DecodeStream(skip_special_tokens=True)
+        return decode(pending[:cut]) + "".join(self.add(token) for token in pending[cut:])
 
 
 class StopMatcher:

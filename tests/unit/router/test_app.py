@@ -20,6 +20,7 @@ from router.metrics import MAX_FIELDS
 from router.server import Router
 
 MODEL = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "demo_model" / "checkpoint"
+STRANGER = {"authorization": "Bearer nobody"}
 HELLO = [{"role": "user", "content": "Hello"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": HELLO},
@@ -62,6 +63,21 @@ def message_of(path: str, response: httpx.Response) -> str:
         assert set(body["error"]) == {"message", "type", "param", "code"}
     message: str = body["error"]["message"]
     return message
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/v1/models", "/health", "/nowhere"])
+def test_every_reply_has_a_name_of_its_own_and_a_refusal_is_in_the_log_under_it(
+    client: httpx.Client, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "baton.http")
+    replies = [client.request("POST" if path in BODIES else "GET", path, json={}, headers=headers) for headers in ({}, STRANGER)]
+    names = [reply.headers["x-request-id"] for reply in replies]
+    assert len(set(names)) == 2 and names == [reply.headers["request-id"] for reply in replies]
+    statuses = [reply.status_code for reply in replies]
+    assert statuses == {"/health": [200, 200], "/nowhere": [404, 404], "/v1/models": [200, 401]}.get(path, [400, 401])
+    said = [record.getMessage() for record in caplog.records if "http.refused" in record.getMessage()]
+    refused = [f"id={name} path={path} status={status}" for name, status in zip(names, statuses, strict=True) if status >= 400]
+    assert len(said) == len(refused) and all(part in line for part, line in zip(refused, said, strict=True))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -205,6 +221,17 @@ def test_names_that_clients_make_up_do_not_fill_the_metrics(client: httpx.Client
     families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
     counts = {s.labels["field"]: s.value for s in families["baton_router_ignored_fields"].samples}
     assert len(counts) <= MAX_FIELDS + 1 and sum(counts.values()) >= 300 and counts["other"] >= 200
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_full_router_refuses_a_request_before_it_looks_into_it(client: httpx.Client, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"model": "demo", **BODIES[path], "temperature": "hot"}
+    assert client.post(path, json=body).status_code == 400
+    monkeypatch.setattr("router.admission.Room.fits", lambda room, amount: False)
+    response = client.post(path, json=body)
+    assert response.status_code == 429 and 1 <= int(response.headers["retry-after"]) <= 60
+    assert "requests are in progress, the limit is 1024" in message_of(path, response)
+    assert client.post("/v1/messages/count_tokens", json={"model": "demo", "messages": HELLO}).status_code == 200, "it takes no room"
 
 
 def answered(client: httpx.Client, path: str) -> dict[str, float]:

@@ -61,7 +61,7 @@ def new_service(model: Model, max_model_len: int = 4096) -> Service:
 def new_chat(model: Model, dialect: Dialect, body: dict[str, Any]) -> Chat:
     service = new_service(model)
     form = ChatFormat(service, default_thinking=False)
-    return Chat(service, form, dialect, form.parse({"model": "demo", **BODIES[dialect], **body}, dialect))
+    return Chat(service, form, dialect, form.parse({"model": "demo", **BODIES[dialect], **body}, dialect), "a")
 
 
 def answer(model: Model, dialect: Dialect, **body: Any) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def completed(model: Model, **body: Any) -> tuple[list[dict[str, Any]], dict[str
     async def read() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         service = new_service(model)
         parsed = completions.parse({"model": "demo", "prompt": "a", "max_tokens": 64, **body}, service)
-        completion = completions.Completion(service, parsed)
+        completion = completions.Completion(service, parsed, "a")
         return [item async for item in completion.choices()], completion.usage()
 
     return asyncio.run(read())

@@ -24,10 +24,10 @@ def line(clock: ManualClock) -> Line:
 
 
 @pytest.fixture
-def places(line: Line) -> Iterator[list[Place]]:
+def places(line: Line, clock: ManualClock) -> Iterator[list[Place]]:
     """Of 200 requests in line."""
     with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(line.place()) for _ in range(200)]
+        found = [stack.enter_context(line.place(clock.now())) for _ in range(200)]
         for place in found:
             place.join()
         yield found
@@ -99,3 +99,16 @@ def test_who_gave_up_his_place_and_is_refused_is_the_last(places: list[Place]) -
     places[0].give_up()
     places[0].refused(RANKS)
     assert asking(places) == [1]
+
+
+def test_who_lost_a_rank_has_its_place_by_arrival_and_takes_nobodys_turn_away(clock: ManualClock) -> None:
+    line = Line(clock)
+    with contextlib.ExitStack() as stack:
+        places = [stack.enter_context(line.place(float(arrived))) for arrived in range(4)]
+        for number in (1, 3, 2, 0):
+            places[number].join()
+        assert asking(places) == [0], "the one that might ask until the oldest came does not any more"
+        leave(places[0])
+        assert asking(places) == [1, 2]
+        for place in places[1:]:
+            leave(place)

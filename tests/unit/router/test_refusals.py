@@ -105,7 +105,7 @@ def test_a_tool_that_cannot_be_called_is_not_asked_for(form: ChatFormat, dialect
     assert refused.value.param == "tool_choice" and "tool_choice" in str(refused.value)
 
 
-def test_the_reason_of_a_refusal_is_not_looked_for_in_thousands_of_fields(form: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_of_a_refusal_is_not_looked_for_in_thousands_of_fields(form: ChatFormat) -> None:
     asked = list[bytes]()
 
     class Counted:

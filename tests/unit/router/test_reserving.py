@@ -12,11 +12,11 @@ import pytest
 import router.line
 import router.reserving
 from core.clock import SystemClock
-from core.errors import DeadlineExceeded, NoMembers, Unavailable
+from core.errors import BatonError, DeadlineExceeded, Draining, MemberLost, NoMembers, Preempted, Unavailable
 from core.kv_layout import PAGE_TOKENS
 from core.request import FinishReason, Request, SamplingParams, Tokens
 from router.reserving import FULL_POLL_S, full_poll_s
-from router.session import FirstToken
+from router.session import Failed, FirstToken
 from tests.support.scripted_ranks import (
     MAX_TOKENS,
     FakePrefill,
@@ -142,8 +142,9 @@ def test_a_decode_rank_is_not_blamed_for_a_prefill_rank_that_is_gone() -> None:
 
     async def ask() -> None:
         request = Request(request_id="r", token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+        now = SystemClock().now()
         with pytest.raises(Unavailable, match="is ready any more"):
-            await reserver.reserve(request, asyncio.Queue(), avoid, SystemClock().now() + 5)
+            await reserver.reserve(request, asyncio.Queue(), avoid, now, now + 5)
 
     asyncio.run(ask())
     assert decode.cancelled == ["r"] and not decode.in_flight and not avoid
@@ -156,7 +157,7 @@ def test_a_request_whose_time_is_up_leaves_the_line_though_others_wait_before_it
 
     async def wait(name: str, seconds: float) -> None:
         request = Request(request_id=name, token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
-        await reserver.reserve(request, asyncio.Queue(), [], clock.now() + seconds)
+        await reserver.reserve(request, asyncio.Queue(), [], clock.now(), clock.now() + seconds)
 
     async def run() -> None:
         first = asyncio.create_task(wait("first", 60.0))
@@ -190,7 +191,8 @@ def new_line(decodes: list[Roomy]) -> tuple[Callable[[str], asyncio.Task[None]],
 
     async def wait(name: str) -> None:
         request = Request(request_id=name, token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
-        await reserver.reserve(request, asyncio.Queue(), [], SystemClock().now() + 30)
+        now = SystemClock().now()
+        await reserver.reserve(request, asyncio.Queue(), [], now, now + 30)
         granted.append(name)
 
     return lambda name: asyncio.create_task(wait(name)), granted
@@ -210,6 +212,41 @@ def test_who_comes_later_does_not_go_before_those_in_line() -> None:
         decode.room = 2
         await asyncio.gather(*tasks)
         assert granted == ["first", "second", "late"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "next_in_line"),
+    [(MemberLost("gone"), "first.2"), (Draining("about to go"), "first.2"), (Preempted("out of pages"), "second.1")],
+)
+def test_who_loses_a_rank_has_its_place_by_arrival_and_who_is_preempted_is_the_last(error: BatonError, next_in_line: str) -> None:
+    async def run() -> None:
+        decode = Roomy()
+        decode.room, decode.is_silent = 1, True
+        prefill = FakePrefill([decode])
+        relay, tasks = new_relay([prefill, decode]), list[asyncio.Task[None]]()
+
+        async def ask(name: str) -> None:
+            request = Request(request_id=name, token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+            async with aclosing(relay.generate(request, new_journey())) as outputs:
+                async for _ in outputs:
+                    pass
+
+        tasks.append(asyncio.create_task(ask("first")))
+        await until(lambda: bool(prefill.requests))
+        tasks.append(asyncio.create_task(ask("second")))
+        await until(lambda: relay.num_in_line == 1)
+        tasks.append(asyncio.create_task(ask("third")))
+        await until(lambda: relay.num_in_line == 2)
+        prefill.listeners["first.1"](Failed("decode" if isinstance(error, Preempted) else "prefill", error))
+        await until(lambda: relay.num_in_line == 3)
+        decode.room = 1
+        await until(lambda: len(prefill.requests) > 1)
+        assert prefill.requests[1].request_id == next_in_line
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(run())
 
@@ -293,8 +330,9 @@ def test_those_in_line_wait_side_by_side_for_ranks_that_are_gone() -> None:
 
         async def wait(number: int) -> None:
             request = Request(request_id=str(number), token_ids=(5,), prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
+            now = SystemClock().now()
             with pytest.raises(NoMembers):
-                await reserver.reserve(request, asyncio.Queue(), [], SystemClock().now() + 30)
+                await reserver.reserve(request, asyncio.Queue(), [], now, now + 30)
 
         tasks = [asyncio.create_task(wait(number)) for number in range(50)]
         while relay.num_in_line < 20:
@@ -317,7 +355,8 @@ def test_room_for_a_long_prompt_is_asked_for_less_often() -> None:
 
     async def ask(decode: FakeRank, num_tokens: int, seconds: float) -> None:
         request = Request(request_id="r", token_ids=(5,) * num_tokens, prompt_len=1, sampling=SamplingParams(max_tokens=MAX_TOKENS))
-        await new_relay([FakePrefill([]), decode])._reserver.reserve(request, asyncio.Queue(), [], SystemClock().now() + seconds)
+        now = SystemClock().now()
+        await new_relay([FakePrefill([]), decode])._reserver.reserve(request, asyncio.Queue(), [], now, now + seconds)
 
     short, long = Full("decode"), Full("decode")
     asyncio.run(ask(short, 20_000, 30.0))

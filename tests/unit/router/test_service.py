@@ -49,7 +49,7 @@ class Said:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+def lines() -> Iterator[list[str]]:
     logger, found = logging.getLogger("baton.request"), list[str]()
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
@@ -68,7 +68,7 @@ def new_service(ending: FinishReason | BaseException) -> Service:
 
 async def complete(service: Service, leave_after: int = 10**6, **body: Any) -> None:
     parsed = completions.parse({"model": "demo", "prompt": "a", "max_tokens": 64, **body}, service)
-    async with aclosing(completions.Completion(service, parsed).choices()) as items:
+    async with aclosing(completions.Completion(service, parsed, "a").choices()) as items:
         async for _ in items:
             leave_after -= 1
             if leave_after == 0:
@@ -122,7 +122,7 @@ def test_a_stop_sequence_of_a_chat_is_logged_as_stop(lines: list[str]) -> None:
     service = new_service(FinishReason.LENGTH)
     form = ChatFormat(service, default_thinking=False)
     body = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "stop": ["lamp"]}
-    answer = asyncio.run(Chat(service, form, CHAT, form.parse(body, CHAT)).response())
+    answer = asyncio.run(Chat(service, form, CHAT, form.parse(body, CHAT), "a").response())
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert (fields(lines[0])["status"], fields(lines[0])["finish_reason"]) == ("ok", "stop")
 
@@ -133,11 +133,11 @@ def test_the_token_that_ends_a_sequence_is_no_text_in_any_dialect(stop_token_ids
     form = ChatFormat(service, default_thinking=False)
     body = {"model": "demo", "stop_token_ids": stop_token_ids}
     parsed = form.parse({**body, "messages": [{"role": "user", "content": "Hello"}]}, CHAT)
-    chat = asyncio.run(Chat(service, form, CHAT, parsed).response())["choices"][0]["message"]["content"]
+    chat = asyncio.run(Chat(service, form, CHAT, parsed, "a").response())["choices"][0]["message"]["content"]
 
     async def completed() -> str:
         parsed = completions.parse({**body, "prompt": "a", "max_tokens": 64}, service)
-        return "".join([item["text"] async for item in completions.Completion(service, parsed).choices()])
+        return "".join([item["text"] async for item in completions.Completion(service, parsed, "a").choices()])
 
     assert chat == asyncio.run(completed()) == CODEC.decode(SAID[:-1])
 
@@ -157,7 +157,7 @@ def test_an_echoed_prompt_comes_with_the_first_token_so_that_an_early_error_has_
     async def first() -> dict[str, Any]:
         service = new_service(FinishReason.LENGTH)
         parsed = completions.parse({"model": "demo", "prompt": "the red fox", "max_tokens": 64, "echo": True}, service)
-        async with aclosing(completions.Completion(service, parsed).choices()) as items:
+        async with aclosing(completions.Completion(service, parsed, "a").choices()) as items:
             return await anext(items)
 
     assert asyncio.run(first())["text"].startswith("the red fox")
@@ -174,12 +174,12 @@ def test_usage_of_several_choices_has_one_prompt_and_the_tokens_of_all(stop: lis
     body = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "stop": stop, "n": 3}
 
     def whole(count: int) -> dict[str, Any]:
-        usage: dict[str, Any] = asyncio.run(Chat(service, form, CHAT, form.parse({**body, "n": count}, CHAT)).response())["usage"]
+        usage: dict[str, Any] = asyncio.run(Chat(service, form, CHAT, form.parse({**body, "n": count}, CHAT), "a").response())["usage"]
         return usage
 
     async def streamed() -> list[dict[str, Any]]:
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        events = [event async for event in Chat(service, form, CHAT, form.parse({**body, **options}, CHAT)).events()]
+        events = [event async for event in Chat(service, form, CHAT, form.parse({**body, **options}, CHAT), "a").events()]
         assert events[-1] == b"data: [DONE]\n\n"
         return [json.loads(event.removeprefix(b"data: ")) for event in events[:-1]]
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from router.tokens import Detokenizer, StopMatcher, TextCodec
+from router.tokens import MAX_PENDING, Detokenizer, StopMatcher, TextCodec
 
 MODEL = pathlib.Path(__file__).resolve().parents[3] / "deploy" / "demo_model" / "checkpoint"
 
@@ -30,6 +30,21 @@ def test_a_character_cut_off_at_the_end_shows_as_broken(codec: TextCodec) -> Non
     ids = codec.encode("🦊")[:-1]
     assert "".join(stream.add(token) for token in ids) == ""
     assert "\ufffd" in stream.finish()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_broken_characters_are_let_go_before_the_end_and_whole_ones_among_them_stay_whole(codec: TextCodec, seed: int) -> None:
+    broken = next(token for token in range(codec.vocab_size) if codec.spelling(token) == "\ufffd")
+    end, texts = codec.tokenizer.token_to_id("<｜end▁of▁sentence｜>"), [codec.encode(text) for text in ("🦊", "狐", "a", "é")]
+    rng = random.Random(seed)
+    pieces = [[broken] * rng.choice([1, 40]) if rng.random() < 0.5 else rng.choice([*texts, [end] * 40]) for _ in range(100)]
+    ids, stream, longest = [token for piece in pieces for token in piece], Detokenizer(codec), 0
+    parts = []
+    for token in ids:
+        parts.append(stream.add(token))
+        longest = max(longest, len(stream._pending))
+    assert "".join(parts) + stream.finish() == codec.decode(ids)
+    assert longest < MAX_PENDING, "else each token costs more than the one before it"
 
 
 def test_a_token_that_the_tokenizer_does_not_know_has_no_text(codec: TextCodec) -> None:
