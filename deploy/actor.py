@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import ray
 
 from core.clock import SystemClock
-from core.log import get_logger, set_up_logging
+from core.log import get_logger, set_up_logging, write_out
 from core.rank_worker import Place
 from core.request import Load, Member
+from deploy.output import send_output_to
 from deploy.spec import ClusterSpec
 
 log = get_logger("rank")
@@ -136,15 +137,7 @@ class RankActor:
         if self._worker is not None:
             await self._worker.stop()
         log.info("rank.done", member=self._assignment.name)
-
-
-def send_output_to(path: pathlib.Path) -> None:
-    """Make `path` the standard output and error of this process, native libraries included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
-    os.close(descriptor)
+        write_out()  # the controller kills this process next
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         while True:
             seen = controller.members_version
             ranks = [encode_member(member) for member in controller.members if member.role != "router"]
-            yield control_pb2.Members(version=seen, members=ranks)
+            yield control_pb2.Members(members=ranks)
             try:
                 await asyncio.wait_for(self._change_from(seen), WATCH_INTERVAL_S)
             except TimeoutError:
@@ -117,11 +117,11 @@ class ControlService(control_pb2_grpc.ControlServicer):
     async def Drain(self, request: Any, context: Any) -> Any:
         if self._controller.is_ending:
             return _REFUSED
-        role, _, index = request.member.partition("/")
-        index = index.partition(".")[0]
-        fleet = self._controller.fleet
-        if index.isdecimal() and fleet.ask_restart(role, int(index)):
-            return control_pb2.ApplyReply(changes=[f"{role}/{index}: drain, then restart"])
+        fleet, spec = self._controller.fleet, self._controller.spec
+        for replica in fleet.replicas.values():
+            ranks = [f"{replica.name}.{rank}" for rank in range(spec.ranks_per_replica(replica.role))]
+            if request.member in (replica.name, *ranks) and fleet.ask_restart(replica.role, replica.index):
+                return control_pb2.ApplyReply(changes=[f"{replica.name}: drain, then restart"])
         ready = [replica.name for replica in fleet.replicas.values() if replica.phase is Phase.READY and not replica.is_leaving]
         error = ConfigError(f"{request.member!r} is no ready replica; those are {', '.join(sorted(ready)) or 'none'}")
         return control_pb2.ApplyReply(error=encode_error(error))

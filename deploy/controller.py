@@ -24,8 +24,8 @@ from core.config import parse_config
 from core.errors import BatonError, ConfigError
 from core.log import get_logger, set_up_logging
 from core.request import Member
-from deploy.actor import send_output_to
 from deploy.control import ControlService
+from deploy.output import send_output_to
 from deploy.placement import Node, Plan, plan_replica
 from deploy.reconcile import Desired, Drain, Fleet, Phase, Start
 from deploy.replica_life import ReplicaLife, living_actors, reason_of, remove_groups
@@ -135,7 +135,7 @@ class Controller:
 
     def _plan(self, life: ReplicaLife, ranks: int) -> Plan:
         if life.role == "router":  # all routers share one port, so they share a host: this one
-            return Plan(nodes=(ray.get_runtime_context().get_node_id(),), domain="")
+            return Plan(nodes=(ray.get_runtime_context().get_node_id(),))
         others = (other.plan for other in self.lives.values() if other is not life and other.role != "router")
         used = collections.Counter(node for plan in others if plan is not None for node in plan.nodes)
         return plan_replica(self.spec.placement, ranks, self._nodes, used)
@@ -183,7 +183,7 @@ class Controller:
         self._nodes = nodes
 
     def _drain_events(self) -> None:
-        for _, sentence in self.fleet.events:
+        for sentence in self.fleet.events:
             log.info("fleet.changed", what=sentence)
             self.events.append(f"{datetime.datetime.now(datetime.UTC):%H:%M:%SZ} {sentence}")
         self.fleet.events.clear()

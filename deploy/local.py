@@ -55,7 +55,7 @@ def choose_ray_dir(folder: ClusterFolder) -> pathlib.Path:
 def launch(folder: ClusterFolder, spec: ClusterSpec, ray_dir: pathlib.Path) -> tuple[subprocess.Popen[bytes], ClusterState]:
     """Start the keeper; returns at once. The state is written to the folder before the process starts."""
     folder.logs.mkdir(parents=True, exist_ok=True)
-    for old in folder.logs.glob("*.log"):
+    for old in folder.logs.glob("*.log*"):
         old.unlink()
     folder.spec_path.write_text(spec.to_yaml())
     new_secret(folder.ray_token_path)

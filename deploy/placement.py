@@ -1,6 +1,6 @@
 """Which nodes the ranks of one replica go to. Pure.
 
-    plan_replica(config, ranks=8, nodes=nodes, used=used) -> Plan(nodes=(n0, n0, n0, n0, n1, n1, n1, n1), domain="rack-3")
+    plan_replica(config, ranks=8, nodes=nodes, used=used) -> Plan(nodes=(n0, n0, n0, n0, n1, n1, n1, n1))
 
 Ray keeps the books (a placement group holds the resources); this decides where, so that a replica lies inside one NVLink domain,
 fills nodes before opening new ones, and a replica that no node can take is refused with the reason instead of staying pending.
@@ -36,8 +36,6 @@ class Node:
 class Plan:
     nodes: tuple[str, ...]
     """Node id of each rank, in order."""
-    domain: str
-    """The NVLink domain that all ranks share; empty when domains are not looked at or the replica spans several."""
 
 
 def plan_replica(config: PlacementConfig, ranks: int, nodes: Sequence[Node], used: Mapping[str, int]) -> Plan:
@@ -54,10 +52,10 @@ def plan_replica(config: PlacementConfig, ranks: int, nodes: Sequence[Node], use
     if fitting:
         # The tightest domain that fits: large holes stay whole for large replicas.
         domain = min(fitting, key=lambda name: (sizes[name], name))
-        return Plan(nodes=_fill(ranks, domains[domain], room), domain=domain)
+        return Plan(nodes=_fill(ranks, domains[domain], room))
     may_span = not (config.nvlink_domain_label and config.one_nvlink_domain)
     if may_span and sum(sizes.values()) >= ranks:
-        return Plan(nodes=_fill(ranks, [node for name in sorted(domains) for node in domains[name]], room), domain="")
+        return Plan(nodes=_fill(ranks, [node for name in sorted(domains) for node in domains[name]], room))
     raise Unplaceable(_why_not(config, ranks, len(nodes), len(labelled), sizes))
 
 

@@ -118,8 +118,8 @@ class Fleet:
     def __init__(self, config: PlacementConfig) -> None:
         self.config = config
         self.replicas: dict[tuple[str, int], Replica] = {}
-        self.events: list[tuple[float, str]] = []
-        """(time, sentence), oldest first; whoever reads them may take them away."""
+        self.events: list[str] = []
+        """Sentences, oldest first; whoever reads them may take them away."""
         self._desired: dict[str, Desired] = {}
 
     # Events
@@ -143,7 +143,7 @@ class Fleet:
     def adopt(self, role: str, index: int, phase: Phase, revision: str, now: float) -> None:
         """A replica that was running before this controller."""
         self.replicas[role, index] = Replica(role, index, revision, phase, now)
-        self._note(now, f"{role}/{index} adopted, {phase}")
+        self.events.append(f"{role}/{index} adopted, {phase}")
 
     def placed(self, role: str, index: int, now: float) -> None:
         if (replica := self._in(role, index, Phase.PLACING)) is not None:
@@ -154,7 +154,7 @@ class Fleet:
         if (replica := self._in(role, index, Phase.STARTING)) is not None:
             self._enter(replica, Phase.READY, now)
             replica.note = ""
-            self._note(now, f"{replica.name} ready")
+            self.events.append(f"{replica.name} ready")
 
     def loaded(self, role: str, index: int, requests: int) -> None:
         if (replica := self._in(role, index, Phase.READY, Phase.DRAINING)) is not None:
@@ -185,7 +185,7 @@ class Fleet:
         pause = min(self.config.restart_backoff_s * 2**doublings, self.config.restart_backoff_max_s) if doublings >= 0 else 0.0
         replica.retry_at = now + pause
         replica.note = why
-        self._note(now, f"{replica.name} failed ({replica.num_failures} in a row): {why}")
+        self.events.append(f"{replica.name} failed ({replica.num_failures} in a row): {why}")
         self._enter(replica, Phase.FAILED, now)
 
     def gone(self, role: str, index: int, now: float) -> None:
@@ -194,11 +194,11 @@ class Fleet:
             return
         if replica.after is After.REMOVE:
             del self.replicas[role, index]
-            self._note(now, f"{replica.name} gone")
+            self.events.append(f"{replica.name} gone")
         elif replica.after is After.GIVE_UP:
             replica.after = After.RESTART
             self._enter(replica, Phase.GIVEN_UP, now)
-            self._note(now, f"{replica.name} given up: {replica.note}")
+            self.events.append(f"{replica.name} given up: {replica.note}")
         else:
             self._enter(replica, Phase.BACKOFF, now)
 
@@ -276,13 +276,13 @@ class Fleet:
             victim.after = After.REMOVE
             if victim.phase is Phase.READY:
                 self._enter(victim, Phase.DRAINING, now)
-                self._note(now, f"{victim.name} draining, to be removed")
+                self.events.append(f"{victim.name} draining, to be removed")
                 actions.append(Drain(role, victim.index))
             elif victim.phase in (Phase.PLACING, Phase.STARTING):
                 actions += self._stop(victim, now)
             elif victim.phase in (Phase.BACKOFF, Phase.GIVEN_UP):
                 del self.replicas[role, victim.index]
-                self._note(now, f"{victim.name} removed")
+                self.events.append(f"{victim.name} removed")
         return actions
 
     def _renew(self, role: str, desired: Desired, now: float) -> list[Action]:
@@ -300,7 +300,7 @@ class Fleet:
         chosen = min(asked or outdated, key=lambda r: (r.requests, r.index))
         chosen.is_asked_to_restart = False
         self._enter(chosen, Phase.DRAINING, now)
-        self._note(now, f"{chosen.name} draining, to be restarted")
+        self.events.append(f"{chosen.name} draining, to be restarted")
         return [Drain(role, chosen.index)]
 
     def _grow(self, role: str, desired: Desired, now: float) -> list[Action]:
@@ -322,7 +322,7 @@ class Fleet:
         self._enter(replica, Phase.PLACING, now)
         replica.revision, replica.requests, replica.is_drained = revision, 0, False
         replica.waits_for = "its placement has not begun"
-        self._note(now, f"{replica.name} starting")
+        self.events.append(f"{replica.name} starting")
 
     def _stop(self, replica: Replica, now: float) -> list[Action]:
         self._enter(replica, Phase.STOPPING, now)
@@ -341,6 +341,3 @@ class Fleet:
         """The replica if it is in one of these phases. Late events of a life that is over find it in another."""
         replica = self.replicas.get((role, index))
         return replica if replica is not None and replica.phase in phases else None
-
-    def _note(self, now: float, sentence: str) -> None:
-        self.events.append((now, sentence))

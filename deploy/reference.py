@@ -74,18 +74,21 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _yaml(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, (int, float)):
         return f"{value:_}" if isinstance(value, int) and value >= 100_000 else f"{value:g}"
     if isinstance(value, str):
         return value or '""'
-    return "{}" if isinstance(value, dict) else "[]"
+    assert value == {}, f"{value=}"
+    return "{}"
 
 
 def _type_name(hint: Any) -> str:
-    simple = {str: "text", int: "whole number", float: "number", bool: "true, false"}
-    return simple.get(hint) or ("mapping of text" if typing.get_origin(hint) is dict else "list")
+    return "mapping of text" if typing.get_origin(hint) is dict else _NAMES[hint]
+
+
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false"}
 
 
 def _cell(text: str) -> str:

@@ -86,7 +86,7 @@ class ReplicaLife:
             return False
         if any(report.member is None for report in self.reports):
             return False
-        self.plan = Plan(nodes=tuple(report.node_id for report in self.reports), domain="")
+        self.plan = Plan(nodes=tuple(report.node_id for report in self.reports))
         self._task = asyncio.create_task(self._guard(self._watch()))
         return True
 

@@ -59,6 +59,8 @@ class ClusterSpec:
                     f"{role}.num_pages is {section.num_pages}; a sequence of engine.max_model_len = {self.engine.max_model_len} tokens "
                     f"needs {pages} pages of {PAGE_TOKENS} tokens"
                 )
+            if not section.num_pages and self.engine.device == "cpu":
+                raise ConfigError(f'{role}.num_pages is 0, as many as a GPU has room for; engine.device is "cpu": say how many')
         host, _, port = self.router.control_address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigError(f"router.control_address is {self.router.control_address!r}; it must be host:port")

@@ -172,6 +172,7 @@ def _is_plain(key: str) -> bool:
 
 
 def batches(stage: Stage, seed: int, workers: int, tokenizer: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Without end, what `Rows` yields."""
     rows = Rows(tokenizer, stage.length, stage.batch, seed)
     return iter(DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None, pin_memory=workers > 0))
 

@@ -37,6 +37,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """RMS norm over the last dim, without a weight if that is None; in float32, rounded once."""
     y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return (y if weight is None else y * weight.float()).to(dtype)
 
@@ -75,6 +76,7 @@ def hc_post(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 
 def hc_head(h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, hc_eps: float) -> Tensor:
+    """h: [B, T, M, d] -> [B, T, d] (spec 2.1)."""
     flat = h.float().flatten(2)
     mixed = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
     pre = torch.sigmoid(mixed * scale + base) + hc_eps

@@ -18,7 +18,6 @@ from deploy import lifecycle
 from deploy.cli import main, parse_counts, patience_s
 from deploy.folder import MARKER, ClusterFolder, ClusterState, end_processes, find_cluster, new_secret, processes_of, started
 from deploy.local import SOCKET_PATH_BYTES, SOCKET_TAIL, choose_ray_dir
-from deploy.logs import choose, print_logs
 from deploy.ports import refuse_taken
 from deploy.spec import load_spec
 from tests.support.patience import overload
@@ -268,57 +267,6 @@ def test_a_watched_status_outlives_a_controller_that_is_being_restarted(
     assert main(["--home", str(tmp_path), "status", "-w"]) == 1
     shown = capsys.readouterr()
     assert shown.out.count("one has ended: its keeper") == 2 and "no cluster is running" in shown.err
-
-
-def test_logs_are_found_by_member_replica_role_and_name(tmp_path: pathlib.Path) -> None:
-    folder = ClusterFolder(tmp_path, "one")
-    folder.logs.mkdir(parents=True)
-    for name in ("controller", "decode-0.0", "decode-1.0", "decode-10.0", "prefill-0.0", "ray"):
-        (folder.logs / f"{name}.log").touch()
-
-    def stems(member: str | None) -> list[str]:
-        return [path.stem for path in choose(folder, member)]
-
-    assert stems("decode/1.0") == stems("decode/1") == ["decode-1.0"]
-    assert stems("decode") == ["decode-0.0", "decode-1.0", "decode-10.0"] and stems("ray") == ["ray"]
-    assert len(stems(None)) == 6
-    with pytest.raises(ConfigError, match=r"no log of 'router'; there are controller, decode/0.0"):
-        stems("router")
-
-
-def test_logs_are_followed_through_a_new_start(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = ClusterFolder(tmp_path, "one")
-    folder.logs.mkdir(parents=True)
-    first, second = folder.logs / "decode-0.0.log", folder.logs / "decode-1.0.log"
-    for path in (first, second):
-        path.write_text("old\nlast\n")
-
-    def start_anew() -> None:
-        first.unlink()
-        second.write_text("new\n")
-
-    steps = iter(
-        [
-            lambda: first.write_text("old\nlast\nmo"),
-            lambda: first.write_text("old\nlast\nmore\n"),
-            start_anew,
-            lambda: first.write_text("new\n"),
-        ]
-    )
-
-    def sleep(seconds: float) -> None:
-        step = next(steps, None)
-        if step is None:
-            raise KeyboardInterrupt
-        step()
-
-    monkeypatch.setattr("deploy.logs.time.sleep", sleep)
-    with pytest.raises(KeyboardInterrupt):
-        print_logs(folder, "decode", 1, True)
-    shown = ["decode-0.0: last", "decode-1.0: last", "decode-0.0: more", "decode-1.0: new", "decode-0.0: new"]
-    assert capsys.readouterr().out.splitlines() == shown
 
 
 def test_a_change_of_many_replicas_one_after_the_other_is_waited_for() -> None:

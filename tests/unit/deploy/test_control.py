@@ -11,6 +11,7 @@ from typing import Any, cast
 from core.codec import decode_error
 from deploy.control import ControlService
 from deploy.controller import Controller
+from deploy.reconcile import Fleet, Phase
 from deploy.spec import ClusterSpec, load_spec
 from protos import control_pb2
 
@@ -49,3 +50,21 @@ def test_the_port_that_a_cluster_has_is_no_obstacle_to_other_changes() -> None:
         running = load_spec(LOCAL_CPU, [f"router.port={own.getsockname()[1]}"])
         _, wishes = applied(running, running.scaled({"prefill": 2}))
     assert [spec.prefill.replicas for spec in wishes] == [2]
+
+
+def test_a_replica_is_drained_by_its_name_or_that_of_one_of_its_ranks_and_no_other() -> None:
+    spec, asked = load_spec(LOCAL_CPU, ["decode.ranks_per_replica=2", "decode.replicas=2"]), list[str]()
+    fleet = Fleet(spec.placement)
+    for index in (0, 1):
+        fleet.adopt("decode", index, Phase.READY, "r", 0.0)
+    fleet.ask_restart = lambda role, index: not asked.append(f"{role}/{index}")  # type: ignore[method-assign]
+
+    async def drained(*members: str) -> list[Any]:
+        service = ControlService(cast(Controller, SimpleNamespace(spec=spec, fleet=fleet, is_ending=False)), "token")
+        return [await service.Drain(control_pb2.DrainRequest(member=member), None) for member in members]
+
+    refused = asyncio.run(drained("decode/0.7", "decode/0.", "decode/00", "decode/2", "prefill/0", "decode", ""))
+    assert not asked and "'decode/0.7' is no ready replica; those are decode/0, decode/1" in str(decode_error(refused[0].error))
+    assert all(reply.HasField("error") for reply in refused)
+    replies = asyncio.run(drained("decode/0", "decode/1.0", "decode/1.1"))
+    assert asked == ["decode/0", "decode/1", "decode/1"] and list(replies[1].changes) == ["decode/1: drain, then restart"]

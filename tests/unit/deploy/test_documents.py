@@ -87,3 +87,10 @@ def test_every_command_of_the_documents_exists() -> None:
     for block in text.split("```")[1::2]:
         named |= set(re.findall(r"^(?:\.venv/bin/)?baton ([a-z]+)", block, re.MULTILINE))
     assert {"up", "scale"} <= named <= known, named - known
+
+
+def test_sections_that_docstrings_name_are_there() -> None:
+    there = set(re.findall(r"^##+ ([\d.]+)", (ROOT / "engine/model/deepseek_v4.md").read_text(), re.MULTILINE))
+    lists = re.findall(r"(?:\(spec|deepseek_v4\.md,) (\d[\d., and]*)", SOURCE)
+    named = {number.rstrip(".") for text in lists for number in re.findall(r"\d[\d.]*", text)}
+    assert {"2.0", "2.4", "4.2", "6"} <= named <= there, named - there

@@ -8,22 +8,26 @@ from collections import Counter
 import pytest
 
 from deploy.config import PlacementConfig
-from deploy.placement import Node, Unplaceable, plan_replica
+from deploy.placement import Node, Plan, Unplaceable, plan_replica
 
 RACKED = PlacementConfig(gpus_per_rank=1, cpus_per_rank=8, nvlink_domain_label="rack")
 
 
-def gb300(racks: int, nodes_per_rack: int = 18) -> list[Node]:
+def gb300(racks: int) -> list[Node]:
     return [
         Node(node_id=f"r{r}n{n:02}", address=f"10.0.{r}.{n}", cpus=144, gpus=4, labels={"rack": f"r{r}", "zone": "a"})
         for r in range(racks)
-        for n in range(nodes_per_rack)
+        for n in range(18)
     ]
+
+
+def racks_of(plan: Plan, nodes: list[Node]) -> set[str]:
+    return {node.labels["rack"] for node in nodes if node.node_id in plan.nodes}
 
 
 def test_a_wide_decode_replica_stays_in_one_rack() -> None:
     plan = plan_replica(RACKED, 40, gb300(3), {})
-    assert plan.domain and {node[:2] for node in plan.nodes} == {plan.domain}
+    assert len(racks_of(plan, gb300(3))) == 1
     assert set(Counter(plan.nodes).values()) == {4} and len(set(plan.nodes)) == 10
 
 
@@ -41,8 +45,8 @@ def test_prefill_replicas_fill_nodes_one_by_one() -> None:
 
 def test_small_replicas_go_to_the_tightest_rack_so_that_large_ones_still_fit() -> None:
     nodes = gb300(1) + [Node(node_id=f"s{n}", address="", cpus=144, gpus=4, labels={"rack": "small"}) for n in range(2)]
-    assert plan_replica(RACKED, 4, nodes, {}).domain == "small"
-    assert plan_replica(RACKED, 72, nodes, {}).domain == "r0"
+    assert racks_of(plan_replica(RACKED, 4, nodes, {}), nodes) == {"small"}
+    assert racks_of(plan_replica(RACKED, 72, nodes, {}), nodes) == {"r0"}
 
 
 def test_a_replica_larger_than_any_domain_is_refused_or_spans() -> None:
@@ -50,8 +54,8 @@ def test_a_replica_larger_than_any_domain_is_refused_or_spans() -> None:
         plan_replica(RACKED, 80, gb300(2), {})
     loose = PlacementConfig(gpus_per_rank=1, cpus_per_rank=8, nvlink_domain_label="rack", one_nvlink_domain=False)
     plan = plan_replica(loose, 80, gb300(2), {})
-    assert plan.domain == "" and len(plan.nodes) == 80
-    assert plan_replica(loose, 8, gb300(2), {}).domain == "r0"
+    assert len(plan.nodes) == 80 and racks_of(plan, gb300(2)) == {"r0", "r1"}
+    assert racks_of(plan_replica(loose, 8, gb300(2), {}), gb300(2)) == {"r0"}
 
 
 def test_labels_select_nodes() -> None:
@@ -92,8 +96,7 @@ def test_no_node_ever_holds_more_than_it_has(seed: int) -> None:
         except Unplaceable:
             continue
         assert len(plan.nodes) == ranks
-        labels = {node.labels["rack"] for node in nodes if node.node_id in plan.nodes}
-        assert plan.domain == "" or labels == {plan.domain}
+        assert len(racks_of(plan, nodes)) == 1 or not (config.nvlink_domain_label and config.one_nvlink_domain)
         used.update(plan.nodes)
     for node in nodes:
         assert used[node.node_id] * config.cpus_per_rank <= node.cpus

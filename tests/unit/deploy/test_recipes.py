@@ -75,7 +75,7 @@ def test_a_recipe_is_placed_on_as_many_nodes_as_it_needs_and_no_fewer(path: path
     plans = placed(spec, nodes(count))
     on_node = collections.Counter(node for plan in plans for node in plan.nodes)
     assert set(on_node.values()) == {GPUS_PER_NODE} and len(on_node) == count
-    assert all(plan.domain == "rack-0" and len(set(plan.nodes)) == len(plan.nodes) // GPUS_PER_NODE for plan in plans)
+    assert all(len(set(plan.nodes)) == len(plan.nodes) // GPUS_PER_NODE for plan in plans)
     with pytest.raises(Unplaceable):
         placed(spec, nodes(count - 1))
     if gpus > GPUS_PER_NODE:  # a decode group lies inside one NVLink domain or nowhere

@@ -114,7 +114,7 @@ def test_a_replica_whose_node_is_lost_before_ray_has_set_its_place_aside_is_plac
 
     async def place() -> Plan:
         async with asyncio.timeout(5):
-            return await life._place(lambda ranks: Plan(nodes=(min(live),) * ranks, domain=""), lambda plan: live >= set(plan.nodes))
+            return await life._place(lambda ranks: Plan(nodes=(min(live),) * ranks), lambda plan: live >= set(plan.nodes))
 
     assert asyncio.run(place()).nodes == ("spare",)
     assert removed == ["dead"]

@@ -60,6 +60,7 @@ def test_relative_paths_start_at_the_file(tmp_path: pathlib.Path) -> None:
         ("decode: {replicas: -1}", "c.yaml:3: decode.replicas is -1; it must be at least 0"),
         ("decode:\n  num_slots: 1\n  max_runing: 4", "c.yaml:5: unknown key 'max_runing' in decode; did you mean 'max_running'?"),
         ("prefill:\n  num_pages: 8", "c.yaml:4: prefill.num_pages is 8; a sequence of engine.max_model_len = 8192 tokens needs 32 pages"),
+        ("engine: {device: cpu}\ndecode: {num_pages: 0}", "c.yaml:4: decode.num_pages is 0, as many as a GPU has room for; engine"),
         ("router:\n  port: 8010", "c.yaml:4: router.control_address has port 8010, which is router.port already"),
         ("router:\n  port: 70000", "c.yaml:4: router.port is 70000; it must be in [0, 65535]"),
         ("router: {port: 0}", "c.yaml:3: router.port is 0; clients need a port"),
@@ -72,6 +73,14 @@ def test_relative_paths_start_at_the_file(tmp_path: pathlib.Path) -> None:
         ("placement: {ray: somewhere}", "c.yaml:3: placement.ray is 'somewhere'; it must be \"embedded\" or host:port"),
         ("placement: {gpus_per_rank: 2}", "c.yaml:3: placement.gpus_per_rank is 2; a rank has one device"),
         ("placement: {drain_timeout_s: 0}", "c.yaml:3: placement.drain_timeout_s is 0.0; it must be above 0"),
+        ("transfer: {lease_s: 0.3}", "c.yaml:3: transfer.lease_s is 0.3; it must be at least 1"),
+        *(
+            (
+                f"{section}: {{liveness_timeout_s: 0.5}}",
+                f"c.yaml:3: {section}.liveness_timeout_s is 0.5; it must be above 0.5, the time betw",
+            )
+            for section in ("prefill", "decode", "router", "transfer")
+        ),
         ("placement: {cpus_per_rank: 0}", "c.yaml:3: placement.cpus_per_rank is 0.0; it must be at least 0.01"),
     ],
 )
