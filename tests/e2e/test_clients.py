@@ -57,6 +57,7 @@ class TestOpenAI:
         assert answer.choices[0].message.content == "Hello! How can I help you?"
         assert answer.choices[0].finish_reason == "stop"
         assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
+        assert answer._request_id and answer.id == f"chatcmpl-{answer._request_id}"
 
     def test_streamed_chat_is_the_same_text(self, client: openai.OpenAI) -> None:
         options = {"include_usage": True}

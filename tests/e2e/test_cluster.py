@@ -266,8 +266,12 @@ def test_controller_and_rank_killed_together_come_back(settled: Cluster) -> None
 
 def test_a_frozen_rank_is_replaced(settled: Cluster) -> None:
     _, pid = settled.only("prefill")
-    os.kill(pid, signal.SIGSTOP)
-    print(f"prefill back after {settled.wait_until_settled(BACK_WITHIN_S, frozenset({pid})):.1f} s")
+    settled.baton("apply", str(settled.file), "placement.health_timeout_s=6")
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        print(f"prefill back after {settled.wait_until_settled(BACK_WITHIN_S, frozenset({pid})):.1f} s")
+    finally:
+        settled.baton("apply", str(settled.file))
     settled.wait(lambda: not pathlib.Path(f"/proc/{pid}").exists(), f"process {pid} has ended")
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from core.kv_layout import PAGE_TOKENS
 from core.request import SamplingParams
-from engine.null import NullRunner
 from router.config import RouterConfig
+from tests.support.null_runner import NullRunner
 from tests.support.serving import Serving
 
 pytestmark = pytest.mark.e2e

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def new_parts(tmp_path: pathlib.Path) -> Iterator[list[Parts]]:
+def new_parts() -> Iterator[list[Parts]]:
     made: list[Parts] = []
     yield made
     for parts in made:

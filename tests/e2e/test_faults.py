@@ -13,10 +13,10 @@ import pytest
 
 from core.request import SamplingParams
 from decode_worker.config import DecodeConfig
-from engine.null import NullRunner
 from engine.runner import ChunkResult, Launched
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
+from tests.support.null_runner import NullRunner
 from tests.support.patience import overload
 from tests.support.serving import Serving
 
@@ -43,7 +43,7 @@ def serving() -> Iterator[Serving]:
         yield serving
 
 
-def expected_tokens(serving: Serving, prompt: list[int], sampling: SamplingParams) -> list[int]:
+def expected_tokens(prompt: list[int], sampling: SamplingParams) -> list[int]:
     tokens = null_runner("").continuation(prompt, sampling)
     return list(tokens)[: sampling.max_tokens]
 
@@ -90,7 +90,7 @@ class Streams:
         codec = self.serving.router._codec
         for k, tokens in enumerate(self.tokens):
             sampling = SamplingParams(max_tokens=self.max_tokens, seed=k, ignore_eos=True)
-            assert tokens == [codec.spelling(token) for token in expected_tokens(self.serving, self.prompts[k], sampling)], f"stream {k}"
+            assert tokens == [codec.spelling(token) for token in expected_tokens(self.prompts[k], sampling)], f"stream {k}"
 
 
 @pytest.mark.parametrize("name", ["decode/0.0", "decode/1.0", "prefill/0.0", "prefill/1.0"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from deploy.config import PlacementConfig
 from tests.support.cluster import Cluster, kill
 from tests.support.patience import overload
 
@@ -37,6 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 "decode.num_pages=64",
                 "decode.num_slots=8",
                 "router.wait_for_members_s=300",
+                f"placement.health_timeout_s={PlacementConfig().health_timeout_s}",  # the default: one of them freezes
             )
         )
         yield found

@@ -7,8 +7,8 @@ import collections
 
 import pytest
 
-from engine.null import NullRunner
 from tests.support.fuzz_http import fuzz
+from tests.support.null_runner import NullRunner
 from tests.support.serving import Serving
 
 pytestmark = pytest.mark.e2e

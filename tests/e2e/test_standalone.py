@@ -72,7 +72,7 @@ def test_a_router_that_finds_something_else_at_its_addresses_ends_with_the_reaso
 
 
 @pytest.mark.parametrize("name", ["router", "prefill_worker", "decode_worker"])
-def test_what_is_wrong_is_one_sentence(name: str, parts: Parts) -> None:
+def test_what_is_wrong_is_one_sentence(name: str) -> None:
     places = ["--prefill", "127.0.0.1:1", "--decode", "127.0.0.1:1"] if name == "router" else []
     section = name.removesuffix("_worker")
     command = [sys.executable, "-m", name, FILE, f"{section}.prot=1", *places]
