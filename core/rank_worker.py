@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,6 +86,7 @@ class RankWorker:
 
     def __init__(self, place: Place) -> None:
         self._place = place
+        self._leader = ""
         self._parts = contextlib.AsyncExitStack()
         """Ends what was started, the latest first."""
 
@@ -113,6 +115,11 @@ class RankWorker:
         """Set `member`, `_loop` and `_threads`, add services to the listener, and push onto `_parts` whatever has to be ended."""
         raise NotImplementedError
 
+    def _follow(self, loop: Loop, leader: str) -> None:
+        """The rank serves nobody itself: `loop` computes for the rank `leader`, and the routers are told no address."""
+        self._loop, self._threads, self._leader = loop, (loop.thread,), leader
+        self.member = dataclasses.replace(self.member, address="")
+
     async def _end_writes(self) -> None:
         """Write no other rank's memory any more: called before the port is freed, which others take for the end of all writes."""
 
@@ -121,7 +128,7 @@ class RankWorker:
 
     def note(self) -> str:
         """What `baton status` says of it, if anything."""
-        return ""
+        return f"computes heads for {self._leader}" if self._leader else ""
 
     async def drain(self, deadline_s: float) -> bool:
         """Take no new work; True when none is left, False at the deadline."""

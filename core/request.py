@@ -121,7 +121,7 @@ class Member:
     """Rank inside its replica's group."""
     address: str
     """host:port of its gRPC server: sessions with routers; on decode ranks transfer sessions, on prefill ranks what receivers ask. Of a
-    router: of its HTTP API."""
+    router: of its HTTP API. "" of a rank that computes for another one, and serves nobody."""
     incarnation: int
     """Random 63-bit number drawn at process start."""
     fingerprint: str = ""

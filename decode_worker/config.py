@@ -14,6 +14,9 @@ class DecodeConfig:
     """Replicas of the role; changed live by `baton scale decode=N`."""
     ranks_per_replica: int = 1
     """Ranks in one replica's group: each has its own sequences, and the experts are spread over all."""
+    attention_tp: int = 1
+    """So many ranks of a group attend together: each computes some heads of the same sequences. Must divide ranks_per_replica, and the
+    model's heads and output groups."""
     redundant_experts: int = 0
     """Further copies of experts in each layer of a group, for experts with much to do; rounded up so that all ranks hold as many."""
     num_pages: int = 256
@@ -30,7 +33,7 @@ class DecodeConfig:
     """A router whose session is silent for so long is lost, and its requests are cancelled."""
 
     def __post_init__(self) -> None:
-        for key in ("ranks_per_replica", "num_slots", "max_running"):
+        for key in ("ranks_per_replica", "attention_tp", "num_slots", "max_running"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"decode.{key} is {getattr(self, key)}; it must be at least 1")
         for key in ("replicas", "num_pages"):
@@ -38,6 +41,10 @@ class DecodeConfig:
                 raise ConfigError(f"decode.{key} is {getattr(self, key)}; it must be at least 0")
         if self.redundant_experts < 0:
             raise ConfigError(f"decode.redundant_experts is {self.redundant_experts}; it must be at least 0")
+        if self.ranks_per_replica % self.attention_tp:
+            raise ConfigError(
+                f"decode.attention_tp is {self.attention_tp}; it must divide decode.ranks_per_replica, which is {self.ranks_per_replica}"
+            )
         if self.redundant_experts and self.ranks_per_replica == 1:
             raise ConfigError(
                 f"decode.redundant_experts is {self.redundant_experts}; with ranks_per_replica = 1 there is nobody to share with"

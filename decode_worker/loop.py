@@ -191,6 +191,7 @@ class DecodeLoop:
             if held is None:
                 self._receiver.revoke(event.epoch)
                 return
+            self._runner.arrived(held.page_ids[held.num_kept_pages :], held.slot_id)
             sequence = self._jobs[held.request.request_id].receive(held, self._clock.now())
             self._running[sequence.request_id] = sequence
 

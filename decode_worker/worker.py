@@ -18,6 +18,7 @@ from decode_worker.loop import DecodeLoop
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.server import DecodeService
 from engine.config import EngineConfig
+from engine.following import run_following
 from engine.memory import region_of
 from engine.parallel.group import Rendezvous, Seat
 from engine.parallel.steps import batch_bucket
@@ -59,6 +60,9 @@ class DecodeWorker(RankWorker):
         parts.push_async_callback(asyncio.to_thread, engine.close)
         runner = await asyncio.to_thread(self._new_runner or partial(engine.load, self._model_path, registry, self._on_death))
         self.member = self._place.member("decode", listener.port, metrics_address, runner.layout, runner.max_model_len)
+        if engine.following is not None:
+            self._follow(run_following(engine, engine.following, parts, self._on_death), engine.following.leader)
+            return
         metrics, lease_s = DecodeMetrics(registry), self._transfer.lease_s
         loop = self._loop = DecodeLoop(runner, config, lease_s, metrics, self.member, engine.steps, clock, self._on_death)
         receiver = KVReceiver(
@@ -88,6 +92,7 @@ class DecodeWorker(RankWorker):
         return Work(
             role="decode",
             ranks_per_replica=config.ranks_per_replica,
+            attention_tp=config.attention_tp,
             redundant_experts=config.redundant_experts,
             max_tokens=config.most_running,
             budget_of=batch_bucket,

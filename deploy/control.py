@@ -65,7 +65,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         log.info("watch.started", watcher=request.name)
         while True:
             seen = controller.members_version
-            ranks = [encode_member(member) for member in controller.members if member.role != "router"]
+            ranks = [encode_member(member) for member in controller.members if member.role != "router" and member.address]
             yield control_pb2.Members(members=ranks)
             try:
                 await asyncio.wait_for(self._change_from(seen), WATCH_INTERVAL_S)

@@ -6,6 +6,7 @@ The workers use the same parts (`LoadedModel`, planners, allocators, `ModelRunne
 from __future__ import annotations
 
 import collections
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from engine.model.shards import checkpoint_identity
 from engine.model.weights import dummy_weights, open_weights
 from engine.ops.registry import BoundOps, bind
 from engine.parallel.experts import ExpertShare, Sharing
+from engine.parallel.heads import HeadShare
 from engine.runner import ChunkResult, Launched, ModelRunner
 from engine.scheduler.decode import DecodePlanner
 from engine.scheduler.pages import PageAllocator, SlotAllocator
@@ -49,6 +51,8 @@ class LoadedModel:
     device: torch.device
     share: ExpertShare | None = None
     """In a group: which of the experts are here."""
+    heads: HeadShare | None = None
+    """Where ranks attend together: which of the heads are here."""
     everything: Mapping[str, Weight] = field(default_factory=dict)
     """Every tensor of the checkpoint, read when asked for: where experts that move to this rank come from."""
 
@@ -66,12 +70,14 @@ class LoadedModel:
         ops = bind(engine, device)
         torch.set_num_threads(engine.threads)
         share = None if sharing is None else ExpertShare.open(sharing, model, ops, device)
+        heads = None if sharing is None or sharing.attention_tp == 1 else HeadShare(sharing.group, sharing.attention_tp, model)
         everything = dummy_weights(model, device, skew=engine.dummy_skew) if is_dummy else open_weights(folder, model, device)
         weights = everything if share is None else everything.only(share.is_wanted)
         log.info("engine.loaded", model=layout.model, device=device, fingerprint=layout.fingerprint())
         for line in ops.table().splitlines():
             log.info("engine.op", choice=line)
-        return LoadedModel(model, engine, DeepseekV4(model, engine, weights, ops, share), layout, ops, device, share, everything)
+        network = DeepseekV4(model, engine, weights, ops, share, heads)
+        return LoadedModel(model, engine, network, layout, ops, device, share, heads, everything)
 
     @property
     def device_sample(self) -> Sample | None:
@@ -93,9 +99,11 @@ class LoadedModel:
         )
 
     def new_caches(self, num_pages: int, num_slots: int, workspace_bytes: int = 0, history_bytes: int = 0) -> ModelCaches:
-        """num_pages 0: as many as fit beside `workspace_bytes` and the slots' `history_bytes`. Raises ConfigError naming the knobs if the
-        memory is not there."""
+        """num_pages 0: as many as fit beside `workspace_bytes` and the slots' `history_bytes`, on every rank where ranks attend together.
+        Raises ConfigError naming the knobs if the memory is not there."""
         plan = self.memory_plan(num_pages, num_slots, workspace_bytes, history_bytes)
+        if self.heads is not None and self.share is not None:
+            plan = dataclasses.replace(plan, num_pages=self.share.least("pages", plan.num_pages))
         for line in plan.table().splitlines():
             log.info("engine.memory", plan=line)
         plan.check()

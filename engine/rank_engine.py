@@ -19,6 +19,7 @@ from core.clock import Clock
 from core.errors import ConfigError, GroupLost
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
+from engine.following import Following, LeadingRunner
 from engine.parallel.experts import Sharing
 from engine.parallel.group import Group, Limits, Rendezvous, Seat
 from engine.parallel.lockstep import GroupSteps, SoloSteps, Steps
@@ -33,6 +34,7 @@ class Work:
 
     role: str
     ranks_per_replica: int
+    attention_tp: int
     redundant_experts: int
     max_tokens: int
     """Most tokens of a rank in a step."""
@@ -47,6 +49,8 @@ class RankEngine:
         self.steps = steps
         self._work, self._config, self._group = work, config, group
         self._rebalancer: Rebalancer | None = None
+        self.following: Following | None = None
+        """Once loaded, on a rank that computes heads for another one: what it does in place of a role's work."""
 
     @staticmethod
     def join(work: Work, seat: Seat | None, rendezvous: Rendezvous | None, config: EngineConfig, clock: Clock) -> RankEngine:
@@ -59,7 +63,9 @@ class RankEngine:
             return RankEngine(work, config, None, SoloSteps(work.max_tokens))
         group = Group.join(seat, Limits(start_s=config.group_start_timeout_s, step_s=config.group_step_timeout_s), rendezvous)
         try:
-            return RankEngine(work, config, group, GroupSteps(group, lambda wanted: work.budget_of(wanted, work.max_tokens), clock))
+            leading = slice(None, None, work.attention_tp)  # the others want nothing of their own
+            steps = GroupSteps(group, lambda wanted: work.budget_of(wanted[leading], work.max_tokens), clock)
+            return RankEngine(work, config, group, steps)
         except GroupLost:
             group.close()
             raise
@@ -71,7 +77,11 @@ class RankEngine:
         sharing = None
         if group is not None:
             sharing = Sharing(
-                group=group, max_tokens=work.max_tokens, is_latency_bound=work.is_latency_bound, num_redundant=work.redundant_experts
+                group=group,
+                max_tokens=work.max_tokens,
+                is_latency_bound=work.is_latency_bound,
+                attention_tp=work.attention_tp,
+                num_redundant=work.redundant_experts,
             )
         loaded = LoadedModel.load(folder, self._config, sharing)
         if group is not None:
@@ -83,7 +93,12 @@ class RankEngine:
         if group is not None:
             assert isinstance(self.steps, GroupSteps), f"{self.steps}"
             self._rebalancer = new_rebalancer(loaded, group, self.steps, on_death)
-        return runner
+        if loaded.heads is None:
+            return runner
+        if loaded.heads.rank:
+            self.following = Following(runner, loaded.heads)
+            return runner
+        return LeadingRunner(runner, loaded.heads)
 
     def start(self) -> None:
         if self._rebalancer is not None:

@@ -69,6 +69,10 @@ class Runner(Protocol):
         """Make a slot that of an empty sequence. To be called when a slot gets an owner."""
         ...
 
+    def arrived(self, page_ids: tuple[int, ...], slot_id: int) -> None:
+        """Pages and a slot have been written by somebody else: a transfer."""
+        ...
+
     def launch(self, chunks: list[Chunk], budget: int = 0) -> Launched:
         """Start the forward pass of the chunks and the sampling for those that reach the end of their sequence, whose num_computed grows
         by the chunk's length. The chunks must not be empty, but in a group: there all ranks step together, and `budget` is the number of
@@ -148,6 +152,9 @@ class ModelRunner:
     def clear_slot(self, slot_id: int) -> None:
         self._caches.clear_slot(slot_id)
 
+    def arrived(self, page_ids: tuple[int, ...], slot_id: int) -> None:
+        """They lie where they are read."""
+
     def may_lead(self, launched: Launched) -> bool:
         """Graphs find tokens only where graphs have drawn them."""
         return self._overlaps if self._graphs is None else launched.drawn is not None
@@ -157,7 +164,7 @@ class ModelRunner:
 
     def launch(self, chunks: list[Chunk], budget: int = 0) -> Launched:
         if self._loaded.share is not None:
-            self._loaded.share.begin_step(budget)
+            self._loaded.share.begin_step(budget if self._loaded.heads is None else self._loaded.heads.rows_each(budget))
         else:
             assert chunks, "a step needs at least one chunk"
         rows = fed_rows(chunks, self._newest)

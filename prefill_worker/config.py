@@ -14,6 +14,9 @@ class PrefillConfig:
     """Replicas of the role; changed live by `baton scale prefill=N`."""
     ranks_per_replica: int = 1
     """Ranks in one replica's group: each has its own sequences, and the experts are spread over all."""
+    attention_tp: int = 1
+    """So many ranks of a group attend together: each computes some heads of the same sequences. Must divide ranks_per_replica, and the
+    model's heads and output groups."""
     redundant_experts: int = 0
     """Further copies of experts in each layer of a group, for experts with much to do; rounded up so that all ranks hold as many."""
     num_pages: int = 128
@@ -32,7 +35,7 @@ class PrefillConfig:
     """A router whose session is silent for so long is lost, and its requests are cancelled."""
 
     def __post_init__(self) -> None:
-        for key in ("ranks_per_replica", "num_slots", "chunk_tokens", "max_waiting"):
+        for key in ("ranks_per_replica", "attention_tp", "num_slots", "chunk_tokens", "max_waiting"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"prefill.{key} is {getattr(self, key)}; it must be at least 1")
         for key in ("replicas", "num_pages"):
@@ -42,6 +45,10 @@ class PrefillConfig:
             raise ConfigError(f"prefill.widened_layers is {self.widened_layers}; it must be at least -1")
         if self.redundant_experts < 0:
             raise ConfigError(f"prefill.redundant_experts is {self.redundant_experts}; it must be at least 0")
+        if self.ranks_per_replica % self.attention_tp:
+            raise ConfigError(
+                f"prefill.attention_tp is {self.attention_tp}; it must divide prefill.ranks_per_replica, which is {self.ranks_per_replica}"
+            )
         if self.redundant_experts and self.ranks_per_replica == 1:
             raise ConfigError(
                 f"prefill.redundant_experts is {self.redundant_experts}; with ranks_per_replica = 1 there is nobody to share with"

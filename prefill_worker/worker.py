@@ -13,6 +13,7 @@ from core.clock import SystemClock
 from core.rank_worker import Place, RankWorker
 from core.rpc import Listener
 from engine.config import EngineConfig
+from engine.following import run_following
 from engine.memory import region_of
 from engine.parallel.group import Rendezvous, Seat
 from engine.parallel.steps import even_budget
@@ -47,6 +48,7 @@ class PrefillWorker(RankWorker):
         super().__init__(place)
         self._model_path, self._engine, self._config, self._transfer = model_path, engine, config, transfer
         self._on_death, self._seat, self._rendezvous, self._new_runner = on_death, seat, rendezvous, new_runner
+        self._sender: KVSender | None = None
 
     async def _open(self, listener: Listener, registry: CollectorRegistry, metrics_address: str) -> None:
         config, clock, parts = self._config, SystemClock(), self._parts
@@ -54,6 +56,9 @@ class PrefillWorker(RankWorker):
         parts.push_async_callback(asyncio.to_thread, engine.close)
         runner = await asyncio.to_thread(self._new_runner or partial(engine.load, self._model_path, registry, self._on_death))
         self.member = self._place.member("prefill", listener.port, metrics_address, runner.layout, runner.max_model_len)
+        if engine.following is not None:
+            self._follow(run_following(engine, engine.following, parts, self._on_death), engine.following.leader)
+            return
         loop = self._loop = PrefillLoop(runner, config, PrefillMetrics(registry), engine.steps, clock, self._on_death)
         sender = KVSender(
             self._transfer,
@@ -79,17 +84,19 @@ class PrefillWorker(RankWorker):
         prefill_pb2_grpc.add_PrefillServicer_to_server(service, listener.server)
 
     async def _end_writes(self) -> None:
-        await self._sender.close()
+        if self._sender is not None:
+            await self._sender.close()
 
     def note(self) -> str:
         """What its pages travel over."""
-        return self._sender.links
+        return super().note() if self._sender is None else self._sender.links
 
     def _work(self) -> Work:
         config = self._config
         return Work(
             role="prefill",
             ranks_per_replica=config.ranks_per_replica,
+            attention_tp=config.attention_tp,
             redundant_experts=config.redundant_experts,
             max_tokens=config.chunk_tokens,
             budget_of=even_budget,

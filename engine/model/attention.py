@@ -18,24 +18,30 @@ from engine.model.compressor import Compressor
 from engine.model.indexer import Indexer
 from engine.model.linear import Build, Linear, Linears
 from engine.model.prompts import PromptRows
-from engine.model.quantized import QuantizedRows
+from engine.model.quantized import QuantizedRows, some_rows
 from engine.model.step import Step
 
 
 class Attention:
     def __init__(self, build: Build, prefix: str, ratio: int) -> None:
-        model = build.model
+        model, share = build.model, build.heads
         self._ops, self._sides, self._ratio, self._eps = build.ops, build.sides, ratio, model.rms_norm_eps
-        self._heads, self._dim, self._groups = model.num_attention_heads, model.head_dim, model.o_groups
+        self._share, ranks = share, 1 if share is None else share.size
+        self._heads, self._dim, self._groups = model.num_attention_heads // ranks, model.head_dim, model.o_groups // ranks
         self._scale = model.head_dim**-0.5
         self._wq_a_wkv = Linears(build, ((f"{prefix}.wq_a.weight",), (f"{prefix}.wkv.weight",)))
         self._q_norm = build.tensor(f"{prefix}.q_norm.weight")
-        self._wq_b = Linear(build, f"{prefix}.wq_b.weight")
+        wq_b, wo_a = (build.weights[f"{prefix}.{name}.weight"] for name in ("wq_b", "wo_a"))
+        sink = build.tensor(f"{prefix}.attn_sink")
+        if share is not None:
+            wq_b, wo_a = (some_rows(whole, share.part(whole.shape[0])) for whole in (wq_b, wo_a))
+            sink = sink[share.part(len(sink))]
+        self._wq_b = Linear.of(build, wq_b)
         self._kv_norm = build.tensor(f"{prefix}.kv_norm.weight")
-        self._sink = build.tensor(f"{prefix}.attn_sink").float()
+        self._sink = sink.float()
         self._wo_b = Linear(build, f"{prefix}.wo_b.weight")
         # Its input is not quantised, whatever the weight's format (spec 2.2).
-        self._wo_a = build.ops.pack["grouped_linear"](build.weights[f"{prefix}.wo_a.weight"], self._groups)
+        self._wo_a = build.ops.pack["grouped_linear"](wo_a, self._groups)
         self._compressor = Compressor(build, f"{prefix}.compressor", ratio) if ratio else None
         self._indexer = Indexer(build, f"{prefix}.indexer") if ratio == 4 else None
         self._quantize_qr = self._wq_b.takes_quantized and (self._indexer is None or self._indexer.takes_quantized)
@@ -76,7 +82,8 @@ class Attention:
                 for prompts, rows in zip(step.prompts, before, strict=True)
             ]
             o = self._ops.output_derotate(parts[0] if len(parts) == 1 else torch.cat(parts), cos, sin)
-        return self._wo_b(self._ops.grouped_linear(o.flatten(1).unflatten(1, (self._groups, -1)), self._wo_a).flatten(1))
+        z = self._ops.grouped_linear(o.flatten(1).unflatten(1, (self._groups, -1)), self._wo_a).flatten(1)
+        return self._wo_b(z if self._share is None else self._share.columns(z))
 
     def _store_keys(self, x: torch.Tensor, step: Step, cache: LayerCache) -> tuple[torch.Tensor, ...]:
         """Index keys that are closed go into the cache, the first thing that anything waits for. Returns x's projections for entries,

@@ -26,6 +26,7 @@ from engine.model.side_stream import SideStream
 from engine.model.step import Step, StepMaker
 from engine.ops.registry import BoundOps
 from engine.parallel.experts import ExpertShare
+from engine.parallel.heads import HeadShare
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,14 @@ class DeepseekV4:
         weights: Mapping[str, Weight],
         ops: BoundOps,
         share: ExpertShare | None = None,
+        heads: HeadShare | None = None,
     ) -> None:
-        """`share`: this rank's part of the experts, in a group."""
+        """`share`: this rank's part of the experts, in a group; `heads`: of the heads, where ranks attend together."""
         dtype = torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
         embed = weights["embed.weight"]
         assert isinstance(embed, torch.Tensor)
         self._embed = embed.to(dtype)
-        build = Build(model, ops, weights, dtype, share, (SideStream(embed.device), SideStream(embed.device)))
+        build = Build(model, ops, weights, dtype, share, heads, (SideStream(embed.device), SideStream(embed.device)))
         self._model, self._ops, self._dtype = model, ops, dtype
         self.vocab_size = model.vocab_size
         self._new_step = StepMaker(model, ops, self._embed.device)

@@ -12,6 +12,7 @@ from engine.model.quantized import QuantizedRows, QuantizedWeight, Weight, stack
 from engine.model.side_stream import SideStream
 from engine.ops.registry import BoundOps
 from engine.parallel.experts import ExpertShare
+from engine.parallel.heads import HeadShare
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Build:
     """Of activations: bfloat16, or float32 for comparison with other implementations."""
     share: ExpertShare | None = None
     """The experts of this rank, in a group; None: all are here."""
+    heads: HeadShare | None = None
+    """The heads of this rank, where ranks attend together; None: all are here."""
     sides: tuple[SideStream, SideStream] = (SideStream(torch.device("cpu")), SideStream(torch.device("cpu")))
     """For work that can be done beside the main stream's."""
 

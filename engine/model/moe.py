@@ -6,7 +6,7 @@ import torch
 
 from engine.model.linear import Build, Linear, Linears
 from engine.model.quantized import QuantizedRows
-from engine.ops.expert_exchange import Tokens
+from engine.ops.expert_exchange import Beside, Tokens
 
 
 class MoE:
@@ -17,7 +17,7 @@ class MoE:
         self._gate = Linear(build, f"{prefix}.gate.weight", torch.float32)
         self._bias = None if is_hash else build.tensor(f"{prefix}.gate.bias").float()
         self._table = build.tensor(f"{prefix}.gate.tid2eid").long().contiguous() if is_hash else None
-        self._share = None if build.share is None else build.share.layers[prefix]
+        self._share, self._heads = None if build.share is None else build.share.layers[prefix], build.heads
         held = range(model.n_routed_experts) if self._share is None else self._share.held
         experts = [f"{prefix}.experts.{index}" for index in held]
         w1, w2, w3 = ([build.weights[f"{expert}.{name}.weight"] for expert in experts] for name in ("w1", "w2", "w3"))
@@ -59,15 +59,24 @@ class MoE:
         sum, [T, d] in fp32 or x's dtype, and the shared expert's output, [T, d] in x's dtype. In a group T may be 0, and all ranks call
         it."""
         shared = self._side.start(lambda: self._shared(x if quantized is None else quantized), late=True)
+        if self._heads is None:
+            return self._routed(x, quantized, token_ids, positions, shared), shared()
+        mine = self._heads.mine
+        routed = self._routed(mine(x), None, mine(token_ids), mine(positions, filler=-1), shared)
+        return self._heads.whole(routed, len(x)), shared()
+
+    def _routed(
+        self, x: torch.Tensor, quantized: QuantizedRows | None, token_ids: torch.Tensor, positions: torch.Tensor, beside: Beside
+    ) -> torch.Tensor:
+        """The sum of the experts that each token is sent to. beside: see `ExpertExchange.combine`."""
         ids, weights = self._ops.moe_gate(self._gate(x), self._bias, self._table, token_ids, self._topk, self._scaling)
         if self._share is None:
-            routed = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
-        else:
-            arrived = self._share.dispatch(Tokens(x, ids, weights, positions, quantized))
-            of_rows = arrived.ids, arrived.weights, self._experts, self._limit, arrived.sum_dtype, arrived.among
-            rows = self._ops.moe_experts(arrived.x, *of_rows)
-            routed = self._share.exchange.combine(rows, arrived, shared)
-        return routed, shared()
+            routed: torch.Tensor = self._ops.moe_experts(x, ids, weights, self._experts, self._limit)
+            return routed
+        arrived = self._share.dispatch(Tokens(x, ids, weights, positions, quantized))
+        of_rows = arrived.ids, arrived.weights, self._experts, self._limit, arrived.sum_dtype, arrived.among
+        rows = self._ops.moe_experts(arrived.x, *of_rows)
+        return self._share.exchange.combine(rows, arrived, beside)
 
     def _shared(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
         return self._w2(self._ops.swiglu(*self._w1_w3(x), self._limit, x.dtype, self._w2.takes_quantized))

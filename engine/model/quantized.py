@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from core.errors import ConfigError
+
 FP8_BLOCK = 128
 FP4_GROUP = 32
 FP8_MAX = 448.0
@@ -103,6 +105,18 @@ def stack_rows(weights: Sequence[Weight]) -> Weight | None:
         return None
     data = torch.cat([weight.data.view(torch.uint8) for weight in quantized]).view(quantized[0].data.dtype)
     return QuantizedWeight(kinds.pop(), data, torch.cat([weight.scale for weight in quantized]))
+
+
+def some_rows(weight: Weight, rows: slice) -> Weight:
+    """[stop - start, K], copied so that the others need not stay. Raises ConfigError if that would cut an FP8 weight's blocks."""
+    if isinstance(weight, torch.Tensor):
+        return weight[rows].clone()
+    scales = rows
+    if weight.kind == "fp8":
+        if rows.start % FP8_BLOCK or rows.stop % FP8_BLOCK:
+            raise ConfigError(f"rows {rows.start} to {rows.stop} of an FP8 weight are to be used; they must be multiples of {FP8_BLOCK}")
+        scales = slice(rows.start // FP8_BLOCK, rows.stop // FP8_BLOCK)
+    return QuantizedWeight(weight.kind, weight.data.view(torch.uint8)[rows].clone().view(weight.data.dtype), weight.scale[scales].clone())
 
 
 @functools.cache

@@ -30,6 +30,8 @@ class Sharing:
     """Most tokens of one rank in a step."""
     is_latency_bound: bool
     """Decode."""
+    attention_tp: int = 1
+    """Ranks that attend together."""
     num_redundant: int = 0
     """Further copies of experts in each layer, over the whole group."""
 
@@ -91,7 +93,7 @@ class ExpertShare:
         shape = ExchangeShape(
             hidden_size=model.hidden_size,
             num_slots=slots,
-            max_tokens=sharing.max_tokens,
+            max_tokens=-(-sharing.max_tokens // sharing.attention_tp),
             is_latency_bound=sharing.is_latency_bound,
         )
         exchange: ExpertExchange = ops.expert_exchange(group, shape, ops)

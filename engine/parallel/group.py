@@ -67,7 +67,7 @@ class Group:
 
     def __init__(self, seat: Seat, store: TCPStore, limits: Limits) -> None:
         self.seat, self.store, self.limits = seat, store, limits
-        self._backends: dict[str, Any] = {}
+        self._backends: dict[tuple[str, int], Any] = {}
         self._closers: list[Callable[[], None]] = []
         self._mourners: list[Callable[[], None]] = []
         self._gathered = 0
@@ -95,29 +95,32 @@ class Group:
     def size(self) -> int:
         return self.seat.size
 
-    def backend(self, device: torch.device) -> Any:
-        """The process group for tensors of a device: gloo for the CPU, NCCL for GPUs. Made at the first call, which is collective."""
-        if device.type not in self._backends:
-            store = PrefixStore(device.type, self.store)
+    def backend(self, device: torch.device, part: int = 0) -> Any:
+        """The process group for tensors of a device: gloo for the CPU, NCCL for GPUs. `part`: of the `part` ranks that follow each other
+        from a multiple of it on, and that this rank is one of; 0: of all. Made at the first call, which is collective."""
+        if (device.type, part) not in self._backends:
+            size = part or self.size
+            store = PrefixStore(f"{device.type}/{part}/{self.rank // size}", self.store)
             timeout = datetime.timedelta(seconds=self.limits.step_s)
-            self._backends[device.type] = self._nccl(store, timeout) if device.type == "cuda" else self._gloo(store)
-            if device.type == "cpu":
-                self._backends["cpu"].barrier().wait()
-                self._backends["cpu"].set_timeout(timeout)
-        return self._backends[device.type]
+            make = self._nccl if device.type == "cuda" else self._gloo
+            self._backends[device.type, part] = make(store, self.rank % size, size, timeout)
+        return self._backends[device.type, part]
 
-    def _gloo(self, store: PrefixStore) -> ProcessGroupGloo:
+    def _gloo(self, store: PrefixStore, rank: int, size: int, timeout: datetime.timedelta) -> Any:
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=self.seat.host)]
         options._timeout = datetime.timedelta(seconds=self.limits.start_s)
-        return ProcessGroupGloo(store, self.rank, self.size, options)
+        backend: Any = ProcessGroupGloo(store, rank, size, options)
+        backend.barrier().wait()
+        backend.set_timeout(timeout)
+        return backend
 
-    def _nccl(self, store: PrefixStore, timeout: datetime.timedelta) -> Any:
+    def _nccl(self, store: PrefixStore, rank: int, size: int, timeout: datetime.timedelta) -> Any:
         from torch.distributed import ProcessGroupNCCL
 
         options: Any = ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return ProcessGroupNCCL(store, self.rank, self.size, options)
+        return ProcessGroupNCCL(store, rank, size, options)
 
     def close(self) -> None:
         """Leave: peers that are waiting, or will, raise GroupLost."""

@@ -1,4 +1,5 @@
-"""A prefill group of two and a decode group of four processes: ranks that die or freeze take their group with them, and no token is wrong.
+"""A prefill group of two that attend together, and a decode group of four processes: ranks that die or freeze take their group with them,
+and no token is wrong.
 
 tests/e2e/test_groups.py has the comparison of tokens for many prompts.
 """
@@ -34,6 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         print(
             found.up(
                 "prefill.ranks_per_replica=2",
+                "prefill.attention_tp=2",
                 "decode.ranks_per_replica=4",
                 "decode.num_pages=64",
                 "decode.num_slots=8",
@@ -94,7 +96,7 @@ def undisturbed(cluster: Cluster) -> dict[str, str]:
 
 def test_every_rank_of_the_group_is_a_member_and_gets_requests(settled: Cluster, undisturbed: dict[str, str]) -> None:
     assert sorted(ranks_of(settled, "decode")) == [f"decode/0.{rank}" for rank in range(4)]
-    assert undisturbed
+    assert undisturbed and settled.rows()["prefill/0.1"].note == "computes heads for prefill/0.0"
     settled.wait(
         lambda: all(row.load.tokens_total for row in settled.rows().values() if row.member.role == "decode"),
         "every rank of the group has had something to do",

@@ -27,11 +27,13 @@ def whole(chosen: str) -> dict[str, list[int]]:
     return tokens_of_one_engine(SETS[chosen]())
 
 
-def serving_in_groups(prefill: int, decode: int, overlap: str) -> Serving:
+def serving_in_groups(prefill: int, decode: int, overlap: str, tp: tuple[int, int] = (1, 1)) -> Serving:
+    """tp: ranks that attend together, in prefill and in decode."""
+    redundant = 2 * (prefill > 2)
     return Serving(
         engine=dataclasses.replace(ENGINE, rebalance_interval_s=0.5, overlap=overlap),
-        prefill=PrefillConfig(ranks_per_replica=prefill, num_pages=32, num_slots=4, redundant_experts=2 * (prefill > 2)),
-        decode=DecodeConfig(ranks_per_replica=decode, num_pages=64, num_slots=8, max_running=4),
+        prefill=PrefillConfig(ranks_per_replica=prefill, attention_tp=tp[0], num_pages=32, num_slots=4, redundant_experts=redundant),
+        decode=DecodeConfig(ranks_per_replica=decode, attention_tp=tp[1], num_pages=64, num_slots=8, max_running=4),
     )
 
 
@@ -83,4 +85,26 @@ def test_groups_give_the_tokens_of_one_engine(
                 # Overlapped decode steps may compute a token for a sequence that ends, in vain.
                 assert counted >= 2 * 5 * computed if (role, overlap) == ("decode", "on") else counted == 2 * 5 * computed
                 assert sum(samples(serving, f"{role}/0.{rank}", "expert_moves_total")) > 0, "no expert has moved"
+        assert serving.deaths == []
+
+
+@pytest.mark.parametrize("chosen", ["a part of the set", pytest.param("the whole set", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("prefill", "decode", "overlap", "tp"), [(2, 4, "on", (2, 2)), (1, 2, "off", (1, 2)), (4, 1, "on", (2, 1))])
+def test_ranks_that_attend_together_give_them_too(
+    prefill: int, decode: int, overlap: str, tp: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.parallel.rebalance.LEAST_LOAD", 1)
+    wanted = SETS[chosen]()
+    with serving_in_groups(prefill, decode, overlap, tp) as serving:
+        following = [name for name, member in serving.members.items() if not member.address]
+        assert len(following) == prefill - prefill // tp[0] + decode - decode // tp[1]
+        found = serve(serving, wanted, at_once=16)
+        wrong = [name for name, tokens in found.items() if tokens != spelling(whole(chosen)[name])]
+        assert len(found) == len(wanted) and not wrong, f"{len(wrong)} of {len(found)} differ: {wrong[:10]}"
+        serving.wait(serving.is_empty)
+        for name in following:
+            role, _, rank = name.replace(".", "/").split("/")
+            assert serving.workers[name].note() == f"computes heads for {role}/0.{int(rank) // 2 * 2}"
+            assert sum(samples(serving, name, "expert_tokens_total")) > 0, "it took no tokens to experts"
+            assert sum(samples(serving, name, "expert_moves_total")) > 0, "no expert has moved"
         assert serving.deaths == []

@@ -117,6 +117,9 @@ class NullRunner:
             sequence.num_computed = chunk.end
         return Launched(chunks)
 
+    def arrived(self, page_ids: tuple[int, ...], slot_id: int) -> None:
+        """They lie where they are read."""
+
     def may_lead(self, launched: Launched) -> bool:
         return self._overlap
 

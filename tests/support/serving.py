@@ -94,7 +94,7 @@ class Serving:
             served_name="demo",
             tokenizer_folder=self.model,
             max_model_len=self._engine.max_model_len,
-            members=list(self.members.values()),
+            members=self._routed(),
         )
         await self.router.start()
 
@@ -132,7 +132,11 @@ class Serving:
         await self.announce()
 
     async def announce(self) -> None:
-        self.router.members.update(list(self.members.values()))
+        self.router.members.update(self._routed())
+
+    def _routed(self) -> list[Member]:
+        """Those that take requests."""
+        return [member for member in self.members.values() if member.address]
 
     async def _stop(self) -> None:
         await self.router.stop()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pathlib
 import socket
 from types import SimpleNamespace
 from typing import Any, cast
 
-from core.codec import decode_error
+from core.codec import decode_error, decode_member
+from core.request import Member
 from deploy.control import ControlService
 from deploy.controller import Controller
 from deploy.reconcile import Fleet, Phase
@@ -27,6 +29,17 @@ def applied(running: ClusterSpec, wanted: ClusterSpec) -> tuple[Any, list[Cluste
         return await service.Apply(control_pb2.ApplyRequest(spec_yaml=wanted.to_yaml()), None)
 
     return asyncio.run(ask()), wishes
+
+
+def test_routers_hear_of_the_ranks_that_serve_alone() -> None:
+    serving = Member(role="decode", replica=0, rank=0, address="d:1", incarnation=1)
+    following, router = dataclasses.replace(serving, rank=1, address=""), dataclasses.replace(serving, role="router")
+    controller = SimpleNamespace(members=[serving, following, router], members_version=1)
+
+    async def first() -> Any:
+        return await anext(ControlService(cast(Controller, controller), "token").Watch(control_pb2.WatchRequest(name="r"), None))
+
+    assert [decode_member(member) for member in asyncio.run(first()).members] == [serving]
 
 
 def test_a_router_port_of_another_cluster_is_not_moved_to() -> None:

@@ -73,6 +73,8 @@ def test_relative_paths_start_at_the_file(tmp_path: pathlib.Path) -> None:
         ("placement: {ray: somewhere}", "c.yaml:3: placement.ray is 'somewhere'; it must be \"embedded\" or host:port"),
         ("placement: {gpus_per_rank: 2}", "c.yaml:3: placement.gpus_per_rank is 2; a rank has one device"),
         ("placement: {drain_timeout_s: 0}", "c.yaml:3: placement.drain_timeout_s is 0.0; it must be above 0"),
+        ("decode: {attention_tp: 2}", "c.yaml:3: decode.attention_tp is 2; it must divide decode.ranks_per_replica, which is 1"),
+        ("prefill: {attention_tp: 0}", "c.yaml:3: prefill.attention_tp is 0; it must be at least 1"),
         ("transfer: {lease_s: 0.3}", "c.yaml:3: transfer.lease_s is 0.3; it must be at least 1"),
         *(
             (

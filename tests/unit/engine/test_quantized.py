@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.model.quantized import quantize_fp8, quantize_mxfp4
+from core.errors import ConfigError
+from engine.model.quantized import quantize_fp8, quantize_mxfp4, some_rows, to_float64
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (130, 257), (1, 1), (40, 384)])
@@ -27,6 +28,15 @@ def test_mxfp4_takes_the_nearest_code_and_even_ones_on_ties() -> None:
     quantized = quantize_mxfp4(row)
     assert torch.equal(quantized.dequantize(), expected)
     assert torch.equal(quantize_mxfp4(row * 2.0**-9).dequantize(), expected * 2.0**-9)
+
+
+def test_some_rows_of_a_weight_have_its_values_and_whole_blocks() -> None:
+    weight = torch.randn(384, 96, generator=torch.Generator().manual_seed(3))
+    for whole in (weight, quantize_fp8(weight), quantize_mxfp4(weight)):
+        part = some_rows(whole, slice(128, 384))
+        assert part.shape == (256, 96) and torch.equal(to_float64(part), to_float64(whole)[128:384])
+    with pytest.raises(ConfigError, match="rows 0 to 64 of an FP8 weight are to be used; they must be multiples of 128"):
+        some_rows(quantize_fp8(weight), slice(0, 64))
 
 
 def test_values_of_a_format_survive_being_quantised_again() -> None:

@@ -254,6 +254,7 @@ def work_of_two(new_runner: Callable[..., Any]) -> Work:
     return Work(
         role="decode",
         ranks_per_replica=2,
+        attention_tp=1,
         redundant_experts=0,
         max_tokens=4,
         budget_of=batch_bucket,
