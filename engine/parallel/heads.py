@@ -32,7 +32,9 @@ class HeadShare:
         """Ranks [k size, (k + 1) size) of the group attend together. Raises ConfigError if the model's heads do not spread so."""
         heads, groups = model.num_attention_heads, model.o_groups
         if heads % size or groups % size:
-            raise ConfigError(f"attention_tp is {size}; it must divide the model's {heads} heads and its {groups} output groups (o_groups)")
+            raise ConfigError(
+                f"{group.seat.name}: attention_tp is {size}; it must divide the model's {heads} heads and its {groups} output groups (o_groups)"
+            )
         self.size, self.rank = size, group.rank % size
         self._group = group
         self.leader = group.seat.member_of(group.rank - self.rank)

@@ -1,13 +1,15 @@
 """Time whole steps of a model of published shape with dummy weights, on one GPU or on a group of them.
 
 python -m tests.benchmarks.bench_engine [--model deploy/model_shapes/v4_flash] [--layers N] [--ranks 2] [--batches 1,8,32]
-    [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--routing even] [--widened-layers N] [--profile] [--out file.json]
+    [--contexts 4096,8192] [--prompts 8192] [--chunk 8192] [--attention-tp 2] [--routing even] [--widened-layers N] [--profile]
+    [--out file.json]
 
 `--layers` keeps the first so many layers, for devices that do not hold all. A decode step is one replay of its graph, sampling aside;
-`batch` is per rank. A prefill is the chunks of one prompt, or of as many as fill one chunk. With `--routing even` experts are chosen by
-token id in all layers, each as likely; with `scored`, as the published config.json has it, dummy hidden states are alike and a few experts
-get all tokens. Each row stands beside the floor of the same run: the bytes that the step must move (weights once, of experts those that
-its tokens touch, each sequence's cache rows) over the copy bandwidth, or its FLOPs over the matrix rate, measured at the start.
+`batch` is per rank, or of `--attention-tp` ranks together. A prefill is the chunks of one prompt, or of as many as fill one chunk. With
+`--routing even` experts are chosen by token id in all layers, each as likely; with `scored`, as the published config.json has it, dummy
+hidden states are alike and a few experts get all tokens. Each row stands beside the floor of the same run: the bytes that the step must
+move (weights once, of experts those that its tokens touch, each sequence's cache rows) over the copy bandwidth, or its FLOPs over the
+matrix rate, measured at the start.
 """
 
 from __future__ import annotations
@@ -122,7 +124,8 @@ def bench_decode(
         pages = context // 256 + 1
         sequences = [new_sequence(n, context, [(n * pages + i) % num_pages for i in range(pages)]) for n in range(batch)]
         for sequence in sequences:
-            sequence.token_ids[-1] += batch * (group.rank if group else 0)  # other tokens on every rank, which other experts see
+            mine = 0 if group is None else group.rank - (0 if loaded.heads is None else loaded.heads.rank)
+            sequence.token_ids[-1] += batch * mine  # other tokens on every rank that has its own, which other experts see
         graph, logits = graphs.fill([Chunk(sequence, 1) for sequence in sequences])
         times = time_replays(graph)
         assert bool(logits.isfinite().all()), "logits are not finite"
@@ -203,7 +206,8 @@ def bench_prefill(
                 for sequence in sequences:
                     sequence.num_computed = start
                 if loaded.share is not None:
-                    loaded.share.begin_step(len(sequences) * length)  # all ranks take the same chunks
+                    rows = len(sequences) * length  # all ranks take the same chunks
+                    loaded.share.begin_step(rows if loaded.heads is None else loaded.heads.rows_each(rows))
                 loaded.network.forward(build_batch([Chunk(sequence, length) for sequence in sequences], loaded.device), caches)
 
         for _ in range(6 if prompt <= chunk else 3):
@@ -239,7 +243,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         seat = Seat(rank=rank, size=arguments.ranks, name="bench/0", host="127.0.0.1", rendezvous=rendezvous)
         group = Group.join(seat, Limits(start_s=300, step_s=90))
         most = max([FILLED_TOKENS, *arguments.batches, *(batch for batch, _ in arguments.also)])
-        sharing = Sharing(group=group, max_tokens=most, is_latency_bound=not arguments.prompts)
+        sharing = Sharing(group=group, max_tokens=most, is_latency_bound=not arguments.prompts, attention_tp=arguments.attention_tp)
     engine = EngineConfig(device="cuda", load="dummy", max_model_len=1 << 20, ops=dict(pair.split("=") for pair in arguments.ops))
     with tempfile.TemporaryDirectory() as folder:
         shape = cut_shape(arguments.model, arguments.layers, pathlib.Path(folder), arguments.routing == "even")
@@ -247,7 +251,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     loaded.network.widen(arguments.widened_layers)
     report: dict[str, Any] = {
         "command": command(), "commit": commit(), "device": torch.cuda.get_device_name(), "ranks": arguments.ranks,
-        "routing": arguments.routing,
+        "attention_tp": arguments.attention_tp, "routing": arguments.routing,
         "layers": loaded.model.num_hidden_layers, "widened layers": loaded.network.num_widened,
         "copy bandwidth TB/s": round(bandwidth / 1e12, 3), "fp8 rate TFLOP/s": round(rate / 1e12, 1),
         "fp8 rate by rank": of_ranks(group, round(rate / 1e12, 1)),
@@ -288,6 +292,7 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path("deploy/model_shapes/v4_flash"))
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--attention-tp", type=int, default=1, help="so many ranks compute the same sequences (decode.attention_tp)")
     parser.add_argument("--batches", type=ints, default=[])
     parser.add_argument("--contexts", type=ints, default=[8192])
     parser.add_argument("--also", type=pairs, default=[], metavar="BATCHxCONTEXT,...", help="further decode steps")

@@ -67,5 +67,9 @@ if [ "$gpus" -ge 2 ]; then
     step transfer_isolated 90 -m tests.benchmarks.bench_transfer --devices cuda:0,cuda:1 --isolated --prompts 8192 --out "$out/transfer_isolated.json"
     step timeline 240 -m tests.benchmarks.timeline --devices cuda:0,cuda:1 --model deploy/model_shapes/v4_flash --layers 16 --out "$out/timeline"
     step exchange 90 -m tests.benchmarks.bench_exchange --out "$out/exchange.json"
+    step heads 120 -m tests.benchmarks.bench_engine --ranks 2 --attention-tp 2 --batches 1,8 --out "$out/heads.json"
+fi
+if [ "$gpus" -ge 4 ]; then
+    step cluster 600 -m tests.benchmarks.bench_cluster --out "$out/cluster" --requests 1 --shapes 4096x1024 --concurrency 1,16,256
 fi
 step parity_rest 300 -m pytest -q -n 4 -m gpu tests/parity -k "not ($new) and not test_gpu_model and not test_gpu_steps and not test_exchange and not test_direct"

@@ -60,8 +60,10 @@ def test_those_that_follow_hear_what_the_leader_tells(length: int) -> None:
 @pytest.mark.parametrize(("heads", "groups"), [(6, 4), (8, 2)])
 def test_heads_that_do_not_spread_are_refused(heads: int, groups: int) -> None:
     model: Any = SimpleNamespace(num_attention_heads=heads, o_groups=groups)
-    group: Any = SimpleNamespace(rank=0)
-    with pytest.raises(ConfigError, match=f"attention_tp is 4; it must divide the model's {heads} heads and its {groups} output groups"):
+    group: Any = SimpleNamespace(rank=0, seat=SimpleNamespace(name="decode/0"))
+    with pytest.raises(
+        ConfigError, match=f"decode/0: attention_tp is 4; it must divide the model's {heads} heads and its {groups} output groups"
+    ):
         HeadShare(group, 4, model)
 
 
