@@ -33,7 +33,7 @@ class HeadShare:
         heads, groups = model.num_attention_heads, model.o_groups
         if heads % size or groups % size:
             raise ConfigError(
-                f"{group.seat.name}: attention_tp is {size}; it must divide the model's {heads} heads and its {groups} output groups (o_groups)"
+                f"{group.seat.name}: attention_tp is {size}; it must divide the model's {heads} heads and its {groups} output groups"
             )
         self.size, self.rank = size, group.rank % size
         self._group = group
