@@ -45,7 +45,7 @@ step parity_new 240 -m pytest -q -n 4 -m gpu tests/parity/test_ops.py tests/pari
 step parity_model 150 -m pytest -q -s tests/parity/test_gpu_model.py
 step parity_steps 120 -m pytest -q tests/parity/test_gpu_steps.py
 if [ "$gpus" -ge 2 ]; then
-    step parity_exchange 180 -m pytest -q tests/parity/test_exchange_gpus.py tests/parity/test_direct_gpus.py -k "not deepep"
+    step parity_exchange 180 -m pytest -q tests/parity/test_exchange_gpus.py tests/parity/test_direct_gpus.py tests/parity/test_heads_gpus.py -k "not deepep"
     engine="-m tests.benchmarks.bench_engine --ranks 2 --profile"
     also=1x8192,32x8192,128x8192,256x8192,1x4096,1x921600,32x131072
 else
@@ -72,4 +72,4 @@ fi
 if [ "$gpus" -ge 4 ]; then
     step cluster 600 -m tests.benchmarks.bench_cluster --out "$out/cluster" --requests 1 --shapes 4096x1024 --concurrency 1,16,256
 fi
-step parity_rest 300 -m pytest -q -n 4 -m gpu tests/parity -k "not ($new) and not test_gpu_model and not test_gpu_steps and not test_exchange and not test_direct"
+step parity_rest 300 -m pytest -q -n 4 -m gpu tests/parity -k "not ($new) and not test_gpu_model and not test_gpu_steps and not test_exchange and not test_direct and not test_heads"
