@@ -42,7 +42,7 @@ class RouterConfig:
     liveness_timeout_s: float = 5.0
     """A rank whose session is silent for so long is lost."""
     drain_timeout_s: float = 30.0
-    """How long streams may go on after the router was told to stop."""
+    """How long streams may go on after the router was told to stop; the controller waits for placement.drain_timeout_s at most."""
     api_keys_file: str = ""
     """File with one API key a line; requests to /v1 must carry one of them. A relative path starts at the cluster file's folder.
     Empty: no keys."""
