@@ -67,6 +67,9 @@ class SimRunner:
     def clear_slot(self, slot_id: int) -> None:
         self.slots[slot_id] = 0
 
+    def arrived(self, page_ids: tuple[int, ...], slot_id: int) -> None:
+        """They lie where they are read."""
+
     def step(self, chunks: list[Chunk], budget: int = 0) -> list[ChunkResult]:
         return self.collect(self.launch(chunks, budget))
 

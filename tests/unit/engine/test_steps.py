@@ -289,7 +289,7 @@ def test_no_rank_takes_a_step_to_measure_before_all_have_read_their_weights(monk
             time.sleep(0.03)  # the other one would be at its step by now
         have_read.add(sharing.group.rank)
         is_first.set()
-        return SimpleNamespace(engine=config, share=None)
+        return SimpleNamespace(engine=config, share=None, heads=None)
 
     def new_runner(loaded: Any) -> Any:
         assert have_read == {0, 1}, f"only {have_read} have read their weights"
