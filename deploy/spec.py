@@ -135,6 +135,12 @@ def check_files(spec: ClusterSpec) -> ModelConfig:
             f"engine.max_model_len is {spec.engine.max_model_len}; the model in {spec.model_path} has max_position_embeddings = "
             f"{model.max_position_embeddings}"
         )
+    for role, section in (("prefill", spec.prefill), ("decode", spec.decode)):
+        if model.num_attention_heads % section.attention_tp or model.o_groups % section.attention_tp:
+            raise ConfigError(
+                f"{role}.attention_tp is {section.attention_tp}; it must divide the {model.num_attention_heads} heads and "
+                f"{model.o_groups} output groups of the model in {spec.model_path}"
+            )
     if not (spec.model.tokenizer_folder / "tokenizer.json").exists():
         key = "model.tokenizer" if spec.model.tokenizer else "model.path"
         remedy = "put the published one there, or name a folder that has one with model.tokenizer"

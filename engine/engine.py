@@ -82,7 +82,10 @@ class LoadedModel:
     @property
     def device_sample(self) -> Sample | None:
         """The op that draws tokens in decode graphs; None: the host does."""
-        return None if self.engine.overlap == "off" else self.ops.sample
+        if self.engine.overlap == "off":
+            return None
+        draw, heads = self.ops.sample, self.heads
+        return draw if heads is None else lambda *arguments: heads.led(draw(*arguments))
 
     def memory_plan(self, num_pages: int, num_slots: int, workspace_bytes: int = 0, history_bytes: int = 0) -> MemoryPlan:
         return MemoryPlan.of(

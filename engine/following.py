@@ -6,22 +6,21 @@
                                   '------ heads, layer by layer ------'
 
 An order says what has happened since the last one: slots cleared, pages that came by transfer, steps collected; and what to launch. The
-sequences of the step before are known to both sides, any other one is sent whole. Both compute the same values and draw the same tokens
-from them, which is checked: an order says how many tokens each sequence has, and the last.
+sequences of the step before are known to both sides, any other one is sent whole. All draw tokens, which keeps what penalties need, and
+take the leader's (`HeadShare.led`): an order says how many each sequence has, and the last.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import pickle
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
+from core.codec import decode_request, encode_request
 from core.errors import InternalError
 from core.inbox import InboxThread
 from core.kv_layout import KVLayout
@@ -34,6 +33,7 @@ from engine.parallel.heads import HeadShare
 from engine.parallel.lockstep import Steps
 from engine.runner import ChunkResult, Launched, Runner
 from engine.sequence import Sequence
+from protos import group_pb2
 
 if TYPE_CHECKING:
     from engine.rank_engine import RankEngine
@@ -45,32 +45,6 @@ PAGES_AT_ONCE = 64
 """Copied in one message."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A chunk of an order."""
-
-    sequence: Sequence | int
-    """Whole, or its place among the chunks of the order before."""
-    new_pages: list[int]
-    """Since the order before."""
-    num_tokens: int
-    last_token: int
-    length: int
-    logits: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    cleared: list[int]
-    """Slots."""
-    arrived: list[tuple[tuple[int, ...], int]]
-    """Pages and slot of each transfer that has ended: the leader's bytes follow."""
-    num_collected: int
-    """Steps."""
-    parts: list[_Part]
-    budget: int
-
-
 class LeadingRunner:
     """A Runner that has the others follow."""
 
@@ -79,25 +53,25 @@ class LeadingRunner:
         self.layout: KVLayout = runner.layout
         self.arena: Arena = runner.arena
         self.vocab_size, self.max_model_len = runner.vocab_size, runner.max_model_len
-        self._cleared: list[int] = []
-        self._arrived: list[tuple[tuple[int, ...], int]] = []
-        self._num_collected = 0
+        self._order = group_pb2.Order()
+        """To be told with the next launch."""
         self._known: list[tuple[Sequence, int]] = []
         """Of the order before: sequences, and how many of their pages were told."""
 
     def clear_slot(self, slot_id: int) -> None:
-        self._cleared.append(slot_id)
+        self._order.cleared.append(slot_id)
         self._runner.clear_slot(slot_id)
 
     def arrived(self, page_ids: tuple[int, ...], slot_id: int) -> None:
-        self._arrived.append((page_ids, slot_id))
+        self._order.arrivals.add(page_ids=page_ids, slot_id=slot_id)
 
     def launch(self, chunks: list[Chunk], budget: int = 0) -> Launched:
-        order = _Order(self._cleared, self._arrived, self._num_collected, self._parts(chunks), budget)
-        self._heads.tell(pickle.dumps(order))
-        for page_ids, slot_id in order.arrived:
-            _copy(self._heads, self.arena, page_ids, slot_id)
-        self._cleared, self._arrived, self._num_collected = [], [], 0
+        order, self._order = self._order, group_pb2.Order()
+        order.parts.extend(self._parts(chunks))
+        order.budget = budget
+        self._heads.tell(order.SerializeToString())
+        for arrival in order.arrivals:
+            _copy(self._heads, self.arena, arrival)
         self._known = [(chunk.sequence, len(chunk.sequence.page_ids)) for chunk in chunks]
         return self._runner.launch(chunks, budget)
 
@@ -105,22 +79,26 @@ class LeadingRunner:
         return self._runner.may_lead(launched)
 
     def collect(self, launched: Launched) -> list[ChunkResult]:
-        self._num_collected += 1
+        self._order.num_collected += 1
         return self._runner.collect(launched)
 
     def step(self, chunks: list[Chunk], budget: int = 0) -> list[ChunkResult]:
         return self.collect(self.launch(chunks, budget))
 
-    def _parts(self, chunks: list[Chunk]) -> list[_Part]:
+    def _parts(self, chunks: list[Chunk]) -> Iterator[group_pb2.Part]:
         places = {id(sequence): place for place, (sequence, _) in enumerate(self._known)}
-        parts = []
         for chunk in chunks:
             sequence = chunk.sequence
             place = places.get(id(sequence))
-            new_pages = [] if place is None else sequence.page_ids[self._known[place][1] :]
-            told = sequence if place is None else place
-            parts.append(_Part(told, new_pages, len(sequence.token_ids), sequence.token_ids[-1], chunk.length, chunk.logits))
-        return parts
+            yield group_pb2.Part(
+                whole=_whole(sequence) if place is None else None,
+                place=place,
+                page_ids=sequence.page_ids if place is None else sequence.page_ids[self._known[place][1] :],
+                num_tokens=len(sequence.token_ids),
+                last_token=sequence.token_ids[-1],
+                length=chunk.length,
+                logits=chunk.logits,
+            )
 
 
 class Following:
@@ -135,20 +113,20 @@ class Following:
     def step(self) -> None:
         """What the leader's next `launch` does, and what came before it. Raises GroupLost, and InternalError if the two have drawn
         different tokens."""
-        order: _Order = pickle.loads(self._heads.hear())  # the ranks of a group trust each other
+        order = group_pb2.Order.FromString(self._heads.hear())
         for _ in range(order.num_collected):
             self._runner.collect(self._flights.popleft())
         for slot_id in order.cleared:
             self._runner.clear_slot(slot_id)
-        for page_ids, slot_id in order.arrived:
-            _copy(self._heads, self._runner.arena, page_ids, slot_id)
+        for arrival in order.arrivals:
+            _copy(self._heads, self._runner.arena, arrival)
         chunks = [self._chunk(part) for part in order.parts]
         self._known = [chunk.sequence for chunk in chunks]
         self._flights.append(self._runner.launch(chunks, order.budget))
 
-    def _chunk(self, part: _Part) -> Chunk:
-        sequence = part.sequence if isinstance(part.sequence, Sequence) else self._known[part.sequence]
-        sequence.page_ids += part.new_pages
+    def _chunk(self, part: group_pb2.Part) -> Chunk:
+        sequence = _sequence(part.whole) if part.HasField("whole") else self._known[part.place]
+        sequence.page_ids += part.page_ids
         if (len(sequence.token_ids), sequence.token_ids[-1]) != (part.num_tokens, part.last_token):
             raise InternalError(
                 f"{sequence.request_id} has {len(sequence.token_ids)} tokens here, the last {sequence.token_ids[-1]}, and "
@@ -157,15 +135,32 @@ class Following:
         return Chunk(sequence, part.length, part.logits)
 
 
-def _copy(heads: HeadShare, arena: Arena, page_ids: tuple[int, ...], slot_id: int) -> None:
+def _whole(sequence: Sequence) -> group_pb2.Whole:
+    """Without its pages."""
+    return group_pb2.Whole(
+        request=encode_request(sequence.request),
+        token_ids=sequence.token_ids[len(sequence.request.token_ids) :],
+        num_computed=sequence.num_computed,
+        slot_id=sequence.slot_id,
+    )
+
+
+def _sequence(whole: group_pb2.Whole) -> Sequence:
+    sequence = Sequence.from_request(decode_request(whole.request))
+    sequence.token_ids += whole.token_ids
+    sequence.num_computed, sequence.slot_id = whole.num_computed, whole.slot_id
+    return sequence
+
+
+def _copy(heads: HeadShare, arena: Arena, arrival: group_pb2.Arrival) -> None:
     """The leader's pages and slot into the others'."""
-    for first in range(0, len(page_ids), PAGES_AT_ONCE):
-        ids = torch.tensor(page_ids[first : first + PAGES_AT_ONCE], device=arena.pages.device)
+    for first in range(0, len(arrival.page_ids), PAGES_AT_ONCE):
+        ids = torch.tensor(arrival.page_ids[first : first + PAGES_AT_ONCE], device=arena.pages.device)
         rows = arena.pages[ids]
         heads.copy(rows)
         if heads.rank:
             arena.pages[ids] = rows
-    heads.copy(arena.slots[slot_id])
+    heads.copy(arena.slots[arrival.slot_id])
 
 
 class FollowingLoop:

@@ -246,4 +246,6 @@ class ModelRunner:
                 first = ends[place] - chunk.length
                 prompt_logprobs[place] = logprobs_of(logits[first : first + len(targets)], targets, sampling.num_prompt_logprobs)
         tokens = torch.tensor([sampled.get(place, -1) for place in range(len(chunks))], dtype=torch.int64, device=self._loaded.device)
+        if self._loaded.heads is not None:
+            tokens = self._loaded.heads.led(tokens)
         return Launched(chunks, tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)

@@ -13,7 +13,7 @@ class PrefillConfig:
     replicas: int = 1
     """Replicas of the role; changed live by `baton scale prefill=N`."""
     ranks_per_replica: int = 1
-    """Ranks in one replica's group: each has its own sequences, and the experts are spread over all."""
+    """Ranks in one replica's group: each (or each attention_tp of them) has its own sequences, and the experts are spread over all."""
     attention_tp: int = 1
     """So many ranks of a group attend together: each computes some heads of the same sequences. Must divide ranks_per_replica, and the
     model's heads and output groups."""

@@ -124,6 +124,8 @@ class Group:
 
     def close(self) -> None:
         """Leave: peers that are waiting, or will, raise GroupLost."""
+        for key in [(device, part) for device, part in self._backends if part and device == "cpu"]:
+            del self._backends[key]  # a rank that waits for another's word has to be free for what closers do together
         while self._closers:
             self._closers.pop()()
         self._backends.clear()

@@ -21,7 +21,7 @@ from engine.parallel.group import Group
 
 _CPU = torch.device("cpu")
 _ENVELOPE = 8192
-"""Bytes that an order takes along without a second message: a decode step of some 100 sequences that go on."""
+"""Bytes that go without a second message: an order of a decode step in which some 300 sequences go on."""
 
 
 class HeadShare:
@@ -39,7 +39,8 @@ class HeadShare:
         self._group = group
         self.leader = group.seat.member_of(group.rank - self.rank)
         """The name of the rank that answers for all."""
-        group.backend(_CPU, size)
+        with group.working("the opening of heads"):
+            group.backend(_CPU, size)
 
     def part(self, count: int) -> slice:
         """This rank's of so many things that are spread evenly, in their order."""
@@ -93,6 +94,11 @@ class HeadShare:
         if len(rest):
             self.copy(rest)
         return torch.cat((letter[8:], rest))[:length].numpy().tobytes()
+
+    def led(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [S], drawn by each rank: those of the leader, on all. Values that differ in their last bits may draw another one."""
+        self.copy(tokens)
+        return tokens
 
     def copy(self, rows: torch.Tensor) -> None:
         """The leader's contiguous bytes into the others'."""

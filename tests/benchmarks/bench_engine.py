@@ -219,7 +219,7 @@ def bench_prefill(
             end.synchronize()
             times.append(start.elapsed_time(end))
         median = statistics.median(times[1:])
-        flops = number * prefill_flops(loaded.model, prompt)
+        flops = number * prefill_flops(loaded.model, prompt) / (1 if loaded.heads is None else loaded.heads.size)
         row: dict[str, Any] = {
             "prompt": prompt, "prompts": number, "chunk": chunk, "ms": round(median, 1),
             "all ms": [round(time, 1) for time in times],
@@ -304,6 +304,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="time by kernel")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
+    if arguments.ranks % arguments.attention_tp:
+        parser.error(f"--attention-tp {arguments.attention_tp} does not divide --ranks {arguments.ranks}")
     if arguments.ranks == 1:
         work(0, arguments, "")
         return

@@ -106,6 +106,11 @@ def test_ranks_that_attend_together_give_them_too(
         found = serve(serving, wanted, at_once=16)
         wrong = [name for name, tokens in found.items() if tokens != spelling(whole(chosen)[name])]
         assert len(found) == len(wanted) and not wrong, f"{len(wrong)} of {len(found)} differ: {wrong[:10]}"
+        long = [request for request in wanted if request.prompt_len > 256]
+        again = serve(serving, long, at_once=4)
+        assert all(tokens == spelling(whole(chosen)[name]) for name, tokens in again.items())
+        leading = [name for name in serving.members if name.startswith("decode") and name not in following]
+        assert sum(metric(serving, name, "baton_decode_kept_pages_total") for name in leading) > 0, "no page was kept"
         serving.wait(serving.is_empty)
         for name in following:
             role, _, rank = name.replace(".", "/").split("/")

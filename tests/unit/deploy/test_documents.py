@@ -61,8 +61,8 @@ def forms_of(metric: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_document_names_is_there(path: pathlib.Path) -> None:
-    history = {"prefill.ready", "decode.ready", "prefill.attention_tp", "decode.attention_tp"}
-    """Of the changelog, and of a design that was left out."""
+    history = {"prefill.ready", "decode.ready"}
+    """Of the changelog."""
     assert not set(unknown_names(path.read_text())) - history
 
 

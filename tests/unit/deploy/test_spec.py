@@ -123,6 +123,14 @@ def test_what_is_named_must_be_there(tmp_path: pathlib.Path) -> None:
         check_files(spec)
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_heads_that_do_not_spread_are_refused_before_anything_starts(role: str) -> None:
+    spec = load_spec(LOCAL_CPU, [f"{role}.ranks_per_replica=4", f"{role}.attention_tp=4"])
+    with pytest.raises(ConfigError, match=rf"{role}\.attention_tp is 4; it must divide the 4 heads and 2 output groups of the model in "):
+        check_files(spec)
+    check_files(load_spec(LOCAL_CPU, [f"{role}.ranks_per_replica=4", f"{role}.attention_tp=2"]))
+
+
 def test_a_file_is_checked_without_loading_torch() -> None:
     code = "import sys, deploy.cli; deploy.cli.main(['check', 'deploy/clusters/local_cpu.yaml']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60 * overload())

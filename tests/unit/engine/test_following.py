@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import random
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from core.errors import ConfigError, InternalError
+from core.errors import ConfigError, GroupLost, InternalError
 from core.request import Request, SamplingParams
 from engine.batch import Chunk
 from engine.following import Following, LeadingRunner
@@ -19,23 +20,23 @@ from engine.parallel.heads import HeadShare
 from engine.runner import Launched
 from engine.sequence import Sequence
 from tests.support.null_runner import NullRunner
-from tests.support.ranks import run_group
+from tests.support.ranks import LIMITS, run_group
 
 MODEL: Any = SimpleNamespace(num_attention_heads=8, o_groups=4)
 PAGES, SLOTS = 24, 6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 8])
-def test_rows_and_columns_come_together_in_the_order_of_ranks(count: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("size", "count"), [(2, 0), (2, 1), (2, 2), (2, 5), (4, 1), (4, 5), (4, 8)])
+def test_rows_and_columns_come_together_in_the_order_of_ranks(size: int, count: int, dtype: torch.dtype) -> None:
     rows, columns = torch.arange(count * 3).reshape(count, 3).to(dtype), torch.arange(count * 8).reshape(count, 8).to(dtype)
 
     def rank(group: Group) -> None:
-        heads = HeadShare(group, 2, MODEL)
-        assert heads.leader == f"decode/0.{group.rank // 2 * 2}"
-        base = 100 * (group.rank // 2)  # the two pairs do not hear of each other
+        heads = HeadShare(group, size, MODEL)
+        assert heads.leader == f"decode/0.{group.rank // size * size}"
+        base = 100 * (group.rank // size)  # two pairs do not hear of each other
         mine = heads.mine(rows + base, filler=-1)
-        assert len(mine) == heads.rows_each(count) == -(-count // 2)
+        assert len(mine) == heads.rows_each(count) == -(-count // size)
         assert (mine[len(rows[heads.rank * len(mine) :]) :] == -1).all()
         assert torch.equal(heads.whole(mine, count), rows + base)
         assert torch.equal(heads.columns((columns + base)[:, heads.part(8)]), columns + base)
@@ -55,6 +56,22 @@ def test_those_that_follow_hear_what_the_leader_tells(length: int) -> None:
         return heads.hear()
 
     assert run_group(4, rank) == [order] * 4
+
+
+def test_a_rank_that_waits_for_a_word_is_free_once_the_leader_leaves() -> None:
+    """What closes with a group may wait for all ranks, a device's memory that they share, say."""
+    began = time.monotonic()
+
+    def rank(group: Group) -> None:
+        heads = HeadShare(group, group.size, MODEL)
+        group.before_close(group.barrier)
+        if heads.rank:
+            with pytest.raises(GroupLost):
+                heads.hear()
+        group.close()
+
+    run_group(2, rank)
+    assert time.monotonic() - began < LIMITS.step_s
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(6, 4), (8, 2)])
