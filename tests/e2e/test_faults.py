@@ -110,10 +110,11 @@ def test_ranks_that_die_one_after_the_other_and_come_back(serving: Serving) -> N
         await serving.announce()
 
     for role, replica in (("decode", 0), ("prefill", 1), ("decode", 1), ("prefill", 0)):
-        streams.wait_for_tokens(40)
+        streams.wait_for_tokens(sum(map(len, streams.tokens)) + 40)
         serving.run(serving.remove(f"{role}/{replica}.0"))
         time.sleep(0.1)
         serving.run(replace(role, replica))
+        serving.wait(lambda role=role: len(serving.router.members.ready(role)) == 2)
     streams.check()
     serving.wait(serving.is_empty)
 
@@ -204,7 +205,7 @@ def test_no_decode_rank_is_503_with_a_reason_and_work_goes_on_after(serving: Ser
 def test_a_drained_rank_finishes_and_takes_no_more(serving: Serving) -> None:
     streams = Streams(serving, 6, 80)
     streams.wait_for_tokens(30)
-    assert serving.run(serving.workers["decode/0.0"].drain(20))
+    assert serving.run(serving.workers["decode/0.0"].drain(60 * overload()))
     streams.check()
     serving.complete(prompt=[1, 2], max_tokens=3, ignore_eos=True)
     assert serving.workers["decode/0.0"].load().num_running == 0

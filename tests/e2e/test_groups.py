@@ -54,6 +54,12 @@ def steps_of(serving: Serving, role: str, size: int) -> list[tuple[float, float]
     return [(metric(serving, f"{role}/0.{rank}", names[0]), metric(serving, f"{role}/0.{rank}", names[1])) for rank in range(size)]
 
 
+def have_moved(serving: Serving, members: list[str]) -> bool:
+    """Experts, on all of them; those of an idle group do with its next step."""
+    serving.complete(prompt=[5, 6, 7], max_tokens=6, ignore_eos=True)
+    return all(sum(samples(serving, name, "expert_moves_total")) > 0 for name in members)
+
+
 def have_stepped_alike(serving: Serving, role: str, size: int) -> bool:
     return len({sum(steps) for steps in steps_of(serving, role, size)}) == 1
 
@@ -74,6 +80,9 @@ def test_groups_give_the_tokens_of_one_engine(
             wrong = [name for name, tokens in found.items() if tokens != spelling(whole(chosen)[name])]
             assert not wrong, f"{len(wrong)} of {len(found)} differ: {wrong[:10]}"
         assert len(crowded) == len(wanted)
+        sizes = {"prefill": prefill, "decode": decode}
+        groups = [name for name, member in serving.members.items() if sizes[member.role] > 1]
+        serving.wait(functools.partial(have_moved, serving, groups), 60)
         serving.wait(serving.is_empty)
         for role, size in (("prefill", prefill), ("decode", decode)):
             serving.wait(functools.partial(have_stepped_alike, serving, role, size))
@@ -84,7 +93,6 @@ def test_groups_give_the_tokens_of_one_engine(
                 counted = sum(samples(serving, f"{role}/0.{rank}", "expert_tokens_total"))
                 # Overlapped decode steps may compute a token for a sequence that ends, in vain.
                 assert counted >= 2 * 5 * computed if (role, overlap) == ("decode", "on") else counted == 2 * 5 * computed
-                assert sum(samples(serving, f"{role}/0.{rank}", "expert_moves_total")) > 0, "no expert has moved"
         assert serving.deaths == []
 
 
@@ -111,10 +119,10 @@ def test_ranks_that_attend_together_give_them_too(
         assert all(tokens == spelling(whole(chosen)[name]) for name, tokens in again.items())
         leading = [name for name in serving.members if name.startswith("decode") and name not in following]
         assert sum(metric(serving, name, "baton_decode_kept_pages_total") for name in leading) > 0, "no page was kept"
+        serving.wait(functools.partial(have_moved, serving, following), 60)
         serving.wait(serving.is_empty)
         for name in following:
             role, _, rank = name.replace(".", "/").split("/")
             assert serving.workers[name].note() == f"computes heads for {role}/0.{int(rank) // 2 * 2}"
             assert sum(samples(serving, name, "expert_tokens_total")) > 0, "it took no tokens to experts"
-            assert sum(samples(serving, name, "expert_moves_total")) > 0, "no expert has moved"
         assert serving.deaths == []

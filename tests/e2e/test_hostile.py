@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.fuzz_http import fuzz
 from tests.support.null_runner import NullRunner
+from tests.support.patience import overload
 from tests.support.serving import Serving
 
 pytestmark = pytest.mark.e2e
@@ -23,7 +24,7 @@ def new_runner(role: str) -> NullRunner:
 def test_hostile_requests_get_4xx_and_leave_nothing() -> None:
     with Serving(new_runner=new_runner) as serving:
         before = serving.complete(prompt=[5, 6, 7], max_tokens=8, seed=1, ignore_eos=True)["choices"][0]["text"]
-        counts = asyncio.run(fuzz(serving.url, NUM_REQUESTS, seed=3, model="demo"))
+        counts = asyncio.run(fuzz(serving.url, NUM_REQUESTS, seed=3, model="demo", timeout_s=60 * overload()))
         statuses = sum(counts.values(), collections.Counter())
         print({kind: dict(found) for kind, found in counts.items()})
         assert sum(statuses.values()) == NUM_REQUESTS

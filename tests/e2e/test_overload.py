@@ -109,7 +109,9 @@ def test_a_full_prefill_rank_says_when_to_come_back() -> None:
         for answer in refused:
             assert "waiting on this prefill rank" in answer.text
             seconds = int(answer.headers["retry-after"])
-            assert 2 <= seconds <= 4, f"{seconds} s; 30 to 60 tokens wait, 50 ms each and in chunks so large that a late step hardly counts"
+            assert 2 <= seconds <= 4 * overload(), (
+                f"{seconds} s; 30 to 60 tokens wait, 50 ms each, in chunks so large that a late step counts little"
+            )
         serving.wait(serving.is_empty)
 
 

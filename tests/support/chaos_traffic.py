@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-REQUEST_LIMIT_S = 300.0
+REQUEST_LIMIT_S = 1000.0
 """A request that has not ended by then, all repetitions included, counts as lost."""
 
 RETRY_S = 0.2

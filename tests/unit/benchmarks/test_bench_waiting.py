@@ -17,7 +17,7 @@ from tests.benchmarks.bench_waiting import Bench, measure, time_inside
 from tests.support.checkpoints import SMALL
 from tests.support.ranks import run_group
 
-HELD_UP_S = 0.04
+HELD_UP_S = 0.3
 
 
 def loaded_rank(folder: pathlib.Path, group: Group) -> LoadedModel:

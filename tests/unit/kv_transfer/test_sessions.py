@@ -255,8 +255,8 @@ def test_an_abort_on_either_side_frees_both() -> None:
     run(test)
 
 
-QUICK = dataclasses.replace(CONFIG, liveness_timeout_s=0.6, tcp_user_timeout_s=0.3, quarantine_s=1.0)
-"""Sessions outlive the time between two pings, and a sender that lives has a second for its answer."""
+QUICK = dataclasses.replace(CONFIG, liveness_timeout_s=2.5, tcp_user_timeout_s=0.3, quarantine_s=4.0)
+"""Sessions outlive the time between two pings, and a sender that lives has seconds for its answer."""
 
 
 @pytest.mark.parametrize("is_told", [True, False])
