@@ -79,7 +79,8 @@ class Streams:
             self.errors.append(repr(error))
 
     def wait_for_tokens(self, count: int) -> None:
-        self.serving.wait(lambda: sum(map(len, self.tokens)) >= count or bool(self.errors), 60)
+        """Or until all have ended."""
+        self.serving.wait(lambda: sum(map(len, self.tokens)) >= count or not any(thread.is_alive() for thread in self.threads), 60)
 
     def check(self) -> None:
         """Every stream ended with exactly the tokens of an undisturbed run."""

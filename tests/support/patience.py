@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-
 SLOWEST = 3.0
 """Machines may be so many times slower than those for which the times in tests were chosen."""
 
