@@ -111,8 +111,8 @@ class Following:
         self._known: list[Sequence] = []
 
     def step(self) -> None:
-        """What the leader's next `launch` does, and what came before it. Raises GroupLost, and InternalError if the two have drawn
-        different tokens."""
+        """What the leader's next `launch` does, and what came before it. Raises GroupLost, and InternalError if the leader has other
+        tokens in a sequence."""
         order = group_pb2.Order.FromString(self._heads.hear())
         for _ in range(order.num_collected):
             self._runner.collect(self._flights.popleft())
