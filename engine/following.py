@@ -2,7 +2,7 @@
 
     leading rank     loop -> LeadingRunner.launch ---- order ----.      its loop has requests, reservations, transfers
                                   |                              v
-                              ModelRunner           Following.step -> ModelRunner         tokens are drawn there, too, and not read
+                              ModelRunner           Following.step -> ModelRunner         tokens are drawn there, too
                                   '------ heads, layer by layer ------'
 
 An order says what has happened since the last one: slots cleared, pages that came by transfer, steps collected; and what to launch. The

@@ -48,7 +48,7 @@ class LayerShare:
         self.form: Callable[[Any], Any] = lambda experts: experts
         """What an expert goes through between `pack` and a place here."""
         self.choice = SlotChoice(placement, rank, device)
-        """For the tokens of this rank's sequences."""
+        """For the tokens that this rank takes to experts."""
         self._rank = rank
         self.num_moves = 0
         """Placements since the first."""
@@ -129,10 +129,10 @@ class ExpertShare:
             layer.choice.load.zero_()
 
     def load(self) -> torch.Tensor:
-        """int64 [layers, experts] on the CPU: tokens of this rank's sequences by expert, since the start."""
+        """int64 [layers, experts] on the CPU: tokens that this rank has taken to each expert, since the start."""
         return torch.stack([layer.choice.load for layer in self.layers.values()]).cpu()
 
     def imbalance(self) -> list[float]:
-        """Of each layer: the busiest rank's tokens over the mean, as this rank's sequences have used the experts. 1 is perfect."""
+        """Of each layer: the busiest rank's tokens over the mean, by what this rank has taken to experts. 1 is perfect."""
         counts = self.load().tolist()
         return [imbalance(one, layer.placement) if any(one) else 1.0 for one, layer in zip(counts, self.layers.values(), strict=True)]

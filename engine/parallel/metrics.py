@@ -11,7 +11,7 @@ from engine.parallel.experts import ExpertShare
 
 
 class ExpertLoadCollector(Collector):
-    """`baton_<role>_expert_tokens_total{layer, expert}` and `baton_<role>_expert_imbalance{layer}`, of this rank's sequences: the sum
+    """`baton_<role>_expert_tokens_total{layer, expert}` and `baton_<role>_expert_imbalance{layer}`, of tokens that this rank takes: the sum
     over a group's ranks is the load that `rebalanced` wants. And of placements `baton_<role>_expert_moves_total{layer}` and
     `baton_<role>_expert_moves_awaited`."""
 
