@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from core.errors import Mismatch, Unavailable
@@ -20,6 +20,9 @@ class Candidate:
     in_flight_requests: int
     in_flight_tokens: int
     """What this router has there, whether the rank's report counts it yet or not."""
+    unanswered_requests: int = 0
+    unanswered_tokens: int = 0
+    """Of that, what the rank has not said anything to yet: its report does not count it."""
     kept_share: float = 0.0
     """Of the prompt's pages, those that the rank may still hold from an earlier turn; 0 to 1."""
 
@@ -28,6 +31,10 @@ def place_decode(request: Request, decodes: Sequence[Candidate], prefills: Seque
     """Among the decode ranks with the KV layout of a prefill rank the one that has the least to do: the least that the request adds to the
     squares of the shares of slots and of pages in use. A short request goes where few sequences are, a long one where few pages are taken,
     and both stay even; a rank that holds the whole prompt may have one sequence more than others.
+
+    What other routers have there is known from reports alone, which lag. While many requests come at once, all routers would see the same
+    rank behind and send it everything, so the more questions of this router are unanswered, the less the others' part counts: each
+    router then spreads its own requests evenly, which makes the sum even, too.
 
     The ranks of a group step together, so the mean of a rank's group counts as much as the rank itself. A rank without room for the
     request comes after all that have it, and one that never has it after all others. `avoid`: (name, incarnation) of ranks that failed this
@@ -42,7 +49,9 @@ def place_decode(request: Request, decodes: Sequence[Candidate], prefills: Seque
         layouts = {member.fingerprint for member in usable}
         fitting = [candidate for candidate in decodes if candidate.member.fingerprint in layouts]
         if fitting:
-            return _least(fitting, lambda rank: decode_load(rank, num_pages), num_pages, avoided)
+            trust = 1 / (1 + sum(candidate.unanswered_requests for candidate in fitting))
+            loads = [decode_load(candidate, num_pages, trust) for candidate in fitting]
+            return _least(fitting, loads, num_pages, avoided)
     raise Mismatch(
         f"no prefill rank has the KV layout of a decode rank: {prefills[0].name} has {prefills[0].fingerprint}, "
         f"{decodes[0].member.name} has {decodes[0].member.fingerprint}"
@@ -55,7 +64,8 @@ def place_prefill(request: Request, prefills: Sequence[Candidate], fingerprint: 
     fitting = [candidate for candidate in prefills if candidate.member.fingerprint == fingerprint]
     if not fitting:
         raise Unavailable(f"no prefill rank with the KV layout {fingerprint} is ready any more")
-    return _least(fitting, prefill_load, -(-len(request.token_ids) // PAGE_TOKENS), set(avoid))
+    loads = [prefill_load(candidate) for candidate in fitting]
+    return _least(fitting, loads, -(-len(request.token_ids) // PAGE_TOKENS), set(avoid))
 
 
 def prefill_load(rank: Candidate) -> float:
@@ -63,17 +73,18 @@ def prefill_load(rank: Candidate) -> float:
     return max(rank.load.waiting_tokens, rank.in_flight_tokens) + rank.load.num_running + rank.load.num_waiting
 
 
-def decode_load(rank: Candidate, num_pages: int) -> float:
-    """What one more sequence of so many pages costs there. What was placed since the last report counts, too."""
+def decode_load(rank: Candidate, num_pages: int, trust: float) -> float:
+    """What one more sequence of so many pages costs there. `trust`, 0 to 1: how much a sequence of another router counts."""
     load = rank.load
     slots_total, pages_total = max(load.slots_total, 1), max(load.pages_total, 1)
-    requests = max(load.num_running + load.num_waiting, rank.in_flight_requests)
-    pages = max(load.pages_total - load.pages_free, rank.in_flight_tokens // PAGE_TOKENS)
+    others = load.num_running + load.num_waiting - (rank.in_flight_requests - rank.unanswered_requests)
+    requests = rank.in_flight_requests + trust * max(others, 0)
+    others = load.pages_total - load.pages_free - (rank.in_flight_tokens - rank.unanswered_tokens) // PAGE_TOKENS
+    pages = rank.in_flight_tokens // PAGE_TOKENS + trust * max(others, 0)
     return (requests - rank.kept_share) / slots_total**2 + pages * num_pages / pages_total**2
 
 
-def _least(ranks: Sequence[Candidate], load_of: Callable[[Candidate], float], num_pages: int, avoided: set[MemberKey]) -> Member:
-    loads = [load_of(rank) for rank in ranks]
+def _least(ranks: Sequence[Candidate], loads: Sequence[float], num_pages: int, avoided: set[MemberKey]) -> Member:
     groups: dict[int, list[float]] = {}
     for rank, its_load in zip(ranks, loads, strict=True):
         groups.setdefault(rank.member.replica, []).append(its_load)

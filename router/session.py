@@ -101,6 +101,8 @@ class RankSession:
         self.load = Load()
         self.in_flight: dict[str, int] = {}
         """Request id -> prompt tokens: what was sent there and has not ended; counts before the rank's own report does."""
+        self.unanswered: set[str] = set()
+        """Of those, reservations that were asked for and neither granted nor refused yet."""
         self.is_connected = False
         self.is_draining = member.state == "draining"
         self._router_name, self._timeout_s = router_name, liveness_timeout_s
@@ -119,8 +121,10 @@ class RankSession:
     def forget(self, request_id: str) -> None:
         self._listeners.pop(request_id, None)
         self.in_flight.pop(request_id, None)
+        self.unanswered.discard(request_id)
 
     def reserve(self, request: Request) -> None:
+        self.unanswered.add(request.request_id)
         self._send(decode_pb2.DecodeCommand(reserves=[encode_request(request)]))
 
     def run(self, request: Request, reservation: Reservation) -> None:
@@ -214,6 +218,7 @@ class RankSession:
             self._tell(failure.request_id, Failed(self.member.role, decode_error(failure.error)))
         if self.member.role == "decode":
             for reserved in update.reserved:
+                self.unanswered.discard(reserved.request_id)
                 self._tell(reserved.request_id, Reserved(decode_reservation(reserved.reservation)))
             for finished in update.finished:
                 self._tell(finished.request_id, Finished(decode_stages(finished.stages)))

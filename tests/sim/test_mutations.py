@@ -26,7 +26,7 @@ from tests.sim.null_engine import PAGE_TOKENS
 
 NUM_WORLDS = 10_000
 
-LOOK_FIRST = {"proof that its writes are out": 5600, "waiting for the live answer": 1400}
+LOOK_FIRST = {"proof that its writes are out": 5600, "waiting for the live answer": 1900}
 """The world to begin with, where it takes many to notice. The others follow."""
 
 Mutate = Callable[[pytest.MonkeyPatch], None]

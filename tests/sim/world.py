@@ -366,6 +366,7 @@ class World(Network):
                 assert one.service.num_requests == 0, f"{one.name} counts {one.service.num_requests} requests"
                 for session in one.members._sessions.values():
                     assert not session.in_flight and not session._listeners, f"{one.name} still listens for {list(session._listeners)}"
+                    assert not session.unanswered, f"{one.name} still waits for the answers to {session.unanswered}"
 
     def forget(self) -> None:
         """Take the world apart once nobody looks at it any more: what is left for the collector of garbage to find costs more."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import heapq
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +26,53 @@ def candidate(role: str, replica: int, fingerprint: str = "f", tokens: int = 0, 
 
 
 PREFILL = Member(role="prefill", replica=0, rank=0, address="a:1", incarnation=1, fingerprint="f")
+
+
+class Burst:
+    """Routers that place requests on the same decode ranks, and know of each other only what the ranks report with their answers."""
+
+    def __init__(self, rng: random.Random, routers: int, ranks: int) -> None:
+        self.held = [0] * ranks
+        self._rng, self._events = rng, list[tuple[float, int, Callable[[float], None]]]()
+        self._placed = [[0] * ranks for _ in range(routers)]
+        self._answered = [[0] * ranks for _ in range(routers)]
+        self._reported = [[0] * ranks for _ in range(routers)]
+        self._busy_until = [[0.0] * (2 * ranks) for _ in range(routers)]  # streams to the ranks, and from them
+        self._orders = [rng.sample(range(ranks), ranks) for _ in range(routers)]
+
+    def run(self, requests: int, seconds: float) -> None:
+        for _ in range(requests):
+            router = self._rng.randrange(len(self._placed))
+            self._at(self._rng.uniform(0.0, seconds), functools.partial(self._place, router))
+        while self._events:
+            at, _, event = heapq.heappop(self._events)
+            event(at)
+
+    def _at(self, at: float, event: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (at, self._rng.getrandbits(60), event))
+
+    def _send(self, now: float, router: int, stream: int, event: Callable[[float], None]) -> None:
+        """Streams keep the order."""
+        at = self._busy_until[router][stream] = max(self._busy_until[router][stream], now + self._rng.uniform(0.001, 0.008))
+        self._at(at, event)
+
+    def _place(self, router: int, now: float) -> None:
+        seen = []
+        for rank in self._orders[router]:
+            placed, reported = self._placed[router][rank], self._reported[router][rank]
+            one = candidate("decode", rank, requests=placed, num_running=reported, slots_total=300, slots_free=300 - reported)
+            seen.append(dataclasses.replace(one, unanswered_requests=placed - self._answered[router][rank]))
+        rank = place_decode(REQUEST, seen, [PREFILL]).replica
+        self._placed[router][rank] += 1
+        self._send(now, router, rank, functools.partial(self._reserve, router, rank))
+
+    def _reserve(self, router: int, rank: int, now: float) -> None:
+        self.held[rank] += 1
+        self._send(now, router, len(self.held) + rank, functools.partial(self._answer, router, rank, self.held[rank]))
+
+    def _answer(self, router: int, rank: int, reported: int, now: float) -> None:
+        self._answered[router][rank] += 1
+        self._reported[router][rank] = reported
 
 
 class TestPlacement:
@@ -131,6 +181,25 @@ class TestPlacement:
 
         print(f"sequences {imbalance(sequences):.2f}, pages {imbalance(pages):.2f}")
         assert imbalance(sequences) < 1.1 and imbalance(pages) < 1.2
+
+    @pytest.mark.parametrize(("routers", "ranks", "most_apart"), [(1, 2, 1), (4, 2, 8), (4, 8, 8), (16, 8, 16)])
+    def test_routers_that_do_not_know_of_each_other_spread_a_burst_evenly(
+        self, rng: random.Random, routers: int, ranks: int, most_apart: int
+    ) -> None:
+        """256 requests within 55 ms. A question, and the answer with which the rank reports its load, take 1 to 8 ms each way. Four routers
+        that took what two ranks report at its word gave them 158 and 98."""
+        burst = Burst(rng, routers, ranks)
+        burst.run(256, 0.055)
+        print(f"{routers} routers: {burst.held}")
+        assert sum(burst.held) == 256
+        assert max(burst.held) - min(burst.held) <= most_apart
+
+    def test_what_others_have_there_counts_once_the_answers_are_in(self) -> None:
+        """Six requests of this router on the first rank; four on the second, and twelve of others."""
+        for unanswered, chosen in ((0, 0), (6, 1)):
+            first = candidate("decode", 0, requests=6, num_running=6 - unanswered)
+            decodes = [dataclasses.replace(first, unanswered_requests=unanswered), candidate("decode", 1, requests=4, num_running=16)]
+            assert place_decode(REQUEST, decodes, [PREFILL]).replica == chosen
 
     def test_a_missing_role_is_named(self) -> None:
         with pytest.raises(Unavailable, match="decode"):

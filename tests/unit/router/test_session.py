@@ -59,6 +59,23 @@ def test_what_waits_goes_out_as_one_message_of_bounded_size() -> None:
     asyncio.run(live())
 
 
+def test_a_reservation_is_unanswered_until_it_is_granted_or_given_up() -> None:
+    async def live() -> None:
+        session = RankSession(MEMBER, "r", 5.0)
+        await session.close()
+        session.is_connected = True
+        for name in ("granted", "refused"):
+            session.listen(name, 3, lambda event: None)
+            session.reserve(new_request(name))
+        assert session.unanswered == {"granted", "refused"}
+        session._dispatch(decode_pb2.DecodeUpdate(reserved=[decode_pb2.Reserved(request_id="granted")]))
+        assert session.unanswered == {"refused"} and set(session.in_flight) == {"granted", "refused"}
+        session.forget("refused")
+        assert not session.unanswered
+
+    asyncio.run(live())
+
+
 def test_a_session_that_trips_over_an_update_is_lost_and_begun_again() -> None:
     async def live() -> None:
         reasons = ["once", "again"]
