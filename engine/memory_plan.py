@@ -165,7 +165,12 @@ def _left_in_cgroup() -> int | None:
 
 def tensor_bytes(root: object) -> int:
     """Bytes of all tensors reachable from an object of the engine; shared memory counts once."""
-    storages: dict[int, int] = {}
+    tensors = (one for one in reachable(root) if isinstance(one, torch.Tensor))
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+def reachable(root: object) -> Iterator[object]:
+    """What an object of the engine consists of: objects of the engine, containers, tensors and what else those hold, each once."""
     seen: set[int] = set()
     stack = [root]
     while stack:
@@ -173,11 +178,9 @@ def tensor_bytes(root: object) -> int:
         if id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
-        else:
+        yield one
+        if not isinstance(one, torch.Tensor):
             stack.extend(_parts(one))
-    return sum(storages.values())
 
 
 def _parts(one: object) -> Iterator[Any]:

@@ -13,6 +13,8 @@ from engine.batch import Chunk, build_batch
 from engine.cache.arena import Arena, ModelCaches
 from engine.graphs import DecodeGraphs, batch_buckets, width_buckets
 from engine.logprobs import logprobs_of
+from engine.memory_plan import reachable
+from engine.model.linear import Linear
 from engine.scheduler.prefill import SCORED_TOKENS
 from engine.sequence import Sequence
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 MARGIN = 1.1
 """For what differs from run to run: libraries that load late, fragments."""
 MARGIN_BYTES = 512 << 20
+PRODUCT_ROWS = 64
+"""The smallest block of rows in a library's product of more than a few."""
+CONTEXT_CHUNK = 256
 
 
 def warm_lengths(most: int) -> list[int]:
@@ -30,11 +35,32 @@ def warm_lengths(most: int) -> list[int]:
     return [*sorted(steps), most]
 
 
+def warm_contexts(longest: int) -> list[int]:
+    """Lengths of prompts below `longest`, whose last (at most) CONTEXT_CHUNK tokens need every kernel that a context of another length
+    needs: some are made for a number of entries to choose from."""
+    return [1 << power for power in range(longest.bit_length()) if 1 << power < longest]
+
+
+@torch.inference_mode()
+def warm_products(loaded: LoadedModel, most: int) -> None:
+    """Run the FP8 projections with up to `most` rows, every number that a library may have another kernel for. DeepGEMM chooses by how the
+    blocks of a product fill the multiprocessors, and compiles what it chooses, which takes seconds: a product of 1,280 rows may need a
+    kernel that 1,024 and 1,536 do not. In a group all ranks leave together: one may have had to compile what another found compiled."""
+    linears = [one for one in reachable(loaded.network) if isinstance(one, Linear) and one.takes_quantized]
+    for (_, width), linear in {linear.shape: linear for linear in linears}.items():
+        x = torch.zeros(most, width, dtype=torch.bfloat16, device=loaded.device)
+        for rows in reversed(range(PRODUCT_ROWS, most + 1, PRODUCT_ROWS)):  # the first one's memory does for the others
+            linear(x[:rows])
+    if loaded.share is not None:
+        loaded.share.least("products compiled", 0)
+
+
 def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -> int:
     """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence (of as many as make up so many tokens), for one of as
     many tokens as may be scored, and for all decode graphs up to `max_decode` sequences (0: none): beside what they use in turn the
-    driver keeps tens of MiB for each. Compiles what these and shorter chunks need, so that no request waits for it. Raises
-    torch.OutOfMemoryError if not even one page fits beside it."""
+    driver keeps tens of MiB for each. Compiles what these and shorter chunks need, so that no request waits for it (but for steps of
+    several prompts of which one token each is left: they attend as decode does). Raises torch.OutOfMemoryError if not even one page fits
+    beside it."""
     device, longest = loaded.device, loaded.engine.max_model_len
     gc.collect()
     torch.cuda.empty_cache()
@@ -44,7 +70,12 @@ def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -
     torch.cuda.synchronize(device)
     own = before - torch.cuda.mem_get_info(device)[0]
     if chunk_tokens:
+        warm_products(loaded, chunk_tokens)
         sequences = [_longest(slot_id, longest) for slot_id in range(num_slots)]
+        for end in warm_contexts(longest):
+            length = min(end, CONTEXT_CHUNK, chunk_tokens)
+            sequences[0].num_computed = end - length
+            loaded.network.forward(build_batch([Chunk(sequences[0], length)], device), caches)
         for length in warm_lengths(chunk_tokens):
             torch.cuda.empty_cache()  # what shorter chunks leave behind is not needed by the longest
             chunks = []

@@ -58,6 +58,8 @@ class Linear:
         return linear
 
     def _take(self, build: Build, weight: Weight, out_dtype: torch.dtype | None) -> None:
+        self.shape = tuple(weight.shape)
+        """(N, K)."""
         self._fp8 = isinstance(weight, QuantizedWeight) and weight.kind == "fp8" and build.quantize
         if self._fp8:
             self._op, self._weight = build.ops.fp8_linear, build.ops.pack["fp8_linear"](weight)

@@ -64,6 +64,8 @@ Launches = dict[str, collections.Counter[str]]
 """Part of the step -> launches by name."""
 Chain = collections.Counter[str]
 """Launches that follow one another."""
+PrefillStep = tuple[tuple[int, int], ...]
+"""Of each chunk its tokens, and those of its sequence up to its end."""
 Key = tuple[str, tuple[object, ...]]
 """What a kernel is compiled anew for: constants and options, and of each argument what Triton specialises for."""
 
@@ -239,25 +241,27 @@ def count(ranks: int, batch: int) -> tuple[Launches, Launches]:
     return recorder.found, recorder.chains
 
 
-def prefill_keys(lengths: Sequence[int]) -> dict[int, set[Key]]:
-    """Of prefill steps of one chunk of so many tokens, at the end of the longest sequence: what their kernels are compiled for."""
+def prefill_keys(steps: Sequence[PrefillStep]) -> dict[PrefillStep, set[Key]]:
+    """What the kernels of these steps are compiled for."""
     recorder, found = Recorder(), {}
-    network, caches = small_model(1, 1, recorder, is_decode=False, num_layers=3)
+    network, caches = small_model(1, max(map(len, steps)), recorder, is_decode=False, num_layers=3)
     with torch.no_grad(), noting_kernels(recorder):
-        for length in lengths:
+        for step in steps:
             recorder.keys = set()
             with recorder:
-                FORWARD(network, prefill_batch(length), caches)
-            found[length] = recorder.keys
+                FORWARD(network, prefill_batch(step), caches)
+            found[step] = recorder.keys
     return found
 
 
-def prefill_batch(length: int) -> Batch:
-    longest = PAGES * PAGE_TOKENS
-    request = Request(request_id="0", token_ids=(0,) * longest, prompt_len=longest, sampling=SamplingParams(max_tokens=1))
-    sequence = Tokens.from_request(request)
-    sequence.slot_id, sequence.page_ids, sequence.num_computed = 0, [0] * PAGES, longest - length
-    return build_batch([Chunk(sequence, length)])
+def prefill_batch(step: PrefillStep) -> Batch:
+    chunks = []
+    for slot_id, (length, end) in enumerate(step):
+        request = Request(request_id=str(slot_id), token_ids=(0,) * end, prompt_len=end, sampling=SamplingParams(max_tokens=1))
+        sequence = Tokens.from_request(request)
+        sequence.slot_id, sequence.page_ids, sequence.num_computed = slot_id, [0] * -(-end // PAGE_TOKENS), end - length
+        chunks.append(Chunk(sequence, length))
+    return build_batch(chunks)
 
 
 def launches_of_flash(found: Launches) -> tuple[float, float]:

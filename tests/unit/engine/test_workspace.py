@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
 
 import pytest
 import torch
 
+from core.kv_layout import PAGE_TOKENS
 from engine.batch import Chunk, build_batch
 from engine.config import EngineConfig
 from engine.engine import LoadedModel
 from engine.graphs import batch_buckets, width_buckets
-from engine.workspace import MARGIN, MARGIN_BYTES, measure_workspace, warm_lengths
+from engine.memory_plan import reachable
+from engine.model.linear import Linear
+from engine.workspace import CONTEXT_CHUNK, MARGIN, MARGIN_BYTES, measure_workspace, warm_contexts, warm_lengths, warm_products
 
 
 @pytest.mark.parametrize("most", [1, 2, 100, 8192, 10_000])
@@ -21,17 +25,34 @@ def test_lengths_are_dense_and_end_with_the_longest(most: int) -> None:
     assert all(after <= 2 * before for before, after in zip(lengths, lengths[1:], strict=False))
 
 
-def test_no_length_in_between_has_a_kernel_compiled() -> None:
+def test_no_other_step_has_a_kernel_compiled() -> None:
+    """Chunks of other lengths, at the beginning of a prompt, at other contexts, and of several sequences."""
     pytest.importorskip("triton")
-    from tests.benchmarks.launches import prefill_keys
+    from tests.benchmarks.launches import PAGES, PrefillStep, prefill_keys
 
-    ladder, between = warm_lengths(2048), [5, 9, 23, 100, 300]
-    beside = {length: [max(step for step in ladder if step < length), min(step for step in ladder if step > length)] for length in between}
-    found = prefill_keys(sorted({*between, *(step for steps in beside.values() for step in steps)}))
-    for length, steps in beside.items():
-        assert len(found[length]) > 20
-        missing = found[length] - set().union(*(found[step] for step in steps))
-        assert not missing, f"{length} tokens, beside {steps}"
+    longest = PAGES * PAGE_TOKENS
+    warm: list[PrefillStep] = [((length, longest),) for length in warm_lengths(2048)]
+    warm += [((min(end, CONTEXT_CHUNK), end),) for end in warm_contexts(longest)]
+    others: list[PrefillStep] = [((length, longest),) for length in (5, 9, 23, 100, 300)]
+    others += [((1, 1),), ((3, 3),), ((100, 100),), ((3, 3653),), ((200, 3000),), ((7, 4047), (3, 3))]
+    others += [((256, 256),) * 6, ((256, 256),) * 5, ((2, 2), (1, 1)), ((100, 1783), (1, 1), (200, 200), (100, 3486), (7, 7))]
+    found = prefill_keys([*warm, *others])
+    known = set().union(*(found[step] for step in warm))
+    for step in others:
+        assert len(found[step]) > 20 and not found[step] - known, step
+
+
+def test_products_of_all_numbers_of_rows_are_compiled_once_for_each_shape(
+    small_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = LoadedModel.load(small_checkpoint, EngineConfig(device="cpu", max_model_len=256))
+    called: collections.Counter[tuple[tuple[int, ...], int]] = collections.Counter()
+    monkeypatch.setattr(Linear, "__call__", lambda linear, x: called.update([(linear.shape, len(x))]))
+    warm_products(loaded, 300)
+    layer = loaded.network._layers[0]
+    shapes = {shape for shape, _ in called}
+    assert {linear.shape for linear in reachable(layer) if isinstance(linear, Linear) and linear.takes_quantized} <= shapes
+    assert len(shapes) > 3 and called == {(shape, rows): 1 for shape in shapes for rows in (64, 128, 192, 256)}
 
 
 @pytest.mark.parametrize(("chunk_tokens", "longest_step"), [(256, [256]), (300, [256, 44]), (600, [256, 256, 88])])
@@ -47,6 +68,8 @@ def test_the_largest_prefill_step_is_measured_even_if_no_prompt_fills_it(
     monkeypatch.setattr("engine.workspace.SCORED_TOKENS", 100)
     loaded = LoadedModel.load(small_checkpoint, EngineConfig(device="cpu", max_model_len=256))
     measure_workspace(loaded, chunk_tokens, 0)
+    contexts, steps = steps[:8], steps[8:]
+    assert [[(chunk.length, chunk.end) for chunk in step] for step in contexts] == [[(1 << n, 1 << n)] for n in range(8)]
     assert [[chunk.length for chunk in step] for step in steps] == [[1], longest_step, [100]]
     assert all(chunk.end == 256 for step in steps for chunk in step), "at the end of the longest sequences"
     assert [chunk.logits for chunk in steps[-1]] == ["all"], "of prompts whose log-probabilities are wanted"
