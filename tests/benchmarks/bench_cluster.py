@@ -190,6 +190,7 @@ class Bench:
             "stages": cluster_metrics.stages_between(before, after),
             "routing": cluster_metrics.routing_between(before, after, sizes),
             "waiting": cluster_metrics.waits_between(before, after, seconds),
+            "requests": cluster_metrics.requests_between(before, after),
         }  # fmt: skip
 
     # -- the record ------------------------------------------------------------------------------------------------------------
@@ -199,6 +200,7 @@ class Bench:
             "command": " ".join(sys.argv[1:]), "commit": commit(), "hardware": devices(), "date": time.strftime("%Y-%m-%d"),
             "file": self.options.file.name, "overrides": self.overrides, "devices": self.gpus,
         }  # fmt: skip
+        self.pack_logs()
         self._path("times.json.gz").write_bytes(gzip.compress(json.dumps(self.times, separators=(",", ":")).encode(), 6))
         self._path("json").write_text(json.dumps(self.record, indent=1) + "\n")
         self._path("md").write_text(report(self.record, self.options.routing))

@@ -26,6 +26,8 @@ class Reading:
     """Role -> counts over all of its ranks; empty without groups."""
     waited_s: Mapping[str, float]
     """Rank -> seconds in which it had work and waited for its peers between steps."""
+    requests: Mapping[str, float]
+    """Rank -> requests that it has had to the end. Routers, which have no such outcomes, are left out."""
     imbalance: Mapping[str, Mapping[str, float]]
     """Role -> layer -> what its ranks say: the busiest rank over the mean, of all their tokens, where experts are now; mean over ranks."""
     moves: Mapping[str, float]
@@ -44,6 +46,7 @@ def read(folder: pathlib.Path) -> Reading:
     stages: collections.Counter[str] = collections.Counter()
     tokens: dict[str, collections.Counter[tuple[str, str]]] = collections.defaultdict(collections.Counter)
     waited: dict[str, float] = {}
+    requests: dict[str, float] = collections.defaultdict(float)
     uneven: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     awaited: dict[str, float] = collections.defaultdict(float)
     moves: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
@@ -57,6 +60,8 @@ def read(folder: pathlib.Path) -> Reading:
                     tokens[role][sample.labels["layer"], sample.labels["expert"]] += sample.value
                 elif sample.name == f"baton_{role}_group_wait_seconds":
                     waited[member] = sample.value
+                elif sample.name == f"baton_{role}_requests_total" and sample.labels.get("outcome", "refused") != "refused":
+                    requests[member] += sample.value
                 elif sample.name == f"baton_{role}_expert_imbalance":
                     uneven[role][sample.labels["layer"]].append(sample.value)
                 elif sample.name == f"baton_{role}_expert_moves_awaited":
@@ -66,7 +71,7 @@ def read(folder: pathlib.Path) -> Reading:
     counts = {role: dict(found) for role, found in tokens.items()}
     imbalance = {role: {layer: _mean(values) for layer, values in found.items()} for role, found in uneven.items()}
     most_moves = {role: max(found.values()) for role, found in moves.items()}
-    return Reading(dict(stages), counts, waited, imbalance, most_moves, dict(awaited))
+    return Reading(dict(stages), counts, waited, dict(requests), imbalance, most_moves, dict(awaited))
 
 
 def _targets(folder: pathlib.Path) -> Iterator[tuple[str, str, str]]:
@@ -119,6 +124,11 @@ def _evenness(row: list[float], size: int, as_placed: float) -> dict[str, float]
 def waits_between(before: Reading, after: Reading, seconds: float) -> dict[str, float]:
     """Rank -> share of the time that it waited for its peers between steps."""
     return {rank: (total - before.waited_s.get(rank, 0.0)) / seconds for rank, total in after.waited_s.items()}
+
+
+def requests_between(before: Reading, after: Reading) -> dict[str, float]:
+    """Rank -> requests."""
+    return {rank: total - before.requests.get(rank, 0.0) for rank, total in after.requests.items()}
 
 
 def _mean(values: list[float]) -> float:

@@ -35,17 +35,19 @@ def report(record: dict[str, Any], routing: str) -> str:
         "",
         'How evenly experts were used, mean over layers (largest); "at first" is where each rank holds the experts that it started with, '
         '"as placed" are all tokens so far where the experts are now. And the largest share of time that a rank waited for its peers '
-        "between steps:",
+        "between steps, and the requests of the rank that had most:",
         "",
-        "| load | role | busiest expert / mean | busiest rank / mean, at first | as placed | moved so far | experts used | waiting |",
-        "|---|---|---|---|---|---|---|---|",
+        "| load | role | busiest expert / mean | busiest rank / mean, at first | as placed | moved so far | experts used | waiting | "
+        "most requests / mean |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
         for role, found in point["routing"].items():
             waiting = max(share for rank, share in point["waiting"].items() if rank.startswith(role))
             most = {name: max(one[name] for one in found["layers"].values()) for name in ("busiest expert", "busiest rank", "as placed")}
             shares = " | ".join(f"{found[name]:.3f} ({value:.3f})" for name, value in most.items())
-            shares += f" | {found['moves']:g} | {found['used']:.1%} | {waiting:.1%}"
+            requests = [number for rank, number in point["requests"].items() if rank.startswith(role)]
+            shares += f" | {found['moves']:g} | {found['used']:.1%} | {waiting:.1%} | {max(requests) * len(requests) / sum(requests):.2f}"
             lines.append(f"| {point['row']['load']} | {role} | {shares} |")
     lines += ["", "Share of request time by stage (routers' histograms):", ""]
     lines += [stage_table([point["stages"] for point in points], [point["row"]["load"] for point in points])]

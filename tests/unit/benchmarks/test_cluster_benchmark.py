@@ -11,7 +11,7 @@ import pytest
 from tests.benchmarks import cluster_metrics
 from tests.benchmarks.bench_cluster import STAGES, Bench
 from tests.benchmarks.bench_serving import Outcome, Workload, summarise
-from tests.benchmarks.cluster_metrics import Reading, routing_between, waits_between
+from tests.benchmarks.cluster_metrics import Reading, requests_between, routing_between, waits_between
 from tests.benchmarks.cluster_report import plot, report
 
 SKEW = 0.75
@@ -23,6 +23,7 @@ def reading(counts: list[int], waited: float, moves: float = 0.0, awaited: float
         {},
         {"decode": tokens | {("mtp.0", "0"): 0.0}},
         {"decode/0.0": waited},
+        {"decode/0.0": float(counts[0]), "decode/0.1": float(counts[-1])},
         {"decode": {"layers.0": 1.25}},
         {"decode": moves},
         {"decode": awaited},
@@ -34,6 +35,7 @@ def test_routing_is_that_of_the_time_between_two_readings() -> None:
     layer = {"busiest expert": 6 / 3, "busiest rank": pytest.approx(8 / 6), "as placed": 1.25, "used": 3 / 4}
     assert routing_between(before, after, {"decode": 2}) == {"decode": layer | {"moves": 2.0, "layers": {"layers.0": layer}}}
     assert waits_between(before, after, 10.0) == {"decode/0.0": pytest.approx(0.2)}
+    assert requests_between(before, after) == {"decode/0.0": 6.0, "decode/0.1": 4.0}
     assert routing_between(before, before, {"decode": 2}) == {}
 
 
@@ -78,8 +80,9 @@ def test_a_record_becomes_a_page_and_a_plot(tmp_path: pathlib.Path) -> None:
     row = summarise("8 x 4, 1", [Outcome(0.0, 8, [0.5, 0.6, 0.7], 0.7)], 1.0, 1e9, 1e9, num_gpus=4)
     routing = routing_between(reading([0, 0, 0, 0], 0.0), reading([1, 1, 1, 1], 0.5), {"decode": 2})
     point = {"shape": [8, 4], "clients": 1, "row": row, "stages": {"decode": 1.0}, "routing": routing, "waiting": {"decode/0.0": 0.05}}
+    point["requests"] = {"decode/0.0": 3.0, "decode/0.1": 1.0, "prefill/0.0": 4.0}
     said = {"command": "x", "commit": "c", "hardware": "h", "date": "d", "file": "f.yaml", "devices": 4, "start s": 1.0}
     page = report(said | {"points": [point]}, "even")
-    assert "| 8 x 4, 1 | decode | 1.000 (1.000) | 1.000 (1.000) | 1.250 (1.250) | 0 | 100.0% | 5.0% |" in page
+    assert "| 8 x 4, 1 | decode | 1.000 (1.000) | 1.000 (1.000) | 1.250 (1.250) | 0 | 100.0% | 5.0% | 1.50 |" in page
     plot(tmp_path / "even.png", said | {"points": [point]}, "even")
     assert (tmp_path / "even.png").stat().st_size > 1000
