@@ -76,7 +76,7 @@ class DecodeLoop:
         self._next_check = 0.0
         self.is_draining = False
         self.load = Load()
-        """Replaced after every step; read by the sessions."""
+        """Replaced after every step and with every grant; read by the sessions."""
 
     def start(self, receiver: KVReceiver) -> None:
         self._receiver = receiver
@@ -166,6 +166,7 @@ class DecodeLoop:
             slot_id=held.slot_id,
             lease_s=self._lease_s,
         )
+        self.load = self._load()  # goes with the grant, and counts it
         reserved = decode_pb2.Reserved(request_id=request.request_id, reservation=encode_reservation(grant))
         outbox.post(decode_pb2.DecodeUpdate(reserved=[reserved]))
         self._metrics.kept_pages.inc(held.num_kept_pages)
@@ -341,8 +342,12 @@ class DecodeLoop:
             self._fail(expired.held.request.request_id, expired.error)
 
     def _refresh_load(self) -> None:
+        self.load = self._load()
+        self._metrics.show(self.load, self._reservations.num_quarantined, self._reservations.pages.num_kept)
+
+    def _load(self) -> Load:
         reservations = self._reservations
-        self.load = Load(
+        return Load(
             num_running=len(self._running),
             num_waiting=len(self._jobs) - len(self._running),
             waiting_tokens=reservations.waiting_tokens,
@@ -353,7 +358,6 @@ class DecodeLoop:
             steps_total=self._steps,
             tokens_total=self._tokens,
         )
-        self._metrics.show(self.load, reservations.num_quarantined, reservations.pages.num_kept)
 
 
 def _wake() -> None:

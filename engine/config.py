@@ -169,8 +169,8 @@ class EngineConfig:
     threads: int = 1
     """CPU threads of one rank's compute."""
     group_start_timeout_s: float = 120.0
-    """The ranks of a group must find each other within this time, and then have read their weights within this time of each other, or the
-    group is started again."""
+    """The ranks of a group must find each other within this time, and then have read their weights, and compiled the products of a prefill
+    rank, within this time of each other, or the group is started again."""
     group_step_timeout_s: float = 20.0
     """A rank of a group that waits for another one for so long gives up, and the group is started again."""
     rebalance_interval_s: float = 0.0

@@ -25,7 +25,7 @@ MARGIN = 1.1
 """For what differs from run to run: libraries that load late, fragments."""
 MARGIN_BYTES = 512 << 20
 PRODUCT_ROWS = 64
-"""The smallest block of rows in a library's product of more than a few."""
+"""The smallest block of rows in DeepGEMM's products on Hopper of more than a few. On Blackwell there are smaller ones."""
 CONTEXT_CHUNK = 256
 
 

@@ -22,7 +22,7 @@ class Candidate:
     """What this router has there, whether the rank's report counts it yet or not."""
     unanswered_requests: int = 0
     unanswered_tokens: int = 0
-    """Of that, what the rank has not said anything to yet: its report does not count it."""
+    """Of that, what the rank has not answered yet: its report does not count it."""
     kept_share: float = 0.0
     """Of the prompt's pages, those that the rank may still hold from an earlier turn; 0 to 1."""
 
@@ -74,13 +74,15 @@ def prefill_load(rank: Candidate) -> float:
 
 
 def decode_load(rank: Candidate, num_pages: int, trust: float) -> float:
-    """What one more sequence of so many pages costs there. `trust`, 0 to 1: how much a sequence of another router counts."""
+    """What one more sequence of so many pages costs there. `trust`, 0 to 1: how much a sequence of another router counts. Nobody says whose
+    the pages are: sequences are taken to have as many each."""
     load = rank.load
     slots_total, pages_total = max(load.slots_total, 1), max(load.pages_total, 1)
-    others = load.num_running + load.num_waiting - (rank.in_flight_requests - rank.unanswered_requests)
-    requests = rank.in_flight_requests + trust * max(others, 0)
-    others = load.pages_total - load.pages_free - (rank.in_flight_tokens - rank.unanswered_tokens) // PAGE_TOKENS
-    pages = rank.in_flight_tokens // PAGE_TOKENS + trust * max(others, 0)
+    reported, answered = load.num_running + load.num_waiting, rank.in_flight_requests - rank.unanswered_requests
+    others = max(reported - answered, 0)
+    requests = rank.in_flight_requests + trust * others
+    pages = (load.pages_total - load.pages_free) * (1 - (1 - trust) * others / max(reported, 1))
+    pages = max(pages, (rank.in_flight_tokens - rank.unanswered_tokens) // PAGE_TOKENS) + rank.unanswered_tokens // PAGE_TOKENS
     return (requests - rank.kept_share) / slots_total**2 + pages * num_pages / pages_total**2
 
 

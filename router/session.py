@@ -124,8 +124,8 @@ class RankSession:
         self.unanswered.discard(request_id)
 
     def reserve(self, request: Request) -> None:
-        self.unanswered.add(request.request_id)
         self._send(decode_pb2.DecodeCommand(reserves=[encode_request(request)]))
+        self.unanswered.add(request.request_id)
 
     def run(self, request: Request, reservation: Reservation) -> None:
         run = prefill_pb2.PrefillRun(request=encode_request(request), reservation=encode_reservation(reservation))

@@ -53,6 +53,8 @@ def read(folder: pathlib.Path) -> Reading:
     for role, member, address in _targets(folder):
         text = httpx.get(f"http://{address}/metrics", trust_env=False, timeout=60).text
         for family in text_string_to_metric_families(text):
+            if family.name == f"baton_{role}_requests" and role != "router":
+                requests[member] += 0.0  # the one that has had none has no sample
             for sample in family.samples:
                 if sample.name == "baton_router_stage_seconds_sum":
                     stages[sample.labels["stage"]] += sample.value
@@ -127,7 +129,7 @@ def waits_between(before: Reading, after: Reading, seconds: float) -> dict[str, 
 
 
 def requests_between(before: Reading, after: Reading) -> dict[str, float]:
-    """Rank -> requests."""
+    """Rank -> requests. With attention_tp ranks that follow are among those that have none."""
     return {rank: total - before.requests.get(rank, 0.0) for rank, total in after.requests.items()}
 
 

@@ -47,7 +47,8 @@ def report(record: dict[str, Any], routing: str) -> str:
             most = {name: max(one[name] for one in found["layers"].values()) for name in ("busiest expert", "busiest rank", "as placed")}
             shares = " | ".join(f"{found[name]:.3f} ({value:.3f})" for name, value in most.items())
             requests = [number for rank, number in point["requests"].items() if rank.startswith(role)]
-            shares += f" | {found['moves']:g} | {found['used']:.1%} | {waiting:.1%} | {max(requests) * len(requests) / sum(requests):.2f}"
+            most = max(requests) * len(requests) / max(sum(requests), 1)
+            shares += f" | {found['moves']:g} | {found['used']:.1%} | {waiting:.1%} | {most:.2f}"
             lines.append(f"| {point['row']['load']} | {role} | {shares} |")
     lines += ["", "Share of request time by stage (routers' histograms):", ""]
     lines += [stage_table([point["stages"] for point in points], [point["row"]["load"] for point in points])]
