@@ -25,7 +25,7 @@ from engine.parallel.rebalance import moving_bytes
 from engine.sampler import sample
 from engine.sequence import Sequence
 from engine.widening import widen_experts, widen_outputs
-from engine.workspace import measure_workspace
+from engine.workspace import measure_workspace, warm_products
 
 if TYPE_CHECKING:
     from engine.engine import LoadedModel
@@ -128,6 +128,8 @@ class ModelRunner:
         `widen_outputs` has it."""
         self._loaded = loaded
         on_gpu = loaded.device.type == "cuda"
+        if on_gpu and chunk_tokens:
+            warm_products(loaded, chunk_tokens)
         workspace = measure_workspace(loaded, chunk_tokens, max_decode) if on_gpu else 0
         has_histories = max_decode > 0 and on_gpu and loaded.device_sample is not None
         history = history_bytes(loaded.model.vocab_size) if has_histories else 0

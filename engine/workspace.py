@@ -58,9 +58,9 @@ def warm_products(loaded: LoadedModel, most: int) -> None:
 def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -> int:
     """Bytes for a prefill step of `chunk_tokens` at the end of the longest sequence (of as many as make up so many tokens), for one of as
     many tokens as may be scored, and for all decode graphs up to `max_decode` sequences (0: none): beside what they use in turn the
-    driver keeps tens of MiB for each. Compiles what these and shorter chunks need, so that no request waits for it (but for steps of
-    several prompts of which one token each is left: they attend as decode does). Raises torch.OutOfMemoryError if not even one page fits
-    beside it."""
+    driver keeps tens of MiB for each. Compiles what these and shorter chunks need, once `warm_products` has run, so that no request waits
+    for it (but for steps of several prompts of which one token each is left: they attend as decode does). Raises
+    torch.OutOfMemoryError if not even one page fits beside it."""
     device, longest = loaded.device, loaded.engine.max_model_len
     gc.collect()
     torch.cuda.empty_cache()
@@ -70,7 +70,6 @@ def measure_workspace(loaded: LoadedModel, chunk_tokens: int, max_decode: int) -
     torch.cuda.synchronize(device)
     own = before - torch.cuda.mem_get_info(device)[0]
     if chunk_tokens:
-        warm_products(loaded, chunk_tokens)
         sequences = [_longest(slot_id, longest) for slot_id in range(num_slots)]
         for end in warm_contexts(longest):
             length = min(end, CONTEXT_CHUNK, chunk_tokens)

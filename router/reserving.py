@@ -179,5 +179,5 @@ def into(events: Events, name: str, answer: asyncio.Future[Event] | None = None)
 def _candidate(session: RankSession, shares: dict[MemberKey, float]) -> Candidate:
     in_flight, unanswered = session.in_flight, session.unanswered
     share = shares.get(session.member.key, 0.0) if shares else 0.0
-    tokens, tokens_unanswered = sum(in_flight.values()), sum(in_flight.get(name, 0) for name in unanswered)
-    return Candidate(session.member, session.load, len(in_flight), tokens, len(unanswered), tokens_unanswered, share)
+    counts = len(in_flight), sum(in_flight.values()), len(unanswered), sum(unanswered.values())
+    return Candidate(session.member, session.load, *counts, share)

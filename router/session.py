@@ -101,8 +101,8 @@ class RankSession:
         self.load = Load()
         self.in_flight: dict[str, int] = {}
         """Request id -> prompt tokens: what was sent there and has not ended; counts before the rank's own report does."""
-        self.unanswered: set[str] = set()
-        """Of those, reservations that were asked for and neither granted nor refused yet."""
+        self.unanswered: dict[str, int] = {}
+        """As `in_flight`, of reservations that were asked for and are neither granted nor given up."""
         self.is_connected = False
         self.is_draining = member.state == "draining"
         self._router_name, self._timeout_s = router_name, liveness_timeout_s
@@ -121,11 +121,11 @@ class RankSession:
     def forget(self, request_id: str) -> None:
         self._listeners.pop(request_id, None)
         self.in_flight.pop(request_id, None)
-        self.unanswered.discard(request_id)
+        self.unanswered.pop(request_id, None)
 
     def reserve(self, request: Request) -> None:
         self._send(decode_pb2.DecodeCommand(reserves=[encode_request(request)]))
-        self.unanswered.add(request.request_id)
+        self.unanswered[request.request_id] = len(request.token_ids)
 
     def run(self, request: Request, reservation: Reservation) -> None:
         run = prefill_pb2.PrefillRun(request=encode_request(request), reservation=encode_reservation(reservation))
@@ -218,7 +218,7 @@ class RankSession:
             self._tell(failure.request_id, Failed(self.member.role, decode_error(failure.error)))
         if self.member.role == "decode":
             for reserved in update.reserved:
-                self.unanswered.discard(reserved.request_id)
+                self.unanswered.pop(reserved.request_id, None)
                 self._tell(reserved.request_id, Reserved(decode_reservation(reserved.reservation)))
             for finished in update.finished:
                 self._tell(finished.request_id, Finished(decode_stages(finished.stages)))

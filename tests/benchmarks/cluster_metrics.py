@@ -27,7 +27,7 @@ class Reading:
     waited_s: Mapping[str, float]
     """Rank -> seconds in which it had work and waited for its peers between steps."""
     requests: Mapping[str, float]
-    """Rank -> requests that it has had to the end. Routers, which have no such outcomes, are left out."""
+    """Rank -> requests that it has had to the end."""
     imbalance: Mapping[str, Mapping[str, float]]
     """Role -> layer -> what its ranks say: the busiest rank over the mean, of all their tokens, where experts are now; mean over ranks."""
     moves: Mapping[str, float]
@@ -62,7 +62,7 @@ def read(folder: pathlib.Path) -> Reading:
                     tokens[role][sample.labels["layer"], sample.labels["expert"]] += sample.value
                 elif sample.name == f"baton_{role}_group_wait_seconds":
                     waited[member] = sample.value
-                elif sample.name == f"baton_{role}_requests_total" and sample.labels.get("outcome", "refused") != "refused":
+                elif role != "router" and sample.name == f"baton_{role}_requests_total" and sample.labels["outcome"] != "refused":
                     requests[member] += sample.value
                 elif sample.name == f"baton_{role}_expert_imbalance":
                     uneven[role][sample.labels["layer"]].append(sample.value)

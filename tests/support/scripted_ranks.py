@@ -32,7 +32,7 @@ class FakeRank:
         self.member = Member(role=role, replica=replica, rank=0, address="a:1", incarnation=replica + 1, fingerprint="f")
         self.load = Load(pages_free=9, pages_total=9, slots_free=9, slots_total=9)
         self.in_flight: dict[str, int] = {}
-        self.unanswered: set[str] = set()
+        self.unanswered: dict[str, int] = {}
         self.listeners: dict[str, Callable[[Event], None]] = {}
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
